@@ -1,0 +1,24 @@
+// x_t = softmax((1 - t) log x_0 + t log x_1) with the noise made in registers: x_t[j] is proportional to
+// E_j^(1 - t) exp(t c [j = k]). Never built: x_0, log x_0, l_t. Writes the row once from cache; bound by the exps.
+#include "dispatch.h"
+#include "row.h"
+
+namespace klflow::KLFLOW_ISA {
+
+void noise_interpolate(const NoiseInterpolateParams& p, int64_t begin, int64_t end) {
+  for_dtype(p.out.dtype, [&](auto* type) {
+    using T = element<decltype(type)>;
+    for (int64_t row = begin; row < end; ++row) {
+      T* out = row_of<T>(p.out, row);
+      const int64_t token = token_at(p.target, row);
+      if (p.given.flags != nullptr && p.given.flags[row * p.given.stride]) {
+        store_onehot(out, p.vocab, token, p.log);
+        continue;
+      }
+      noise_interpolate_row(philox_key(p.rng, row, kSimplexNoise), p.vocab, token, p.t.data[row * p.t.stride], p.c,
+                            p.log, out);
+    }
+  });
+}
+
+}  // namespace klflow::KLFLOW_ISA

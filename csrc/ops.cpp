@@ -1,0 +1,385 @@
+// The torch operators klflow::*, from schema to backend: read this first. Each function below checks its tensors, fills
+// the plain struct of common/params.h and calls cpu::<op> or cuda::<op>. The library is built on LibTorch's stable ABI, so
+// one build serves every torch >= 2.11; friendlier argument checks (types, ranges, broadcasting) are in klflow_ext/ops.py.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+
+#include "common/params.h"
+#include "common/philox.h"
+#include "cpu/dispatch.h"
+#ifdef KLFLOW_WITH_CUDA
+#include "cuda/launch.h"
+// Null in a torch without CUDA, so that one library loads under both.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace klflow {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+int32_t dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kFloat16;
+    default: check(false, name, ": dtype must be float32, bfloat16 or float16"); return -1;
+  }
+}
+
+Rows rows_of(const Tensor& t, int64_t rows, int64_t vocab, const char* name) {
+  check(t.dim() == 2 && t.size(0) == rows && t.size(1) == vocab, name, ": shape must be (", rows, ", ", vocab, ")");
+  check(t.stride(1) == 1 || rows == 0, name, ": the last axis must have stride 1");
+  return {t.data_ptr(), t.stride(0), dtype_of(t, name), 0};
+}
+
+Tokens tokens_of(const Tensor& t, int64_t rows, const char* name) {
+  check(t.dim() == 1 && t.size(0) == rows, name, ": shape must be (", rows, ",)");
+  const bool int32 = t.scalar_type() == ScalarType::Int;
+  check(int32 || t.scalar_type() == ScalarType::Long, name, ": dtype must be int64 or int32");
+  return {t.data_ptr(), t.stride(0), int32, 0};
+}
+
+Scalars scalars_of(const Tensor& t, int64_t rows, const char* name) {
+  check(t.dim() == 1 && t.size(0) == rows, name, ": shape must be (", rows, ",)");
+  check(t.scalar_type() == ScalarType::Float, name, ": dtype must be float32");
+  return {static_cast<const float*>(t.data_ptr()), t.stride(0)};
+}
+Scalars scalars_of(const OptionalTensor& t, int64_t rows, const char* name) {
+  return t.has_value() ? scalars_of(*t, rows, name) : Scalars{nullptr, 0};
+}
+
+float* vector_of(const Tensor& t, int64_t rows, const char* name) {
+  scalars_of(t, rows, name);
+  check(t.is_contiguous(), name, ": must be contiguous");
+  return static_cast<float*>(t.data_ptr());
+}
+
+int64_t* token_vector_of(const Tensor& t, int64_t rows, const char* name) {
+  check(tokens_of(t, rows, name).is_int32 == 0 && t.is_contiguous(), name, ": must be contiguous int64");
+  return static_cast<int64_t*>(t.data_ptr());
+}
+
+Rng rng_of(const Tensor& t, int64_t rows, int64_t row_offset) {
+  check(t.scalar_type() == ScalarType::Long && t.is_contiguous(), "rng: must be contiguous int64");
+  const bool shared = t.dim() == 1 && t.size(0) == 2;
+  check(shared || (t.dim() == 2 && t.size(0) == rows && t.size(1) == 2), "rng: shape must be (2,) or (", rows, ", 2)");
+  return {static_cast<const int64_t*>(t.data_ptr()), shared ? 0 : 2, row_offset};
+}
+
+Given given_of(const OptionalTensor& flags, const OptionalTensor& known, int64_t rows) {
+  Given given{};
+  if (!flags.has_value()) return given;
+  check(flags->dim() == 1 && flags->size(0) == rows && flags->scalar_type() == ScalarType::Bool,
+        "given: must be bool of shape (", rows, ",)");
+  given.flags = static_cast<const uint8_t*>(flags->data_ptr());
+  given.stride = flags->stride(0);
+  if (known.has_value()) given.known = tokens_of(*known, rows, "known");
+  return given;
+}
+
+float gap(double beta, int64_t vocab) {  // c = log(V / beta - V + 1)
+  check(beta > 0.0 && beta < 1.0, "beta: ", beta, " is not in (0, 1)");
+  return static_cast<float>(std::log(vocab / beta - vocab + 1.0));
+}
+
+// On the CPU a bad target is an error before any work; on CUDA a check would synchronise, so the kernel answers NaN.
+void check_targets(const Tokens& target, int64_t rows, int64_t vocab, const char* name, const Given* only,
+                   const int64_t* ignore_index) {
+  for (int64_t row = 0; row < rows; ++row) {
+    if (only != nullptr && !only->flags[row * only->stride]) continue;
+    const int64_t value = target.is_int32 ? static_cast<const int32_t*>(target.data)[row * target.stride]
+                                          : static_cast<const int64_t*>(target.data)[row * target.stride];
+    const bool ignored = ignore_index != nullptr && value == *ignore_index;
+    check(ignored || (value >= 0 && value < vocab), name, ": row ", row, " holds ", value, ", outside [0, ", vocab, ")");
+  }
+}
+
+#ifdef KLFLOW_WITH_CUDA
+template <class P>
+void launch(const char* (*op)(const P&, void*), const P& params, const Tensor& like) {
+  check(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  void* stream = nullptr;
+  check(aoti_torch_get_current_cuda_stream(like.get_device(), &stream) == 0, "no current CUDA stream");
+  const char* error = op(params, stream);
+  check(error == nullptr, error == nullptr ? "" : error);
+}
+#define KLFLOW_RUN(op, params, like) \
+  ((like).is_cuda() ? launch(&cuda::op, params, like) : cpu::op(params))
+#else
+#define KLFLOW_RUN(op, params, like) cpu::op(params)
+#endif
+
+// ---- the operators
+
+void noise_interpolate(Tensor target, Tensor t, Tensor rng, OptionalTensor given, double beta, int64_t row_offset, bool log,
+                       Tensor out) {
+  check(out.dim() == 2, "out: must have two axes");
+  const int64_t rows = out.size(0), vocab = out.size(1);
+  NoiseInterpolateParams p{};
+  p.rows = rows;
+  p.vocab = vocab;
+  p.target = tokens_of(target, rows, "target");
+  p.t = scalars_of(t, rows, "t");
+  p.rng = rng_of(rng, rows, row_offset);
+  p.given = given_of(given, std::nullopt, rows);
+  p.c = gap(beta, vocab);
+  p.log = log;
+  p.out = rows_of(out, rows, vocab, "out");
+  if (rows == 0) return;
+  if (out.is_cpu()) check_targets(p.target, rows, vocab, "target", nullptr, nullptr);
+  KLFLOW_RUN(noise_interpolate, p, out);
+}
+
+void logit_interpolate_out(Tensor log_x0, Tensor log_x1, Tensor t, double beta, bool log, Tensor out) {
+  check(log_x0.dim() == 2, "log_x0: must have two axes");
+  const int64_t rows = log_x0.size(0), vocab = log_x0.size(1);
+  LogitInterpolateParams p{};
+  p.rows = rows;
+  p.vocab = vocab;
+  p.log_x0 = rows_of(log_x0, rows, vocab, "log_x0");
+  if (log_x1.dim() == 2) {
+    p.log_x1 = rows_of(log_x1, rows, vocab, "log_x1");
+    check(p.log_x1.dtype == p.log_x0.dtype, "log_x1: must have the dtype of log_x0");
+  } else {
+    p.target = tokens_of(log_x1, rows, "log_x1");
+    if (log_x1.is_cpu()) check_targets(p.target, rows, vocab, "log_x1", nullptr, nullptr);
+  }
+  p.t = scalars_of(t, rows, "t");
+  p.c = gap(beta, vocab);
+  p.log = log;
+  p.out = rows_of(out, rows, vocab, "out");
+  if (rows > 0) KLFLOW_RUN(logit_interpolate, p, out);
+}
+
+Tensor logit_interpolate(Tensor log_x0, Tensor log_x1, Tensor t, double beta, bool log) {
+  Tensor out = torch::stable::new_empty(log_x0, log_x0.sizes());
+  logit_interpolate_out(log_x0, log_x1, t, beta, log, out);
+  return out;
+}
+
+CrossEntropyParams cross_entropy_params(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                        const OptionalTensor& row_weight, int64_t ignore_index, double label_smoothing,
+                                        double z_loss, double softcap, const Tensor& lse) {
+  check(logits.dim() == 2, "logits: must have two axes");
+  CrossEntropyParams p{};
+  p.rows = logits.size(0);
+  p.vocab = logits.size(1);
+  p.logits = rows_of(logits, p.rows, p.vocab, "logits");
+  p.ignore_index = ignore_index;
+  if (target.dim() == 2) {
+    p.soft = rows_of(target, p.rows, p.vocab, "target");
+  } else {
+    p.target = tokens_of(target, p.rows, "target");
+    if (logits.is_cpu()) check_targets(p.target, p.rows, p.vocab, "target", nullptr, &ignore_index);
+  }
+  if (weight.has_value()) p.weight = vector_of(*weight, p.vocab, "weight");
+  p.row_weight = scalars_of(row_weight, p.rows, "row_weight");
+  p.label_smoothing = static_cast<float>(label_smoothing);
+  p.z_loss = static_cast<float>(z_loss);
+  p.softcap = static_cast<float>(softcap);
+  p.lse = vector_of(lse, p.rows, "lse");
+  return p;
+}
+
+std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor row_weight,
+                                         int64_t ignore_index, double label_smoothing, double z_loss, double softcap) {
+  const int64_t rows = logits.size(0);
+  Tensor loss = torch::stable::new_empty(logits, {&rows, 1}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(logits, {&rows, 1}, ScalarType::Float);
+  CrossEntropyParams p = cross_entropy_params(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss,
+                                              softcap, lse);
+  p.loss = vector_of(loss, rows, "loss");
+  if (rows > 0) KLFLOW_RUN(cross_entropy, p, logits);
+  return {loss, lse};
+}
+
+void cross_entropy_grad(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor row_weight,
+                        int64_t ignore_index, double label_smoothing, double z_loss, double softcap, Tensor dloss,
+                        Tensor loss, Tensor lse, Tensor grad) {
+  CrossEntropyParams p = cross_entropy_params(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss,
+                                              softcap, lse);
+  p.loss = vector_of(loss, p.rows, "loss");
+  p.dloss = scalars_of(dloss, p.rows, "dloss");
+  p.grad = rows_of(grad, p.rows, p.vocab, "grad");
+  check(p.grad.dtype == p.logits.dtype, "grad: must have the dtype of logits");
+  if (p.rows > 0) KLFLOW_RUN(cross_entropy, p, logits);
+}
+
+void cross_entropy_backward(Tensor logits, Tensor target, Tensor lse, OptionalTensor weight, OptionalTensor row_weight,
+                            int64_t ignore_index, double label_smoothing, double z_loss, double softcap, Tensor dloss,
+                            OptionalTensor dlse, Tensor grad) {
+  CrossEntropyParams p = cross_entropy_params(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss,
+                                              softcap, lse);
+  p.dloss = scalars_of(dloss, p.rows, "dloss");
+  p.dlse = scalars_of(dlse, p.rows, "dlse");
+  p.grad = rows_of(grad, p.rows, p.vocab, "grad");
+  check(p.grad.dtype == p.logits.dtype, "grad: must have the dtype of logits");
+  if (p.rows > 0) KLFLOW_RUN(cross_entropy, p, logits);
+}
+
+TopkSampleParams topk_params(const Tensor& logits, int64_t k, const Tensor& rng, double temperature, double top_p,
+                             const OptionalTensor& given, const OptionalTensor& known, int64_t row_offset,
+                             const Tensor& token) {
+  check(logits.dim() == 2, "logits: must have two axes");
+  TopkSampleParams p{};
+  p.rows = logits.size(0);
+  p.vocab = logits.size(1);
+  check(k >= 1 && k <= p.vocab, "k: ", k, " is not in [1, ", p.vocab, "]");
+  check(temperature > 0.0, "temperature: ", temperature, " is not positive");
+  check(top_p > 0.0 && top_p <= 1.0, "top_p: ", top_p, " is not in (0, 1]");
+  p.k = k;
+  p.logits = rows_of(logits, p.rows, p.vocab, "logits");
+  p.temperature = static_cast<float>(temperature);
+  p.top_p = static_cast<float>(top_p);
+  p.rng = rng_of(rng, p.rows, row_offset);
+  p.given = given_of(given, known, p.rows);
+  check(p.given.flags == nullptr || p.given.known.data != nullptr || p.rows == 0, "known: needed where given is");
+  if (logits.is_cpu() && p.given.flags != nullptr)
+    check_targets(p.given.known, p.rows, p.vocab, "known", &p.given, nullptr);
+  p.token = token_vector_of(token, p.rows, "token");
+  return p;
+}
+
+void topk_sample(Tensor logits, int64_t k, Tensor rng, double temperature, double top_p, int64_t row_offset, Tensor token,
+                 Tensor log_prob) {
+  TopkSampleParams p =
+      topk_params(logits, k, rng, temperature, top_p, std::nullopt, std::nullopt, row_offset, token);
+  p.log_prob = vector_of(log_prob, p.rows, "log_prob");
+  if (p.rows > 0) KLFLOW_RUN(topk_sample, p, logits);
+}
+
+void topk_renoise(Tensor logits, int64_t k, Tensor t_next, Tensor rng, double temperature, double top_p, double beta,
+                  OptionalTensor given, OptionalTensor known, int64_t row_offset, Tensor token, Tensor out) {
+  TopkRenoiseParams p{};
+  p.sample = topk_params(logits, k, rng, temperature, top_p, given, known, row_offset, token);
+  p.t_next = scalars_of(t_next, p.sample.rows, "t_next");
+  p.c = gap(beta, p.sample.vocab);
+  p.out = rows_of(out, p.sample.rows, p.sample.vocab, "out");
+  if (p.sample.rows > 0) KLFLOW_RUN(topk_renoise, p, logits);
+}
+
+void euler_step(Tensor log_x, Tensor logits, Tensor rate, double temperature, double beta, OptionalTensor given,
+                OptionalTensor known, Tensor log_x_next, Tensor x_next) {
+  check(logits.dim() == 2, "logits: must have two axes");
+  EulerStepParams p{};
+  p.rows = logits.size(0);
+  p.vocab = logits.size(1);
+  p.logits = rows_of(logits, p.rows, p.vocab, "logits");
+  p.log_x = rows_of(log_x, p.rows, p.vocab, "log_x");
+  p.rate = scalars_of(rate, p.rows, "rate");
+  check(temperature > 0.0, "temperature: ", temperature, " is not positive");
+  p.temperature = static_cast<float>(temperature);
+  p.c = gap(beta, p.vocab);
+  p.given = given_of(given, known, p.rows);
+  check(p.given.flags == nullptr || p.given.known.data != nullptr || p.rows == 0, "known: needed where given is");
+  if (logits.is_cpu() && p.given.flags != nullptr)
+    check_targets(p.given.known, p.rows, p.vocab, "known", &p.given, nullptr);
+  p.log_x_next = rows_of(log_x_next, p.rows, p.vocab, "log_x_next");
+  check(p.log_x_next.dtype == p.log_x.dtype, "log_x_next: must have the dtype of log_x");
+  p.x_next = rows_of(x_next, p.rows, p.vocab, "x_next");
+  if (p.rows > 0) KLFLOW_RUN(euler_step, p, logits);
+}
+
+}  // namespace
+}  // namespace klflow
+
+STABLE_TORCH_LIBRARY(klflow, m) {
+  m.def(
+      "noise_interpolate(Tensor target, Tensor t, Tensor rng, Tensor? given, float beta, int row_offset, bool log, "
+      "Tensor(a!) out) -> ()");
+  m.def("logit_interpolate(Tensor log_x0, Tensor log_x1, Tensor t, float beta, bool log) -> Tensor");
+  m.def(
+      "logit_interpolate_out(Tensor log_x0, Tensor log_x1, Tensor t, float beta, bool log, Tensor(a!) out) -> ()");
+  m.def(
+      "cross_entropy(Tensor logits, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, "
+      "float label_smoothing, float z_loss, float softcap) -> (Tensor loss, Tensor lse)");
+  m.def(
+      "cross_entropy_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, "
+      "float label_smoothing, float z_loss, float softcap, Tensor dloss, Tensor(a!) loss, Tensor(b!) lse, "
+      "Tensor(c!) grad) -> ()");
+  m.def(
+      "cross_entropy_backward(Tensor logits, Tensor target, Tensor lse, Tensor? weight, Tensor? row_weight, "
+      "int ignore_index, float label_smoothing, float z_loss, float softcap, Tensor dloss, Tensor? dlse, "
+      "Tensor(a!) grad) -> ()");
+  m.def(
+      "topk_sample(Tensor logits, int k, Tensor rng, float temperature, float top_p, int row_offset, Tensor(a!) token, "
+      "Tensor(b!) log_prob) -> ()");
+  m.def(
+      "topk_renoise(Tensor logits, int k, Tensor t_next, Tensor rng, float temperature, float top_p, float beta, "
+      "Tensor? given, Tensor? known, int row_offset, Tensor(a!) token, Tensor(b!) out) -> ()");
+  m.def(
+      "euler_step(Tensor log_x, Tensor logits, Tensor rate, float temperature, float beta, Tensor? given, "
+      "Tensor? known, Tensor(a!) log_x_next, Tensor(b!) x_next) -> ()");
+}
+
+#define KLFLOW_IMPLEMENT(m)                                                \
+  m.impl("noise_interpolate", TORCH_BOX(&klflow::noise_interpolate));           \
+  m.impl("logit_interpolate", TORCH_BOX(&klflow::logit_interpolate));           \
+  m.impl("logit_interpolate_out", TORCH_BOX(&klflow::logit_interpolate_out));   \
+  m.impl("cross_entropy", TORCH_BOX(&klflow::cross_entropy));                   \
+  m.impl("cross_entropy_grad", TORCH_BOX(&klflow::cross_entropy_grad));         \
+  m.impl("cross_entropy_backward", TORCH_BOX(&klflow::cross_entropy_backward)); \
+  m.impl("topk_sample", TORCH_BOX(&klflow::topk_sample));                       \
+  m.impl("topk_renoise", TORCH_BOX(&klflow::topk_renoise));                     \
+  m.impl("euler_step", TORCH_BOX(&klflow::euler_step));
+
+STABLE_TORCH_LIBRARY_IMPL(klflow, CPU, m) { KLFLOW_IMPLEMENT(m) }
+#ifdef KLFLOW_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(klflow, CUDA, m) { KLFLOW_IMPLEMENT(m) }
+#endif
+
+#ifndef KLFLOW_CUDA_ARCHES
+#define KLFLOW_CUDA_ARCHES ""
+#endif
+#ifndef KLFLOW_CUDA_REASON
+#define KLFLOW_CUDA_REASON ""
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Registers torch.ops.klflow and tells how this library was built.";
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["torch_headers"] = KLFLOW_TORCH_VERSION;
+    info["torch_minimum"] = "2.11";
+    info["compiler"] = __VERSION__;
+#ifdef KLFLOW_WITH_CUDA
+    info["cuda"] = true;
+    info["nvcc"] = KLFLOW_NVCC_VERSION;
+#else
+    info["cuda"] = false;
+#endif
+    info["cuda_arch"] = KLFLOW_CUDA_ARCHES;
+    info["cuda_reason"] = KLFLOW_CUDA_REASON;
+    info["cpu_capability"] = klflow::cpu::capability();
+    info["cpu_capability_reason"] = klflow::cpu::capability_reason();
+    return info;
+  });
+  m.def(
+      "philox",
+      [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+        const klflow::Words4 words = klflow::philox(c0, c1, c2, c3, k0, k1);
+        return pybind11::make_tuple(words.w[0], words.w[1], words.w[2], words.w[3]);
+      },
+      "The four Philox4x32-10 words of a counter and a key.", pybind11::arg("c0"), pybind11::arg("c1"),
+      pybind11::arg("c2"), pybind11::arg("c3"), pybind11::arg("k0"), pybind11::arg("k1"));
+}
