@@ -1,0 +1,226 @@
+"""Plain PyTorch twins of `ops`: the same signatures, a few readable lines each, in the dtype of their floating input.
+
+Float64 inputs (or dtype=torch.float64) give the oracle that the tests judge every kernel by. Noise words follow the same
+contract bit for bit; -log U is then taken in the working dtype. Nothing here is fast, and arguments are not checked.
+"""
+
+import math
+
+import torch
+
+SIMPLEX_NOISE, TOKEN_DRAW_HIGH, TOKEN_DRAW_LOW = 0, 1, 2  # streams of the noise contract
+
+
+def gap(vocab_size, beta):
+    """c = log(V / beta - V + 1), the logit gap of x_1 = (1 - beta) onehot + beta / V."""
+    return math.log(vocab_size / beta - vocab_size + 1)
+
+
+# ---- noise
+
+
+def philox(counter, key):
+    """Philox4x32-10 (Salmon et al., SC'11) on int64 tensors that hold 32-bit words: four words per counter."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    mask = 0xFFFFFFFF
+
+    def product(m, c):  # (high, low) words of a 32 x 32 bit product; int64 wraps, so split the multiplicand
+        low_part, high_part = m * (c & 0xFFFF), m * (c >> 16)
+        total = low_part + ((high_part & 0xFFFF) << 16)
+        return ((high_part >> 16) + (total >> 32)) & mask, total & mask
+
+    for _ in range(10):
+        high0, low0 = product(0xD2511F53, c0)
+        high1, low1 = product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3
+
+
+def words(rows, vocab_size, rng, stream, row_offset=0, device=None):
+    """(rows, V) words of one stream, as int64: key = seed, counter = (column // 4, row, step, stream), lane column % 4."""
+    if isinstance(rng, torch.Generator):
+        rng = int(torch.randint(2**63 - 1, (), generator=rng, device=rng.device))
+    if isinstance(rng, int):
+        rng = torch.tensor([rng - 2**64 if rng >= 2**63 else rng, 0])
+    pairs = rng.to(device).reshape(-1, 2).expand(rows, 2)
+    mask = 0xFFFFFFFF
+    column = torch.arange((vocab_size + 3) // 4, device=device)[None, :]
+    row = ((torch.arange(rows, device=device) + row_offset) & mask)[:, None]
+    seed, step = pairs[:, :1], pairs[:, 1:] & mask
+    zero = torch.zeros(rows, column.shape[1], dtype=torch.int64, device=device)
+    out = philox((zero + column, zero + row, zero + step, zero + stream), (seed & mask, (seed >> 32) & mask))
+    return torch.stack(out, -1).reshape(rows, 4 * column.shape[1])[:, :vocab_size]
+
+
+def simplex_noise(rows, vocab_size, rng, row_offset=0, dtype=torch.float64, device=None):
+    """E_j ~ Exp(1): -log min((w + 1/2) 2^-32, 1 - 2^-24), the uniform rounded to float32 as the contract says."""
+    w = words(rows, vocab_size, rng, SIMPLEX_NOISE, row_offset, device)
+    uniform = ((w.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return -uniform.to(dtype).log()
+
+
+def token_exponential(rows, vocab_size, rng, row_offset=0, dtype=torch.float64, device=None):
+    """E_j ~ Exp(1) of token draws, accurate for small E: -log1p(-v), v from two words in float32."""
+    high = words(rows, vocab_size, rng, TOKEN_DRAW_HIGH, row_offset, device)
+    low = words(rows, vocab_size, rng, TOKEN_DRAW_LOW, row_offset, device)
+    v = high.float() * 2.0**-32 + (low.float() + 0.5) * 2.0**-64
+    return -torch.log1p(-v.clamp(max=1 - 2.0**-24).to(dtype))
+
+
+# ---- helpers
+
+
+def _rows(value, shape, dtype=None, device=None):
+    return torch.as_tensor(value, dtype=dtype, device=device).expand(shape).reshape(-1, 1)
+
+
+def _onehot_rows(x, given, known, shape, log=False):
+    """x with its given rows replaced by exactly onehot(known) (or the logarithm of it)."""
+    if given is None:
+        return x
+    known = _rows(known, shape, torch.int64, x.device)
+    onehot = torch.zeros_like(x).scatter_(1, known.clamp(0, x.shape[1] - 1), 1.0)
+    return torch.where(_rows(given, shape, device=x.device), onehot.log() if log else onehot, x)
+
+
+# ---- the twins
+
+
+def noise_interpolate(target, t, rng, *, vocab_size, beta=0.01, given=None, row_offset=0, dtype=None, log=False, out=None):
+    """Equivalent to: l = (1 - t) log E + t c onehot(target); softmax(l), E the noise of the contract; see `ops`."""
+    dtype = dtype or (torch.float32 if out is None else out.dtype)
+    shape, device = target.shape, target.device
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    e = simplex_noise(target.numel(), vocab_size, rng, row_offset, work, device)
+    t = _rows(t, shape, work, device)
+    k = target.reshape(-1, 1).long()
+    l = (1 - t) * e.log()
+    l = l.scatter_add(1, k, t * gap(vocab_size, beta))
+    x = l.log_softmax(-1) if log else l.softmax(-1)
+    x = _onehot_rows(x, given, target, shape, log).to(dtype).reshape(*shape, vocab_size)
+    return x if out is None else out.copy_(x)
+
+
+def logit_interpolate(log_x0, log_x1, t, *, beta=0.01, log=False, out=None):
+    """Equivalent to: softmax((1 - t) log_x0 + t log_x1), an end point of weight 0 dropped; see `ops`."""
+    shape = log_x0.shape[:-1]
+    work = torch.float64 if log_x0.dtype == torch.float64 else torch.float32
+    t = _rows(t, shape, work, log_x0.device).reshape(*shape, 1)
+    if not log_x1.is_floating_point():
+        c = gap(log_x0.shape[-1], beta)
+        log_x1 = torch.zeros_like(log_x0, dtype=work).scatter_(-1, log_x1.long().expand(shape)[..., None], c)
+    start = torch.where(t == 1, 0.0, (1 - t) * log_x0.to(work))
+    end = torch.where(t == 0, 0.0, t * log_x1.to(work))
+    x = (start + end).log_softmax(-1) if log else (start + end).softmax(-1)
+    x = x.to(log_x0.dtype if out is None else out.dtype)
+    return x if out is None else out.copy_(x)
+
+
+def _loss_rows(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, row_weight):
+    """(loss rows, lse rows, divisor of the mean) in the working dtype."""
+    work = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    z = logits.to(work)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    lse = z.logsumexp(-1)
+    w = torch.ones(vocab, dtype=work, device=z.device) if weight is None else weight.to(work)
+    rw = torch.ones(shape, dtype=work, device=z.device) if row_weight is None else _rows(row_weight, shape, work, z.device).reshape(shape)
+    if target.is_floating_point():
+        kept = torch.ones(shape, dtype=torch.bool, device=z.device)
+        q, divisor = target.to(work), rw
+    else:
+        target = target.long().expand(shape)
+        kept = target != ignore_index
+        k = torch.where(kept, target, 0)
+        q = torch.zeros_like(z).scatter_(-1, k[..., None], 1.0)
+        divisor = torch.where(kept, w[k] * rw, 0.0)
+    q = ((1 - label_smoothing) * q + label_smoothing / vocab) * w
+    terms = torch.where(q == 0, 0.0, q * (lse[..., None] - z))
+    loss = rw * (terms.sum(-1) + z_loss * lse**2)
+    return torch.where(kept, loss, 0.0), lse, divisor.sum()
+
+
+def cross_entropy(
+    logits, target, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, row_weight=None,
+    reduction="mean", return_lse=False, inplace_backward=False,
+):  # fmt: skip
+    """Equivalent to: F.cross_entropy(logits, target, weight, ...) plus z_loss * lse^2, softcap and row_weight; see `ops`."""
+    loss, lse, divisor = _loss_rows(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, row_weight)
+    if reduction == "mean":
+        loss = loss.sum() / divisor
+    elif reduction == "sum":
+        loss = loss.sum()
+    return (loss, lse) if return_lse else loss
+
+
+def cross_entropy_grad(
+    logits, target, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, row_weight=None,
+    dloss=None, out=None,
+):  # fmt: skip
+    """Equivalent to: loss rows and lse by `cross_entropy`, and the gradient of (dloss * loss).sum() by autograd; see `ops`."""
+    x = logits.detach().clone().requires_grad_()
+    loss, lse, divisor = _loss_rows(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, row_weight)
+    upstream = 1 / divisor if dloss is None else torch.as_tensor(dloss, dtype=loss.dtype, device=loss.device)
+    (grad,) = torch.autograd.grad((loss * upstream).sum(), x)
+    return loss.detach(), lse.detach(), grad if out is None else out.copy_(grad)
+
+
+def _draw(logits, k, rng, temperature, top_p, row_offset):
+    """(token, log_prob) of flattened rows."""
+    work = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    z = logits.to(work)
+    bad = z.isnan().any(-1) | ~z.max(-1).values.isfinite()
+    z = torch.where(bad[:, None], 0.0, z)
+    order = z.argsort(dim=-1, descending=True, stable=True)[:, :k]  # stable: ties to the lowest index
+    kept = z.gather(1, order) / temperature
+    p = kept.softmax(-1)
+    before = p.cumsum(-1) - p
+    kept = torch.where((before < top_p) | (torch.arange(k, device=z.device) == 0), kept, -math.inf)
+    log_p = kept.log_softmax(-1)
+    score = log_p - token_exponential(*z.shape, rng, row_offset, work, z.device).gather(1, order).log()
+    choice = log_p.argmax(-1) if k == 1 else score.argmax(-1)
+    token = order.gather(1, choice[:, None])[:, 0]
+    log_prob = log_p.gather(1, choice[:, None])[:, 0]
+    return torch.where(bad, -1, token), torch.where(bad, math.nan, log_prob)
+
+
+def topk_sample(logits, k, rng, *, temperature=1.0, top_p=1.0, row_offset=0):
+    """Equivalent to: top-k, top-p, then argmax of log p - log E (Gumbel-max) with the contract's E; see `ops`."""
+    token, log_prob = _draw(logits.reshape(-1, logits.shape[-1]), k, _flat(rng), temperature, top_p, row_offset)
+    return token.reshape(logits.shape[:-1]), log_prob.reshape(logits.shape[:-1])
+
+
+def _flat(rng):
+    return rng.reshape(-1, 2) if isinstance(rng, torch.Tensor) else rng
+
+
+def topk_renoise(
+    logits, k, t_next, rng, *, temperature=1.0, top_p=1.0, beta=0.01, given=None, known=None, row_offset=0, dtype=None, out=None
+):
+    """Equivalent to: token, _ = topk_sample(...); x_next = noise_interpolate(token, t_next, rng); see `ops`."""
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    token, _ = topk_sample(logits, k, rng, temperature=temperature, top_p=top_p, row_offset=row_offset)
+    if given is not None:
+        token = torch.where(given.expand(shape), known.long().expand(shape), token)
+    x = noise_interpolate(
+        token.clamp(min=0), t_next, rng, vocab_size=vocab, beta=beta, given=given, row_offset=row_offset,
+        dtype=dtype or logits.dtype,
+    )  # fmt: skip
+    x = torch.where((token < 0)[..., None], math.nan, x)
+    return token, x if out is None else out.copy_(x)
+
+
+def euler_step(log_x, logits, rate, *, temperature=1.0, beta=0.01, given=None, known=None, dtype=None, inplace=False):
+    """Equivalent to: l = (1 - rate) log_x + rate c softmax(logits / T); (log_softmax(l), softmax(l)); see `ops`."""
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    work = torch.float64 if torch.float64 in (log_x.dtype, logits.dtype) else torch.float32
+    rate = _rows(rate, shape, work, logits.device)
+    p = (logits.to(work) / temperature).softmax(-1).reshape(-1, vocab)
+    state = torch.where(rate == 1, 0.0, (1 - rate) * log_x.to(work).reshape(-1, vocab))
+    l = state + rate * gap(vocab, beta) * p
+    log_next = _onehot_rows(l.log_softmax(-1), given, known, shape, log=True).reshape(logits.shape).to(log_x.dtype)
+    x_next = _onehot_rows(l.softmax(-1), given, known, shape).reshape(logits.shape).to(dtype or logits.dtype)
+    return (log_x.copy_(log_next) if inplace else log_next), x_next
