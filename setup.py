@@ -62,9 +62,9 @@ class NinjaBuild(build_ext):
     """Compiles every unit in parallel through ninja, with flags that differ from unit to unit."""
 
     def build_extension(self, ext):
-        from torch.utils.cpp_extension import include_paths, library_paths  # only here: metadata needs no torch
         import pybind11
         import torch
+        from torch.utils.cpp_extension import include_paths, library_paths  # only here: metadata needs no torch
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)

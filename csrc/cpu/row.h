@@ -105,14 +105,14 @@ double noise_row(const PhiloxKey& key, int64_t vocab, float one_minus_t, float* 
     const int64_t end = std::min(vocab, begin + kBlock);
     vf sum0 = {}, sum1 = {};
     int64_t column = begin;
-    auto one = [&](vu words) {
+    auto log_power = [&](vu words) {
       const vf e = -log2v(simplex_uniformv(words));  // in [8.6e-8, 33]
       return log2v(e) * one_minus_t;
     };
     for (; column < end; column += kPhiloxColumns) {
       vu first, second;
       philox_block(key, column, first, second);
-      vf a = one(first), b = one(second);
+      vf a = log_power(first), b = log_power(second);
       if constexpr (kLog) {
         store(y + column, a);
         store(y + column + kLanes, b);
@@ -142,9 +142,8 @@ double noise_row(const PhiloxKey& key, int64_t vocab, float one_minus_t, float* 
 
 inline PhiloxKey philox_key(const Rng& rng, int64_t row, uint32_t stream) {
   const int64_t* pair = rng.data + row * rng.stride;
-  const uint64_t seed = static_cast<uint64_t>(pair[0]);
-  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(row + rng.row_offset),
-          static_cast<uint32_t>(pair[1]), stream};
+  return {static_cast<uint64_t>(pair[0]), static_cast<uint32_t>(row + rng.row_offset), static_cast<uint32_t>(pair[1]),
+          stream};
 }
 
 inline int64_t token_at(const Tokens& tokens, int64_t row) {

@@ -273,7 +273,15 @@ KLFLOW_INLINE vu64 multiply_low(vu64 a, uint32_t b) {  // low halves of the 64-b
 }
 
 struct PhiloxKey {  // what stays the same along a row
-  uint32_t k0, k1, row, step, stream;
+  PhiloxKey(uint64_t seed, uint32_t row, uint32_t step, uint32_t stream) : row(row), step(step), stream(stream) {
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+      round_keys[2 * round] = k0;
+      round_keys[2 * round + 1] = k1;
+    }
+  }
+  uint32_t row, step, stream;
+  uint64_t round_keys[20];  // as 64-bit lanes, so that a round reads its keys as broadcast memory operands
 };
 
 constexpr int kHalf = kLanes / 2;        // 64-bit lanes in a vector: counters per block
@@ -281,19 +289,22 @@ constexpr int kPhiloxColumns = 2 * kLanes;  // columns per block: two vectors
 
 // Words of columns [column, column + 2 kLanes), column a multiple of 4.
 KLFLOW_INLINE void philox_block(const PhiloxKey& key, int64_t column, vu& first, vu& second) {
-  vu64 c0;
-  for (int i = 0; i < kHalf; ++i) c0[i] = static_cast<uint64_t>(column / 4 + i);
+#if defined(__AVX512F__)
+  constexpr vu64 kIota = {0, 1, 2, 3, 4, 5, 6, 7};
+#elif defined(__AVX2__)
+  constexpr vu64 kIota = {0, 1, 2, 3};
+#else
+  constexpr vu64 kIota = {0, 1};
+#endif
+  vu64 c0 = kIota + static_cast<uint64_t>(column / 4);
   vu64 c1 = vu64{} + key.row, c2 = vu64{} + key.step, c3 = vu64{} + key.stream;
-  uint32_t k0 = key.k0, k1 = key.k1;
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {  // only the low halves of the lanes count until the end
     const vu64 p0 = multiply_low(c0, kPhiloxM0), p1 = multiply_low(c2, kPhiloxM1);
-    c0 = (p1 >> 32) ^ c1 ^ static_cast<uint64_t>(k0);
-    c2 = (p0 >> 32) ^ c3 ^ static_cast<uint64_t>(k1);
+    c0 = (p1 >> 32) ^ c1 ^ key.round_keys[2 * round];
+    c2 = (p0 >> 32) ^ c3 ^ key.round_keys[2 * round + 1];
     c1 = p1;
     c3 = p0;
-    k0 += kPhiloxW0;
-    k1 += kPhiloxW1;
   }
   const vu64 low = (c0 & 0xffffffffull) | (c1 << 32), high = (c2 & 0xffffffffull) | (c3 << 32);
 #if defined(__AVX512F__)

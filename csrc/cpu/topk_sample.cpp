@@ -134,7 +134,8 @@ class Draw {
  private:
   int64_t choose(int64_t row, const Candidate* candidates, int64_t n, float top, float inverse, double total,
                  float& log_prob) const {
-    const PhiloxKey key = philox_key(p_.rng, row, 0);
+    const PhiloxKey key = philox_key(p_.rng, row, kTokenDrawHigh);
+    const uint32_t k0 = static_cast<uint32_t>(key.round_keys[0]), k1 = static_cast<uint32_t>(key.round_keys[1]);
     float best_score = -kInf;
     int64_t best = -1;
     float best_logit = 0.0f;
@@ -144,8 +145,8 @@ class Draw {
       const int32_t column = candidates[i].column;
       if (static_cast<uint32_t>(column) / 4 != counter) {
         counter = static_cast<uint32_t>(column) / 4;
-        high = philox(counter, key.row, key.step, kTokenDrawHigh, key.k0, key.k1);
-        low = philox(counter, key.row, key.step, kTokenDrawLow, key.k0, key.k1);
+        high = philox(counter, key.row, key.step, kTokenDrawHigh, k0, k1);
+        low = philox(counter, key.row, key.step, kTokenDrawLow, k0, k1);
       }
       const float e = token_exponential(high.w[column % 4], low.w[column % 4]);
       const float score = (candidates[i].logit - top) * inverse - std::log(e);

@@ -1,0 +1,73 @@
+// Fused log-softmax cross-entropy: forward (one read), forward + gradient, or gradient from the saved lse. Never
+// materialised: log-probabilities, one-hot rows. Formulas: CrossEntropyParams in common/params.h.
+#pragma once
+
+#include "row.cuh"
+
+namespace klflow::cuda {
+
+__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyParams p) {
+  const float uniform = p.label_smoothing / static_cast<float>(p.vocab);
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    const bool soft = p.target.data == nullptr;
+    const int64_t token = soft ? -1 : token_at(p.target, row);
+    const bool ignored = !soft && token == p.ignore_index;
+    const bool valid = soft || ignored || (token >= 0 && token < p.vocab);
+    const bool hard = !soft && !ignored && valid;
+    const bool dense = !ignored && (soft || p.label_smoothing > 0.0f);
+    auto capped = [&](float x) { return p.softcap > 0.0f ? p.softcap * tanhf(x / p.softcap) : x; };
+    auto class_weight = [&](int64_t j) { return p.weight != nullptr ? p.weight[j] : 1.0f; };
+    auto dense_qw = [&](int64_t j) {  // q_j w_j without the hard target's own term
+      const float q = soft ? uniform + load(p.soft, row, j) * (1.0f - p.label_smoothing) : uniform;
+      return q * class_weight(j);
+    };
+    const float own_weight = hard ? (1.0f - p.label_smoothing) * class_weight(token) : 0.0f;
+    const float own_z = hard ? capped(load(p.logits, row, token)) : 0.0f;
+    const float row_weight = scalar_at(p.row_weight, row, 1.0f);
+
+    float lse = p.loss == nullptr ? p.lse[row] : 0.0f;
+    double qw = 0.0;
+    if (p.loss != nullptr || dense) {
+      ExpSum sum = empty_sum();
+      double qwz = 0.0;
+      for (int64_t j = threadIdx.x; j < p.vocab; j += kThreads) {
+        const float z = capped(load(p.logits, row, j));
+        sum.add(z);
+        if (dense) {
+          const double weight = dense_qw(j);
+          qw += weight;
+          qwz += weight * z;
+        }
+      }
+      if (p.loss != nullptr) lse = block_lse(sum);
+      if (dense) {
+        qw = block_sum(qw);
+        qwz = block_sum(qwz);
+      }
+      if (p.loss != nullptr && threadIdx.x == 0) {
+        double loss = qw * lse - qwz + static_cast<double>(p.z_loss) * lse * lse;
+        if (hard) loss += own_weight * (static_cast<double>(lse) - own_z);
+        p.loss[row] = !valid ? not_a_number() : ignored ? 0.0f : static_cast<float>(loss * row_weight);
+        p.lse[row] = lse;
+      }
+    }
+    if (p.dloss.data == nullptr) continue;
+    __syncthreads();  // own_z has been read everywhere before an in-place gradient overwrites it
+    const float scale = ignored ? 0.0f : valid ? scalar_at(p.dloss, row, 0.0f) * row_weight : not_a_number();
+    const float dlse = scalar_at(p.dlse, row, 0.0f);
+    const float a = ignored ? dlse : scale * static_cast<float>(qw + own_weight + 2.0 * p.z_loss * lse) + dlse;
+    for (int64_t j = threadIdx.x; j < p.vocab; j += kThreads) {
+      float gradient = 0.0f;
+      if (!ignored || dlse != 0.0f) {
+        const float z = capped(load(p.logits, row, j));
+        gradient = a * expf(z - lse);
+        if (dense) gradient -= scale * dense_qw(j);
+        if (j == token) gradient -= scale * own_weight;
+        if (p.softcap > 0.0f) gradient *= 1.0f - (z / p.softcap) * (z / p.softcap);
+      }
+      store(p.grad, row, j, gradient);
+    }
+  }
+}
+
+}  // namespace klflow::cuda

@@ -1,0 +1,12 @@
+#include "euler_step.cuh"
+
+#include "launch.cuh"
+#include "launch.h"
+
+namespace klflow::cuda {
+
+const char* euler_step(const EulerStepParams& params, void* stream) {
+  return launch_rows(euler_step_kernel, params, params.rows, stream);
+}
+
+}  // namespace klflow::cuda

@@ -1,0 +1,15 @@
+// The CUDA ops as ops.cpp sees them: no CUDA headers, the stream as void*. Each returns null or an error text.
+#pragma once
+
+#include "../common/params.h"
+
+namespace klflow::cuda {
+
+const char* noise_interpolate(const NoiseInterpolateParams& params, void* stream);
+const char* logit_interpolate(const LogitInterpolateParams& params, void* stream);
+const char* cross_entropy(const CrossEntropyParams& params, void* stream);
+const char* topk_sample(const TopkSampleParams& params, void* stream);
+const char* topk_renoise(const TopkRenoiseParams& params, void* stream);
+const char* euler_step(const EulerStepParams& params, void* stream);
+
+}  // namespace klflow::cuda

@@ -1,0 +1,12 @@
+#include "logit_interpolate.cuh"
+
+#include "launch.cuh"
+#include "launch.h"
+
+namespace klflow::cuda {
+
+const char* logit_interpolate(const LogitInterpolateParams& params, void* stream) {
+  return launch_rows(logit_interpolate_kernel, params, params.rows, stream);
+}
+
+}  // namespace klflow::cuda

@@ -1,0 +1,18 @@
+// x_t straight from the noise contract. Never materialised: x_0, log x_0, l_t. Bytes: one write of the row.
+#pragma once
+
+#include "row.cuh"
+
+namespace klflow::cuda {
+
+__global__ void __launch_bounds__(kThreads) noise_interpolate_kernel(NoiseInterpolateParams p) {
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    const int64_t token = token_at(p.target, row);
+    if (is_given(p.given, row))
+      store_onehot(p.out, row, p.vocab, token, p.log);
+    else
+      noise_interpolate_row(p.out, row, p.vocab, noise_key(p.rng, row), token, scalar_at(p.t, row, 0.0f), p.c, p.log);
+  }
+}
+
+}  // namespace klflow::cuda
