@@ -21,7 +21,16 @@ TORCH_TARGET = "0x020b000000000000"  # the oldest torch that the library runs un
 ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ],
 }
 
 
@@ -75,8 +84,15 @@ class NinjaBuild(build_ext):
             f"-isystem {p}" for p in [*include_paths(), pybind11.get_include(), sysconfig.get_paths()["include"]]
         ]
         common = [
-            "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-DNDEBUG",
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f'-DKLFLOW_TORCH_VERSION=\\"{torch.__version__}\\"',
+            "-std=c++20",
+            "-O3",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wno-psabi",
+            "-DNDEBUG",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+            f'-DKLFLOW_TORCH_VERSION=\\"{torch.__version__}\\"',
         ]
         nvcc, reason = find_nvcc()
         objects, lines = [], []
@@ -92,8 +108,25 @@ class NinjaBuild(build_ext):
             if source.name == "dispatch.cpp":
                 continue
             for isa, flags in isas.items():
-                unit(source, "cxx", ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-fno-math-errno",
-                                     "-fno-trapping-math", f"-DKLFLOW_ISA={isa}", *flags], f".{isa}")
+                unit(
+                    source,
+                    "cxx",
+                    [
+                        "-std=c++20",
+                        "-O3",
+                        "-fPIC",
+                        "-fvisibility=hidden",
+                        "-Wall",
+                        "-Wno-psabi",
+                        "-Wno-uninitialized",
+                        "-Wno-maybe-uninitialized",
+                        "-fno-math-errno",
+                        "-fno-trapping-math",
+                        f"-DKLFLOW_ISA={isa}",
+                        *flags,
+                    ],
+                    f".{isa}",
+                )
         libraries = []
         cuda_flags = []
         if nvcc:
@@ -103,29 +136,33 @@ class NinjaBuild(build_ext):
             gencode = [f"-gencode arch=compute_{a},code=sm_{a}" for a in arches]
             for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
                 unit(source, "nvcc", ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode])
-            cuda_home = Path(nvcc).resolve().parent.parent
-            static = next((p for d in ("lib64", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib")
-                           for p in [cuda_home / d / "libcudart_static.a"] if p.is_file()), None)
-            if static is None:
-                raise SystemExit(f"{nvcc} was found, but no libcudart_static.a under {cuda_home}; KLFLOW_CUDA=0 builds without CUDA")
-            libraries += [str(static), "-lrt", "-ldl", "-lpthread"]
-            cuda_flags = ["-DKLFLOW_WITH_CUDA", f'-DKLFLOW_NVCC_VERSION=\\"{version}\\"', f'-DKLFLOW_CUDA_ARCHES=\\"{",".join("sm_" + a for a in arches)}\\"']
+            cuda_flags = [
+                "-DKLFLOW_WITH_CUDA",
+                f'-DKLFLOW_NVCC_VERSION=\\"{version}\\"',
+                f'-DKLFLOW_CUDA_ARCHES=\\"{",".join("sm_" + a for a in arches)}\\"',
+            ]
         else:
             cuda_flags = [f'-DKLFLOW_CUDA_REASON=\\"{reason}\\"'.replace(" ", "\\ ")]
         unit(ROOT / "csrc" / "ops.cpp", "cxx", [*common, *cuda_flags, *includes])
         unit(ROOT / "csrc" / "cpu" / "dispatch.cpp", "cxx", [*common, *includes])
+        # nvcc as the linker finds its own static CUDA runtime, wherever the toolkit lives.
+        link = f"{nvcc} -shared -cudart static -Xlinker --exclude-libs=ALL" if nvcc else f"{cxx} -shared"
         torch_lib = library_paths()[0]
         libraries += [f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10"]
         (work / "build.ninja").write_text(
             f"rule cxx\n  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
             f"rule nvcc\n  command = {nvcc} -MMD -MF $out.d -I{ROOT / 'csrc'} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
-            f"rule link\n  command = {cxx} -shared -Wl,--exclude-libs,ALL $in {' '.join(libraries)} -o $out\n"
-            + "".join(lines) + f"build {target}: link {' '.join(objects)}\n"
+            f"rule link\n  command = {link} $in {' '.join(libraries)} -o $out\n"
+            + "".join(lines)
+            + f"build {target}: link {' '.join(objects)}\n"
         )
         command = [sys.executable, "-m", "ninja", "-C", str(work)]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
-        print(f"building {target.name}: {len(objects)} units, CUDA {'with ' + nvcc if nvcc else 'off: ' + reason}", flush=True)
+        print(
+            f"building {target.name}: {len(objects)} units, CUDA {'with ' + nvcc if nvcc else 'off: ' + reason}",
+            flush=True,
+        )
         subprocess.run(command, check=True)
 
 

@@ -1,6 +1,7 @@
 // The torch operators klflow::*, from schema to backend: read this first. Each function below checks its tensors, fills
-// the plain struct of common/params.h and calls cpu::<op> or cuda::<op>. The library is built on LibTorch's stable ABI, so
-// one build serves every torch >= 2.11; friendlier argument checks (types, ranges, broadcasting) are in klflow_ext/ops.py.
+// the plain struct of common/params.h and calls cpu::<op> or cuda::<op>. The library is built on LibTorch's stable ABI,
+// so one build serves every torch >= 2.11; friendlier argument checks (types, ranges, broadcasting) are in
+// klflow_ext/ops.py.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -110,7 +111,8 @@ void check_targets(const Tokens& target, int64_t rows, int64_t vocab, const char
     const int64_t value = target.is_int32 ? static_cast<const int32_t*>(target.data)[row * target.stride]
                                           : static_cast<const int64_t*>(target.data)[row * target.stride];
     const bool ignored = ignore_index != nullptr && value == *ignore_index;
-    check(ignored || (value >= 0 && value < vocab), name, ": row ", row, " holds ", value, ", outside [0, ", vocab, ")");
+    check(ignored || (value >= 0 && value < vocab), name, ": row ", row, " holds ", value, ", outside [0, ", vocab,
+          ")");
   }
 }
 
@@ -123,16 +125,15 @@ void launch(const char* (*op)(const P&, void*), const P& params, const Tensor& l
   const char* error = op(params, stream);
   check(error == nullptr, error == nullptr ? "" : error);
 }
-#define KLFLOW_RUN(op, params, like) \
-  ((like).is_cuda() ? launch(&cuda::op, params, like) : cpu::op(params))
+#define KLFLOW_RUN(op, params, like) ((like).is_cuda() ? launch(&cuda::op, params, like) : cpu::op(params))
 #else
 #define KLFLOW_RUN(op, params, like) cpu::op(params)
 #endif
 
 // ---- the operators
 
-void noise_interpolate(Tensor target, Tensor t, Tensor rng, OptionalTensor given, double beta, int64_t row_offset, bool log,
-                       Tensor out) {
+void noise_interpolate(Tensor target, Tensor t, Tensor rng, OptionalTensor given, double beta, int64_t row_offset,
+                       bool log, Tensor out) {
   check(out.dim() == 2, "out: must have two axes");
   const int64_t rows = out.size(0), vocab = out.size(1);
   NoiseInterpolateParams p{};
@@ -206,8 +207,8 @@ std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor target, OptionalT
   const int64_t rows = logits.size(0);
   Tensor loss = torch::stable::new_empty(logits, {&rows, 1}, ScalarType::Float);
   Tensor lse = torch::stable::new_empty(logits, {&rows, 1}, ScalarType::Float);
-  CrossEntropyParams p = cross_entropy_params(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss,
-                                              softcap, lse);
+  CrossEntropyParams p =
+      cross_entropy_params(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, lse);
   p.loss = vector_of(loss, rows, "loss");
   if (rows > 0) KLFLOW_RUN(cross_entropy, p, logits);
   return {loss, lse};
@@ -216,8 +217,8 @@ std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor target, OptionalT
 void cross_entropy_grad(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor row_weight,
                         int64_t ignore_index, double label_smoothing, double z_loss, double softcap, Tensor dloss,
                         Tensor loss, Tensor lse, Tensor grad) {
-  CrossEntropyParams p = cross_entropy_params(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss,
-                                              softcap, lse);
+  CrossEntropyParams p =
+      cross_entropy_params(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, lse);
   p.loss = vector_of(loss, p.rows, "loss");
   p.dloss = scalars_of(dloss, p.rows, "dloss");
   p.grad = rows_of(grad, p.rows, p.vocab, "grad");
@@ -228,8 +229,8 @@ void cross_entropy_grad(Tensor logits, Tensor target, OptionalTensor weight, Opt
 void cross_entropy_backward(Tensor logits, Tensor target, Tensor lse, OptionalTensor weight, OptionalTensor row_weight,
                             int64_t ignore_index, double label_smoothing, double z_loss, double softcap, Tensor dloss,
                             OptionalTensor dlse, Tensor grad) {
-  CrossEntropyParams p = cross_entropy_params(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss,
-                                              softcap, lse);
+  CrossEntropyParams p =
+      cross_entropy_params(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, lse);
   p.dloss = scalars_of(dloss, p.rows, "dloss");
   p.dlse = scalars_of(dlse, p.rows, "dlse");
   p.grad = rows_of(grad, p.rows, p.vocab, "grad");
@@ -260,10 +261,9 @@ TopkSampleParams topk_params(const Tensor& logits, int64_t k, const Tensor& rng,
   return p;
 }
 
-void topk_sample(Tensor logits, int64_t k, Tensor rng, double temperature, double top_p, int64_t row_offset, Tensor token,
-                 Tensor log_prob) {
-  TopkSampleParams p =
-      topk_params(logits, k, rng, temperature, top_p, std::nullopt, std::nullopt, row_offset, token);
+void topk_sample(Tensor logits, int64_t k, Tensor rng, double temperature, double top_p, int64_t row_offset,
+                 Tensor token, Tensor log_prob) {
+  TopkSampleParams p = topk_params(logits, k, rng, temperature, top_p, std::nullopt, std::nullopt, row_offset, token);
   p.log_prob = vector_of(log_prob, p.rows, "log_prob");
   if (p.rows > 0) KLFLOW_RUN(topk_sample, p, logits);
 }
@@ -308,8 +308,7 @@ STABLE_TORCH_LIBRARY(klflow, m) {
       "noise_interpolate(Tensor target, Tensor t, Tensor rng, Tensor? given, float beta, int row_offset, bool log, "
       "Tensor(a!) out) -> ()");
   m.def("logit_interpolate(Tensor log_x0, Tensor log_x1, Tensor t, float beta, bool log) -> Tensor");
-  m.def(
-      "logit_interpolate_out(Tensor log_x0, Tensor log_x1, Tensor t, float beta, bool log, Tensor(a!) out) -> ()");
+  m.def("logit_interpolate_out(Tensor log_x0, Tensor log_x1, Tensor t, float beta, bool log, Tensor(a!) out) -> ()");
   m.def(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap) -> (Tensor loss, Tensor lse)");
@@ -332,7 +331,7 @@ STABLE_TORCH_LIBRARY(klflow, m) {
       "Tensor? known, Tensor(a!) log_x_next, Tensor(b!) x_next) -> ()");
 }
 
-#define KLFLOW_IMPLEMENT(m)                                                \
+#define KLFLOW_IMPLEMENT(m)                                                     \
   m.impl("noise_interpolate", TORCH_BOX(&klflow::noise_interpolate));           \
   m.impl("logit_interpolate", TORCH_BOX(&klflow::logit_interpolate));           \
   m.impl("logit_interpolate_out", TORCH_BOX(&klflow::logit_interpolate_out));   \
@@ -343,9 +342,9 @@ STABLE_TORCH_LIBRARY(klflow, m) {
   m.impl("topk_renoise", TORCH_BOX(&klflow::topk_renoise));                     \
   m.impl("euler_step", TORCH_BOX(&klflow::euler_step));
 
-STABLE_TORCH_LIBRARY_IMPL(klflow, CPU, m) { KLFLOW_IMPLEMENT(m) }
+STABLE_TORCH_LIBRARY_IMPL(klflow, CPU, m){KLFLOW_IMPLEMENT(m)}
 #ifdef KLFLOW_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(klflow, CUDA, m) { KLFLOW_IMPLEMENT(m) }
+STABLE_TORCH_LIBRARY_IMPL(klflow, CUDA, m){KLFLOW_IMPLEMENT(m)}
 #endif
 
 #ifndef KLFLOW_CUDA_ARCHES

@@ -112,8 +112,10 @@ def _token_rows(name, value, shape, rows, vocab, device, where=None, ignore_inde
             bad &= flat != ignore_index
         if bad.any():
             row = int(bad.nonzero()[0])
-            raise IndexError(f"{name}: row {row} holds {flat[row].item()}, allowed is 0 to V - 1 = {vocab - 1}"
-                             + ("" if ignore_index is None else f" or ignore_index = {ignore_index}"))
+            raise IndexError(
+                f"{name}: row {row} holds {flat[row].item()}, allowed is 0 to V - 1 = {vocab - 1}"
+                + ("" if ignore_index is None else f" or ignore_index = {ignore_index}")
+            )
     return flat
 
 
@@ -185,7 +187,9 @@ def _output(name, out, shape, dtype, device):
 # ---- the path
 
 
-def noise_interpolate(target, t, rng, *, vocab_size, beta=0.01, given=None, row_offset=0, dtype=None, log=False, out=None):
+def noise_interpolate(
+    target, t, rng, *, vocab_size, beta=0.01, given=None, row_offset=0, dtype=None, log=False, out=None
+):
     """Noisy rows x_t on the KL geodesic from fresh Dirichlet(1) noise to the smoothed target, noise made in the kernel.
 
     x_t[j] is proportional to E_j^(1 - t) exp(t c [j = target]), E_j = -log U_j i.i.d. Exp(1) (DESIGN: KL geodesic; the
@@ -275,7 +279,12 @@ def _loss_arguments(logits, target, weight, row_weight, ignore_index, label_smoo
     if isinstance(target, torch.Tensor) and target.dtype in FLOATS:
         _check_tensor("target", target, FLOATS, device)
         if target.shape != logits.shape:
-            _fail(ValueError, "target", f"shape {tuple(target.shape)} of soft targets", f"that of logits, {tuple(logits.shape)}")
+            _fail(
+                ValueError,
+                "target",
+                f"shape {tuple(target.shape)} of soft targets",
+                f"that of logits, {tuple(logits.shape)}",
+            )
         tokens = _as_rows(target.detach(), vocab)
         per_row = torch.ones(rows, device=device) if row_weight is None else row_weight
     else:
@@ -390,7 +399,19 @@ def topk_sample(logits, k, rng, *, temperature=1.0, top_p=1.0, row_offset=0):
 
 
 def topk_renoise(
-    logits, k, t_next, rng, *, temperature=1.0, top_p=1.0, beta=0.01, given=None, known=None, row_offset=0, dtype=None, out=None
+    logits,
+    k,
+    t_next,
+    rng,
+    *,
+    temperature=1.0,
+    top_p=1.0,
+    beta=0.01,
+    given=None,
+    known=None,
+    row_offset=0,
+    dtype=None,
+    out=None,
 ):
     """One step of the paper's sampling scheme: `topk_sample`, then fresh noise moved to t_next towards the drawn token.
 
@@ -461,7 +482,10 @@ def _(log_x0, log_x1, t, beta, log):
 
 @torch.library.register_fake("klflow::cross_entropy")
 def _(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap):
-    return (logits.new_empty(logits.shape[:1], dtype=torch.float32), logits.new_empty(logits.shape[:1], dtype=torch.float32))
+    return (
+        logits.new_empty(logits.shape[:1], dtype=torch.float32),
+        logits.new_empty(logits.shape[:1], dtype=torch.float32),
+    )
 
 
 def _setup_logit_interpolate(ctx, inputs, output):
@@ -512,7 +536,9 @@ def _cross_entropy_gradient(ctx, dloss, dlse, grad_into):
 
 
 def _backward_cross_entropy(ctx, dloss, dlse):
-    return _cross_entropy_gradient(ctx, dloss, dlse, lambda logits: torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
+    return _cross_entropy_gradient(
+        ctx, dloss, dlse, lambda logits: torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    )
 
 
 torch.library.register_autograd("klflow::cross_entropy", _backward_cross_entropy, setup_context=_setup_cross_entropy)
@@ -533,7 +559,9 @@ class _InplaceCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, dlse):
         if ctx.used:
-            raise RuntimeError("cross_entropy(inplace_backward=True): a second backward pass, but the first replaced the logits")
+            raise RuntimeError(
+                "cross_entropy(inplace_backward=True): a second backward pass, but the first replaced the logits"
+            )
         result = _cross_entropy_gradient(ctx, dloss, dlse, lambda logits: logits.detach())
         ctx.used = True
         torch.autograd.graph.increment_version(ctx.saved_tensors[0])

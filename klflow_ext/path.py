@@ -93,7 +93,14 @@ class LogitPath:
         return grid
 
     def sample(
-        self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, log: bool = False, row_offset: int = 0
+        self,
+        target: Tensor,
+        t: Tensor | float,
+        rng,
+        *,
+        given: Tensor | None = None,
+        log: bool = False,
+        row_offset: int = 0,
     ) -> Tensor:
         """Draw x_t (or log x_t) of the tokens `target`.
 
@@ -154,6 +161,4 @@ class LogitPath:
         return cls(**values)
 
     def __repr__(self) -> str:
-        return (
-            f"LogitPath(vocab_size={self.vocab_size}, beta={self.beta:g}, t_max={self.t_max:.4f}, t_split={self.t_split:.4f})"
-        )
+        return f"LogitPath(vocab_size={self.vocab_size}, beta={self.beta:g}, t_max={self.t_max:.4f}, t_split={self.t_split:.4f})"

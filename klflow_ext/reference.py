@@ -88,7 +88,9 @@ def _onehot_rows(x, given, known, shape, log=False):
 # ---- the twins
 
 
-def noise_interpolate(target, t, rng, *, vocab_size, beta=0.01, given=None, row_offset=0, dtype=None, log=False, out=None):
+def noise_interpolate(
+    target, t, rng, *, vocab_size, beta=0.01, given=None, row_offset=0, dtype=None, log=False, out=None
+):
     """Equivalent to: l = (1 - t) log E + t c onehot(target); softmax(l), E the noise of the contract; see `ops`."""
     dtype = dtype or (torch.float32 if out is None else out.dtype)
     shape, device = target.shape, target.device
@@ -127,7 +129,11 @@ def _loss_rows(logits, target, weight, ignore_index, label_smoothing, z_loss, so
         z = softcap * torch.tanh(z / softcap)
     lse = z.logsumexp(-1)
     w = torch.ones(vocab, dtype=work, device=z.device) if weight is None else weight.to(work)
-    rw = torch.ones(shape, dtype=work, device=z.device) if row_weight is None else _rows(row_weight, shape, work, z.device).reshape(shape)
+    rw = (
+        torch.ones(shape, dtype=work, device=z.device)
+        if row_weight is None
+        else _rows(row_weight, shape, work, z.device).reshape(shape)
+    )
     if target.is_floating_point():
         kept = torch.ones(shape, dtype=torch.bool, device=z.device)
         q, divisor = target.to(work), rw
@@ -198,7 +204,19 @@ def _flat(rng):
 
 
 def topk_renoise(
-    logits, k, t_next, rng, *, temperature=1.0, top_p=1.0, beta=0.01, given=None, known=None, row_offset=0, dtype=None, out=None
+    logits,
+    k,
+    t_next,
+    rng,
+    *,
+    temperature=1.0,
+    top_p=1.0,
+    beta=0.01,
+    given=None,
+    known=None,
+    row_offset=0,
+    dtype=None,
+    out=None,
 ):
     """Equivalent to: token, _ = topk_sample(...); x_next = noise_interpolate(token, t_next, rng); see `ops`."""
     shape, vocab = logits.shape[:-1], logits.shape[-1]

@@ -44,7 +44,9 @@ def test_words_follow_the_contract():
     words = reference.words(3, vocab, torch.tensor([seed, step]), 2, row_offset)
     for row in range(3):
         for column in range(vocab):
-            expected = numpy_philox((column // 4, row + row_offset, step & 0xFFFFFFFF, 2), (seed & 0xFFFFFFFF, seed >> 32))
+            expected = numpy_philox(
+                (column // 4, row + row_offset, step & 0xFFFFFFFF, 2), (seed & 0xFFFFFFFF, seed >> 32)
+            )
             assert int(words[row, column]) == int(expected[column % 4])
 
 
@@ -75,7 +77,11 @@ LEVEL = 1e-4 / 10  # of each distribution test below: about ten of them
 
 def test_prior_is_dirichlet(device):
     rows, vocab = 400, 500
-    x = ops.noise_interpolate(torch.zeros(rows, dtype=torch.int64, device=device), 0.0, 42, vocab_size=vocab).double().cpu()
+    x = (
+        ops.noise_interpolate(torch.zeros(rows, dtype=torch.int64, device=device), 0.0, 42, vocab_size=vocab)
+        .double()
+        .cpu()
+    )
     # A coordinate of Dirichlet(1, ..., 1) is Beta(1, V - 1); take few columns, so that draws are nearly independent.
     assert stats.kstest(x[:, ::50].reshape(-1).numpy(), stats.beta(1, vocab - 1).cdf).pvalue > LEVEL
     assert abs(x.var().item() * vocab**2 * (vocab + 1) / (vocab - 1) - 1) < 0.05

@@ -55,7 +55,7 @@ def test_noise_interpolate(rows, vocab, dtype, log, device):
     t = torch.rand(rows, generator=torch.Generator().manual_seed(3)).to(device)
     if rows > 2:
         t[0], t[1] = 0.0, 1.0
-    given = (torch.arange(rows, device=device) % 5 == 2)
+    given = torch.arange(rows, device=device) % 5 == 2
     rng = torch.tensor([123456789012345, 17], device=device)
     actual = ops.noise_interpolate(target, t, rng, vocab_size=vocab, given=given, dtype=dtype, log=log, row_offset=11)
     expected = reference.noise_interpolate(target.cpu(), t.double().cpu(), rng.cpu(), vocab_size=vocab, given=given.cpu(),
@@ -107,8 +107,12 @@ def test_logit_interpolate(rows, vocab, dtype, hard, device):
     t = torch.linspace(0, 1, rows, device=device)
     for log in (False, True):
         actual = ops.logit_interpolate(a, b, t, log=log)
-        expected = reference.logit_interpolate(a.double().cpu(), b.cpu() if hard else b.double().cpu(), t.double().cpu(), log=log)
-        assert_close(actual, expected, dtype, scale=30 if dtype == torch.float32 else 1.2, absolute=2e-5 if log else 1e-10)
+        expected = reference.logit_interpolate(
+            a.double().cpu(), b.cpu() if hard else b.double().cpu(), t.double().cpu(), log=log
+        )
+        assert_close(
+            actual, expected, dtype, scale=30 if dtype == torch.float32 else 1.2, absolute=2e-5 if log else 1e-10
+        )
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -196,7 +200,9 @@ def test_cross_entropy_equals_torch(device):
     target[::3] = -100
     weight = torch.rand(1000, device=device)
     for kwargs in ({}, {"label_smoothing": 0.1}, {"weight": weight}, {"weight": weight, "label_smoothing": 0.1}):
-        torch.testing.assert_close(ops.cross_entropy(logits, target, **kwargs), F.cross_entropy(logits, target, **kwargs))
+        torch.testing.assert_close(
+            ops.cross_entropy(logits, target, **kwargs), F.cross_entropy(logits, target, **kwargs)
+        )
 
 
 def test_gradient_in_place_and_second_backward(device):
@@ -286,7 +292,9 @@ def test_topk_renoise(rows, vocab, dtype, device):
     k = min(vocab, 20)
     rng = torch.tensor([5, 6], device=device)
     token, x = ops.topk_renoise(logits, k, t, rng, given=given, known=known)
-    want, want_x = reference.topk_renoise(logits.double().cpu(), k, t.double().cpu(), rng.cpu(), given=given.cpu(), known=known.cpu())
+    want, want_x = reference.topk_renoise(
+        logits.double().cpu(), k, t.double().cpu(), rng.cpu(), given=given.cpu(), known=known.cpu()
+    )
     assert torch.equal(token.cpu(), want) and x.dtype == dtype
     assert_close(x, want_x, dtype)
     drawn, _ = ops.topk_sample(logits, k, rng)
@@ -400,7 +408,11 @@ BAD = [
     (lambda: ops.noise_interpolate(Y, 0.1, 0, vocab_size=10, beta=1.0), ValueError, "beta: got 1.0"),
     (lambda: ops.noise_interpolate(Y, 0.1, "x", vocab_size=10), TypeError, "rng: got str"),
     (lambda: ops.noise_interpolate(Y, 0.1, torch.zeros(3), vocab_size=10), TypeError, "rng: got torch.float32"),
-    (lambda: ops.noise_interpolate(Y, 0.1, torch.zeros(3, dtype=torch.int64), vocab_size=10), ValueError, "rng: got shape"),
+    (
+        lambda: ops.noise_interpolate(Y, 0.1, torch.zeros(3, dtype=torch.int64), vocab_size=10),
+        ValueError,
+        "rng: got shape",
+    ),
     (lambda: ops.noise_interpolate(Y, 0.1, 0, vocab_size=10, given=Y), TypeError, "given: got torch.int64"),
     (lambda: ops.noise_interpolate(Y, 0.1, 0, vocab_size=10, row_offset=-1), ValueError, "row_offset: got -1"),
     (lambda: ops.noise_interpolate(Y, 0.1, 0, vocab_size=10, dtype=torch.int8), TypeError, "dtype: got torch.int8"),

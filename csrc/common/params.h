@@ -79,11 +79,11 @@ struct CrossEntropyParams {
   Scalars row_weight;   // or null (ones)
   int64_t ignore_index;
   float label_smoothing, z_loss, softcap;  // softcap == 0: none
-  float* loss;     // (rows,) contiguous; null in the backward
-  float* lse;      // (rows,) contiguous: written by the forward, read by the backward
-  Scalars dloss;   // (rows,) upstream gradient of loss; null: no gradient is computed (forward only)
-  Scalars dlse;    // upstream gradient of lse, or null
-  Rows grad;       // d/dlogits; may be the logits themselves (in place)
+  float* loss;                             // (rows,) contiguous; null in the backward
+  float* lse;                              // (rows,) contiguous: written by the forward, read by the backward
+  Scalars dloss;  // (rows,) upstream gradient of loss; null: no gradient is computed (forward only)
+  Scalars dlse;   // upstream gradient of lse, or null
+  Rows grad;      // d/dlogits; may be the logits themselves (in place)
 };
 
 // token ~ softmax(top-k of logits / temperature), restricted to the smallest set of mass >= top_p; k = 1 is argmax.
@@ -111,8 +111,8 @@ struct EulerStepParams {
   Rows log_x, logits;
   Scalars rate;
   float temperature, c;
-  Given given;       // given rows: x_next = onehot(known), log_x_next = log of it (0 and -inf)
-  Rows log_x_next;   // may be log_x itself
+  Given given;      // given rows: x_next = onehot(known), log_x_next = log of it (0 and -inf)
+  Rows log_x_next;  // may be log_x itself
   Rows x_next;
 };
 

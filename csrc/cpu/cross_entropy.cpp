@@ -1,6 +1,7 @@
-// Fused log-softmax cross-entropy over one row at a time: loss and lse from one streaming read, the gradient from a second
-// read that hits the cache (the row was just there). Never built: log-probabilities, one-hot rows.
-//   loss = row_weight (sum_j q_j w_j (lse - z_j) + z_loss lse^2),  dloss/dz_j = row_weight ((Q + 2 z_loss lse) p_j - q_j w_j)
+// Fused log-softmax cross-entropy over one row at a time: loss and lse from one streaming read, the gradient from a
+// second read that hits the cache (the row was just there). Never built: log-probabilities, one-hot rows.
+//   loss = row_weight (sum_j q_j w_j (lse - z_j) + z_loss lse^2),  dloss/dz_j = row_weight ((Q + 2 z_loss lse) p_j -
+//   q_j w_j)
 // with z = softcap tanh(logits / softcap), Q = sum_j q_j w_j. See CrossEntropyParams.
 #include "dispatch.h"
 #include "row.h"
@@ -79,9 +80,7 @@ class RowLoss {
   }
 
   float capped(float x) const { return p_.softcap > 0.0f ? p_.softcap * std::tanh(x / p_.softcap) : x; }
-  float z_at(const T* logits, int64_t token) const {
-    return capped(load_tail(logits + token, 1, 0.0f)[0]);
-  }
+  float z_at(const T* logits, int64_t token) const { return capped(load_tail(logits + token, 1, 0.0f)[0]); }
 
   const float* z_block(const T* logits, int64_t start, int64_t n) {
     const float* x = block_of(logits, start, n, buffer_);
@@ -109,8 +108,8 @@ class RowLoss {
     sums.qwz += sum_lanes(qwz);
   }
 
-  void write_gradient(int64_t row, const T* logits, const S* soft, int64_t token, float lse, float row_weight, float hard,
-                      double dense_total) {
+  void write_gradient(int64_t row, const T* logits, const S* soft, int64_t token, float lse, float row_weight,
+                      float hard, double dense_total) {
     const float scale = p_.dloss.data[row * p_.dloss.stride] * row_weight;
     const float dlse = p_.dlse.data != nullptr ? p_.dlse.data[row * p_.dlse.stride] : 0.0f;
     const float a = scale * static_cast<float>(dense_total + hard + 2.0 * p_.z_loss * lse) + dlse;

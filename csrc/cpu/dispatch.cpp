@@ -55,9 +55,13 @@ void parallel_rows(int64_t rows, int64_t columns, const F& f) {
 int64_t rows_of(const TopkRenoiseParams& p) { return p.sample.rows; }
 int64_t columns_of(const TopkRenoiseParams& p) { return p.sample.vocab; }
 template <class P>
-int64_t rows_of(const P& p) { return p.rows; }
+int64_t rows_of(const P& p) {
+  return p.rows;
+}
 template <class P>
-int64_t columns_of(const P& p) { return p.vocab; }
+int64_t columns_of(const P& p) {
+  return p.vocab;
+}
 
 }  // namespace
 
@@ -68,15 +72,14 @@ const char* capability() {
 const char* capability_reason() { return choice().reason.c_str(); }
 
 #if defined(__x86_64__)
-#define KLFLOW_CHOOSE(op) \
-  (choice().level == kAvx512 ? avx512::op : choice().level == kAvx2 ? avx2::op : baseline::op)
+#define KLFLOW_CHOOSE(op) (choice().level == kAvx512 ? avx512::op : choice().level == kAvx2 ? avx2::op : baseline::op)
 #else
 #define KLFLOW_CHOOSE(op) (baseline::op)
 #endif
-#define KLFLOW_DEFINE(op, Params)                                                                            \
-  void op(const Params& p) {                                                                                 \
-    const auto run = KLFLOW_CHOOSE(op);                                                                      \
-    parallel_rows(rows_of(p), columns_of(p), [&](int64_t begin, int64_t end) { run(p, begin, end); });       \
+#define KLFLOW_DEFINE(op, Params)                                                                      \
+  void op(const Params& p) {                                                                           \
+    const auto run = KLFLOW_CHOOSE(op);                                                                \
+    parallel_rows(rows_of(p), columns_of(p), [&](int64_t begin, int64_t end) { run(p, begin, end); }); \
   }
 KLFLOW_CPU_OPS(KLFLOW_DEFINE)
 

@@ -1,17 +1,17 @@
-// The CPU ops and how one of the three instruction sets is chosen at run time. Each op of cpu/<op>.cpp handles a range of
-// rows; dispatch.cpp splits the rows over torch's threads.
+// The CPU ops and how one of the three instruction sets is chosen at run time. Each op of cpu/<op>.cpp handles a range
+// of rows; dispatch.cpp splits the rows over torch's threads.
 #pragma once
 
 #include "../common/params.h"
 
 namespace klflow {
 
-#define KLFLOW_CPU_OPS(X)                         \
-  X(noise_interpolate, NoiseInterpolateParams)    \
-  X(logit_interpolate, LogitInterpolateParams)    \
-  X(cross_entropy, CrossEntropyParams)            \
-  X(topk_sample, TopkSampleParams)                \
-  X(topk_renoise, TopkRenoiseParams)              \
+#define KLFLOW_CPU_OPS(X)                      \
+  X(noise_interpolate, NoiseInterpolateParams) \
+  X(logit_interpolate, LogitInterpolateParams) \
+  X(cross_entropy, CrossEntropyParams)         \
+  X(topk_sample, TopkSampleParams)             \
+  X(topk_renoise, TopkRenoiseParams)           \
   X(euler_step, EulerStepParams)
 
 #define KLFLOW_DECLARE(op, Params) void op(const Params& p, int64_t begin, int64_t end);

@@ -1,6 +1,6 @@
-// One vector of the instruction set this translation unit is compiled for (GCC vector extensions plus a few intrinsics):
-// loads and stores of the three dtypes, exp, log2, and Philox words. Everything lives in a namespace named after the
-// instruction set, so that no AVX-512 code can leak into another unit through the linker.
+// One vector of the instruction set this translation unit is compiled for (GCC vector extensions plus a few
+// intrinsics): loads and stores of the three dtypes, exp, log2, and Philox words. Everything lives in a namespace named
+// after the instruction set, so that no AVX-512 code can leak into another unit through the linker.
 #pragma once
 
 #include <cstdint>
@@ -284,7 +284,7 @@ struct PhiloxKey {  // what stays the same along a row
   uint64_t round_keys[20];  // as 64-bit lanes, so that a round reads its keys as broadcast memory operands
 };
 
-constexpr int kHalf = kLanes / 2;        // 64-bit lanes in a vector: counters per block
+constexpr int kHalf = kLanes / 2;           // 64-bit lanes in a vector: counters per block
 constexpr int kPhiloxColumns = 2 * kLanes;  // columns per block: two vectors
 
 // Words of columns [column, column + 2 kLanes), column a multiple of 4.

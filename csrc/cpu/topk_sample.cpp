@@ -1,6 +1,6 @@
-// token ~ softmax(top-k of logits / temperature), restricted to the smallest set of mass >= top_p: a threshold queue that
-// reads the row once, then a Gumbel-max draw over the few candidates with the noise contract's accurate small-E tail.
-// topk_renoise appends the re-noising of the drawn token. Never built: sorted rows, probabilities, x_0.
+// token ~ softmax(top-k of logits / temperature), restricted to the smallest set of mass >= top_p: a threshold queue
+// that reads the row once, then a Gumbel-max draw over the few candidates with the noise contract's accurate small-E
+// tail. topk_renoise appends the re-noising of the drawn token. Never built: sorted rows, probabilities, x_0.
 #include <vector>
 
 #include "dispatch.h"

@@ -1,6 +1,6 @@
 // What the row kernels share: element access in three dtypes, reductions over a block in a fixed order, a streaming
-// logsumexp and the noise of a column. One block handles one row; a thread's columns depend on the column index alone, so
-// a row has the same bits wherever it lies in the batch.
+// logsumexp and the noise of a column. One block handles one row; a thread's columns depend on the column index alone,
+// so a row has the same bits wherever it lies in the batch.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,7 +1,7 @@
-// Draws a token from the top-k of a row (topk_sample), and re-noises the row towards it (topk_renoise). Every logit has a
-// unique 64-bit key, (ordered value, ~column): a larger key is a larger logit or, on ties, a lower column. The k-th key is
-// found by an 8-bit radix descent, so the result never depends on the order of arrival. Never materialised: sorted rows,
-// probabilities, x_0.
+// Draws a token from the top-k of a row (topk_sample), and re-noises the row towards it (topk_renoise). Every logit has
+// a unique 64-bit key, (ordered value, ~column): a larger key is a larger logit or, on ties, a lower column. The k-th
+// key is found by an 8-bit radix descent, so the result never depends on the order of arrival. Never materialised:
+// sorted rows, probabilities, x_0.
 #pragma once
 
 #include "row.cuh"
@@ -94,8 +94,8 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
     const float z = load(p.logits, row, j);
     if (key_of(z, j) < threshold) continue;
     const Words4 high = noise_words(key, j, kTokenDrawHigh), low = noise_words(key, j, kTokenDrawLow);
-    const float score = (z - top.score) * static_cast<float>(inverse) -
-                        logf(token_exponential(high.w[j % 4], low.w[j % 4]));
+    const float score =
+        (z - top.score) * static_cast<float>(inverse) - logf(token_exponential(high.w[j % 4], low.w[j % 4]));
     choice = better(choice, {score, z, j});
   }
   choice = block_reduce(choice, [](Best a, Best b) { return better(a, b); });
@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(kThreads) topk_renoise_kernel(TopkRenoiseParam
     if (is_given(s.given, row))
       store_onehot(p.out, row, s.vocab, token, false);
     else  // token -1 gives a row of NaN
-      noise_interpolate_row(p.out, row, s.vocab, noise_key(s.rng, row), token, scalar_at(p.t_next, row, 0.0f), p.c, false);
+      noise_interpolate_row(p.out, row, s.vocab, noise_key(s.rng, row), token, scalar_at(p.t_next, row, 0.0f), p.c,
+                            false);
   }
 }
 
