@@ -1,0 +1,143 @@
+"""The denoiser: a bidirectional transformer that reads noisy rows and predicts the token of every position."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from klflow_ext.path import LogitPath
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Shape of a Denoiser.
+
+    input: what a position feeds to the embedding matrix. "simplex": x_t itself, as the paper does. "posterior": the exact
+        posterior of the token given its own noisy row and the unigram prior (ExactDenoiser for one position), in closed form.
+    """
+
+    vocab_size: int
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256
+    max_length: int = 256
+    input: str = "posterior"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "max_length"):
+            value, least = getattr(self, name), 2 if name == "vocab_size" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: got {value!r}, allowed is an integer >= {least}")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd: got {self.n_embd}, allowed is a multiple of 2 n_head = {2 * self.n_head}")
+        if self.input not in ("simplex", "posterior"):
+            raise ValueError(f"input: got {self.input!r}, allowed is 'simplex' or 'posterior'")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+
+
+class _Block(nn.Module):
+    def __init__(self, config: DenoiserConfig):
+        super().__init__()
+        d = config.n_embd
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.attention_out = nn.Linear(d, d, bias=False)
+        self.mlp_in = nn.Linear(d, 4 * d, bias=False)
+        self.mlp_out = nn.Linear(4 * d, d, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        b, length, d = x.shape
+        q, k, v = self.qkv(_norm(x)).view(b, length, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k = (_rotate(_norm(z), cos, sin) for z in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.attention_out(y.transpose(1, 2).reshape(b, length, d))
+        return x + self.mlp_out(F.relu(self.mlp_in(_norm(x))).square())
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+
+
+class Denoiser(nn.Module):
+    """model(x_t, t) -> logits of p(k | x_t, t) for every position.
+
+    Pre-norm transformer without biases: RMSNorm, RoPE, QK-norm, ReLU^2, the time as a prepended token. Output projections
+    start at zero, so that the first prediction is uniform. The embedded input is centred and scaled: x_t @ W of a noisy row
+    averages V random rows (mean square near 1e-8 at V = 50k, below any eps), so (x_t - 1/V) @ W sqrt(V) is used, whose
+    entries have unit variance for pure noise.
+
+    Args:
+        config: see DenoiserConfig. path: the LogitPath that makes x_t (its c is part of the posterior input).
+        log_prior: (V,) log unigram frequencies for the posterior input; None: uniform.
+    """
+
+    def __init__(self, config: DenoiserConfig, path: LogitPath, log_prior: Tensor | None = None):
+        super().__init__()
+        if path.vocab_size != config.vocab_size:
+            raise ValueError(f"path: its vocab_size is {path.vocab_size}, allowed is that of config, {config.vocab_size}")
+        self.config, self.c = config, path.c
+        d = config.n_embd
+        self.embedding = nn.Parameter(torch.randn(config.vocab_size, d))
+        self.time_in = nn.Linear(128, d, bias=False)
+        self.time_out = nn.Linear(d, d, bias=False)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.n_layer))
+        self.head = nn.Linear(d, config.vocab_size, bias=False)
+        for block in self.blocks:
+            nn.init.zeros_(block.attention_out.weight)
+            nn.init.zeros_(block.mlp_out.weight)
+        nn.init.zeros_(self.head.weight)
+        uniform = torch.full((config.vocab_size,), -math.log(config.vocab_size))
+        if log_prior is not None and log_prior.shape != uniform.shape:
+            raise ValueError(f"log_prior: got shape {tuple(log_prior.shape)}, allowed is ({config.vocab_size},)")
+        self.register_buffer("log_prior", uniform if log_prior is None else log_prior.float())
+        half = d // config.n_head // 2
+        angles = torch.outer(torch.arange(config.max_length + 1.0), 10000.0 ** -(torch.arange(half) / half))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices between the embeddings and the head: what Muon is for."""
+        return [p for block in self.blocks for p in block.parameters()]
+
+    def posterior(self, x: Tensor, t: Tensor) -> Tensor:
+        """q_k proportional to pi_k (1 - (1 - e^-s) u_k)^-V, u = softmax(log x_t / (1 - t)), s = c t / (1 - t).
+
+        x (B, L, V), t (B,). A row that is certain already (a given one) stays as it is.
+        """
+        keep = (1 - t)[:, None, None]
+        u = (x.log() / keep).softmax(-1)
+        certainty = -torch.expm1(-self.c * t / (1 - t))[:, None, None]
+        evidence = -x.shape[-1] * torch.log1p(-certainty * u)
+        q = (self.log_prior + evidence).softmax(-1)
+        return torch.where(x.amax(-1, keepdim=True) >= 1, x, q)
+
+    def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """x (B, L, V) rows on the simplex, t (B,) or a number in [0, 1); returns logits (B, L, V)."""
+        b, length, vocab = x.shape
+        if vocab != self.config.vocab_size or length > self.config.max_length:
+            allowed = f"(B, L <= {self.config.max_length}, {self.config.vocab_size})"
+            raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is {allowed}")
+        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(b)
+        x = x.to(self.embedding.dtype)
+        if self.config.input == "posterior":
+            h = self.posterior(x, t) @ self.embedding
+        else:
+            h = (x - 1 / vocab) @ self.embedding * math.sqrt(vocab)
+        phases = 1000 * t[:, None] * torch.exp(-math.log(10000) * torch.arange(64, device=x.device) / 64)
+        time = self.time_out(F.silu(self.time_in(torch.cat([phases.sin(), phases.cos()], -1))))
+        h = torch.cat([_norm(time)[:, None], _norm(h)], 1)
+        cos, sin = self.cos[: length + 1], self.sin[: length + 1]
+        for block in self.blocks:
+            h = block(h, cos, sin)
+        return self.head(_norm(h[:, 1:]))

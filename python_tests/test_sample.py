@@ -1,0 +1,134 @@
+"""The samplers against the exact denoiser, which knows the answer, and the promises about NFE, seeds and given tokens."""
+
+import itertools
+
+import pytest
+import torch
+
+from klflow_ext import ExactDenoiser, LogitPath, Sampler, register_sampler
+from klflow_ext.oracle import log_evidence
+
+V, L = 4, 4
+
+
+def sticky_chain():
+    """All 256 sequences of a Markov chain that stays with probability 0.7, and their probabilities."""
+    sequences = torch.tensor(list(itertools.product(range(V), repeat=L)))
+    weights = torch.full((len(sequences),), 0.25, dtype=torch.float64)
+    for i in range(L - 1):
+        weights *= torch.where(sequences[:, i] == sequences[:, i + 1], 0.7, 0.1)
+    return sequences, weights
+
+
+def total_variation(tokens, weights):
+    index = (tokens * (V ** torch.arange(L - 1, -1, -1))).sum(-1)
+    return 0.5 * (torch.bincount(index, minlength=V**L) / len(tokens) - weights).abs().sum().item()
+
+
+def test_golden_posterior():
+    path = LogitPath(3, beta=0.2, t_max=0.5)
+    posterior = ExactDenoiser(torch.tensor([0.5, 0.3, 0.2]), path)(torch.tensor([1.0, 0, 0]).softmax(-1), 0.35).exp()
+    torch.testing.assert_close(posterior, torch.tensor([0.8662, 0.0803, 0.0535], dtype=torch.float64), atol=5e-5, rtol=0)
+
+
+def test_evidence_is_safe_near_one():
+    log_x = torch.tensor([[0.0, -80.0, -90.0]], dtype=torch.float64)
+    assert log_evidence(log_x, torch.tensor([0.9], dtype=torch.float64), 15.0).isfinite().all()
+
+
+def test_calibration_matches_the_kernel():
+    path = LogitPath(256)
+    x = path.sample(torch.full((20000,), 7), path.t_max, 3)
+    accuracy = (x.argmax(-1) == 7).float().mean().item()
+    assert abs(accuracy - 0.985) < 0.004 and abs(path.t_max - 0.37) < 0.01
+    assert abs(LogitPath(50258).t_max - 0.30) < 0.005
+
+
+@pytest.fixture(scope="module")
+def variations():
+    sequences, weights = sticky_chain()
+    path = LogitPath(V, t_max=0.8)
+    sampler = Sampler(ExactDenoiser((sequences, weights), path), path)
+    options = dict(top_k=None, final="draw")
+    runs = {
+        "basic": dict(method="basic"),
+        "hybrid": dict(method="hybrid", t_split=0.93 * 0.8),
+        "sampling": dict(method="sampling"),
+        "argmax": dict(method="sampling", top_k=1),
+    }
+    return {
+        (name, n): total_variation(sampler.sample((6000, L), steps=n + 1, seed=n, **{**options, **run}).tokens, weights)
+        for name, run in runs.items()
+        for n in (4, 16, 64)
+    }
+
+
+def test_samplers_reach_the_joint_distribution(variations):
+    print(variations)
+    # 6,000 draws over 256 cells: the Monte Carlo floor is about .05; the bias of each scheme comes on top.
+    assert variations["basic", 64] < 0.065 and variations["hybrid", 64] < 0.065
+    assert variations["basic", 64] < variations["sampling", 64] + 0.01 < variations["argmax", 64]
+    for n in (16, 64):
+        assert max(variations["basic", n], variations["hybrid", n]) < variations["argmax", n]
+    assert variations["basic", 16] < variations["sampling", 16] < variations["argmax", 16]
+    for name in ("basic", "hybrid", "sampling", "argmax"):
+        assert variations[name, 4] > variations[name, 16] > variations[name, 64] - 0.005
+
+
+class Counting:
+    def __init__(self, vocab):
+        self.calls, self.weight = 0, torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(0))
+
+    def __call__(self, x, t):
+        self.calls += 1
+        return (x @ self.weight) * 30
+
+
+@pytest.mark.parametrize("method", ["basic", "sampling", "hybrid"])
+def test_nfe_given_tokens_and_batch_independence(method):
+    path, model = LogitPath(50), Counting(50)
+    sampler = Sampler(model, path)
+    tokens = torch.randint(50, (5, 7), generator=torch.Generator().manual_seed(1))
+    given = torch.rand(5, 7, generator=torch.Generator().manual_seed(2)) < 0.4
+    for steps in (1, 2, 9):
+        model.calls = 0
+        result = sampler.infill(tokens, given, steps=steps, method=method, seed=[1, 2, 3, 4, 5])
+        assert result.nfe == model.calls == steps
+        assert torch.equal(result.tokens[given], tokens[given]) and (result.tokens >= 0).all()
+    alone = sampler.infill(tokens[3:4], given[3:4], steps=9, method=method, seed=[4])
+    assert torch.equal(alone.tokens[0], result.tokens[3])
+    other = sampler.infill(tokens[3:4], given[3:4], steps=9, method=method, seed=[5])
+    assert not torch.equal(other.tokens, alone.tokens)
+    done = sampler.infill(tokens, torch.ones_like(given), method=method)
+    assert torch.equal(done.tokens, tokens) and done.nfe == 0
+
+
+def test_complete_history_and_registered_sampler():
+    @register_sampler("nothing")
+    def nothing(state, logits, move):
+        return state
+
+    path = LogitPath(50)
+    sampler = Sampler(Counting(50), path)
+    result = sampler.complete([[1, 2, 3], [4], []], 6, steps=4, method="nothing", return_history=True)
+    assert result.tokens[0, :3].tolist() == [1, 2, 3] and result.tokens[1, 0] == 4 and len(result.history) == 4
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(method="fast"), "method: got 'fast'"),
+        (dict(steps=0), "steps: got 0"),
+        (dict(top_p=0.0), "top_p: got 0.0"),
+        (dict(top_k=0), "top_k: got 0"),
+        (dict(temperature=0), "temperature: got 0"),
+        (dict(final="mode"), "final: got 'mode'"),
+        (dict(seed=[1]), "seed: got 1 seeds"),
+    ],
+)
+def test_bad_options(options, message):
+    path = LogitPath(50)
+    with pytest.raises(ValueError, match=message):
+        Sampler(Counting(50), path).sample((2, 3), **options)
+    with pytest.raises(ValueError, match="prompts: number 1 has 4"):
+        Sampler(Counting(50), path).complete([[1], [1, 2, 3, 4]], 3)
