@@ -1,0 +1,135 @@
+"""How good a model and its text are: held-out loss by time, entropies, and bits per byte under an independent judge."""
+
+from __future__ import annotations
+
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from klflow_ext import data
+from klflow_ext.path import LogitPath
+
+
+def unigram_log_prior(stream: np.ndarray, vocab_size: int) -> torch.Tensor:
+    """(V,) log frequencies of the tokens, half a count added to each so that none is impossible."""
+    counts = torch.from_numpy(np.bincount(stream, minlength=vocab_size)).double() + 0.5
+    return (counts / counts.sum()).log().float()
+
+
+def unigram_entropy(stream: np.ndarray, vocab_size: int, log_prior: torch.Tensor) -> float:
+    """Cross-entropy in nats per token of a stream under unigram frequencies: what a model without context pays."""
+    counts = torch.from_numpy(np.bincount(stream, minlength=vocab_size)).double()
+    return float(-(counts / counts.sum() * log_prior.double()).sum())
+
+
+@torch.no_grad()
+def loss_by_time(model, path: LogitPath, stream, length: int, shares=(0.1, 0.3, 0.5, 0.7, 0.85, 1.0), sequences: int = 64):
+    """{t: held-out denoising loss in nats per token} at shares of t_max, all positions free."""
+    tokens = data.batch(stream, sequences, length, seed=12345, step=0)
+    losses = {}
+    for share in shares:
+        t = torch.full((sequences,), share * path.t_max)
+        losses[share * path.t_max] = path.loss(model, tokens, t, torch.tensor([12345, 1])).item()
+    return losses
+
+
+def token_entropy(sequences) -> float:
+    """Mean over sequences of the entropy (nats) of each one's token histogram: falls when text repeats itself."""
+    entropies = []
+    for tokens in sequences:
+        p = np.unique(np.asarray(tokens), return_counts=True)[1] / len(tokens)
+        entropies.append(float(-(p * np.log(p)).sum()))
+    return float(np.mean(entropies))
+
+
+class Judge:
+    """A small pretrained Llama in llama2.c's legacy format, which scores text in bits per byte.
+
+    Args: folder with stories260K.bin and tok512.bin.
+    """
+
+    def __init__(self, folder: str | Path):
+        raw = (Path(folder) / "stories260K.bin").read_bytes()
+        dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack("7i", raw[:28])
+        shared, vocab = vocab > 0, abs(vocab)
+        values, at = np.frombuffer(raw, np.float32, offset=28), 0
+
+        def take(*shape):
+            nonlocal at
+            size = math.prod(shape)
+            at += size
+            return torch.from_numpy(values[at - size : at].reshape(shape).copy())
+
+        kv = dim // heads * kv_heads
+        self.embedding = take(vocab, dim)
+        self.norm_attention = take(layers, dim)
+        self.wq, self.wk, self.wv = take(layers, dim, dim), take(layers, kv, dim), take(layers, kv, dim)
+        self.wo, self.norm_mlp = take(layers, dim, dim), take(layers, dim)
+        self.w1, self.w2, self.w3 = take(layers, hidden, dim), take(layers, dim, hidden), take(layers, hidden, dim)
+        self.norm_final = take(dim)
+        take(2, context, dim // heads // 2)  # stored rotations, recomputed below
+        self.classifier = self.embedding if shared else take(vocab, dim)
+        self.layers, self.heads, self.kv_heads, self.context = layers, heads, kv_heads, context
+
+        raw, at = (Path(folder) / "tok512.bin").read_bytes(), 4
+        self.pieces, self.scores = {}, []
+        for token in range(vocab):
+            score, size = struct.unpack_from("fi", raw, at)
+            self.pieces.setdefault(raw[at + 8 : at + 8 + size], token)
+            self.scores.append(score)
+            at += 8 + size
+
+    def encode(self, text: str) -> list[int]:
+        """SentencePiece-style merges by score, bytes where a character has no piece; starts with BOS = 1."""
+        tokens = []
+        for character in " " + text:
+            piece = self.pieces.get(character.encode())
+            tokens += [piece] if piece is not None else [byte + 3 for byte in character.encode()]
+        names = {token: piece for piece, token in self.pieces.items()}
+        while True:
+            best = None
+            for i in range(len(tokens) - 1):
+                merged = self.pieces.get(names.get(tokens[i], b"\0") + names.get(tokens[i + 1], b"\0"))
+                if merged is not None and (best is None or self.scores[merged] > best[0]):
+                    best = (self.scores[merged], i, merged)
+            if best is None:
+                return [1, *tokens]
+            tokens[best[1] : best[1] + 2] = [best[2]]
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        length, size = len(tokens), self.embedding.shape[1] // self.heads
+        angles = torch.outer(torch.arange(float(length)), 10000.0 ** -(torch.arange(0, size, 2) / size))
+        rotation = torch.polar(torch.ones_like(angles), angles)[:, None]
+
+        def rotate(x):
+            pairs = torch.view_as_complex(x.reshape(length, -1, size // 2, 2).contiguous())
+            return torch.view_as_real(pairs * rotation).reshape(length, -1, size)
+
+        x = self.embedding[tokens]
+        norm = lambda x, w: F.rms_norm(x, (x.shape[-1],), w, 1e-5)  # noqa: E731
+        for i in range(self.layers):
+            h = norm(x, self.norm_attention[i])
+            q, k = rotate(h @ self.wq[i].T), rotate(h @ self.wk[i].T)
+            v = (h @ self.wv[i].T).reshape(length, self.kv_heads, size)
+            k, v = (z.repeat_interleave(self.heads // self.kv_heads, 1) for z in (k, v))
+            y = F.scaled_dot_product_attention(*(z.transpose(0, 1)[None] for z in (q, k, v)), is_causal=True)
+            x = x + y[0].transpose(0, 1).reshape(length, -1) @ self.wo[i].T
+            h = norm(x, self.norm_mlp[i])
+            x = x + (F.silu(h @ self.w1[i].T) * (h @ self.w3[i].T)) @ self.w2[i].T
+        return norm(x, self.norm_final) @ self.classifier.T
+
+    @torch.no_grad()
+    def bits_per_byte(self, texts) -> float:
+        """Total -log2 p of the texts over their UTF-8 bytes, each text cut at the judge's context."""
+        bits = size = 0.0
+        for text in texts:
+            tokens = torch.tensor(self.encode(text)[: self.context])
+            loss = F.cross_entropy(self.logits(tokens[:-1]), tokens[1:], reduction="sum").item()
+            share = min(1.0, len(tokens) / len(self.encode(text)))
+            bits += loss / math.log(2)
+            size += len(text.encode()) * share
+        return bits / size
