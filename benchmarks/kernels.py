@@ -1,0 +1,255 @@
+"""Times every kernel beside its peers, interleaved in one run, as shares of a copy measured in the same run.
+
+    python benchmarks/kernels.py                         # this machine's default shapes, under three minutes
+    python benchmarks/kernels.py --device cuda --json results.json --plot results.png
+    python benchmarks/kernels.py --shapes 1024x50259 --dtypes float32 --ops cross_entropy,topk_sample
+
+"copies" is the time over that of copying one (rows x V) tensor; "bound" is the share of the copy's bandwidth that the
+kernel's own bytes reach; the last columns say how many times faster it is than each peer.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from klflow_ext import build_info, ops
+
+DEFAULT_SHAPES = {"cpu": "1024x50259,8192x2048,1x50259", "cuda": "4096x32768,4096x50259,4096x50304,4096x128256"}
+TOP_K, T, BETA = 50, 0.2, 0.01
+
+
+class Case:
+    """One op on one shape: ours, the peers that do the same, and the elements it must read and write (in rows x V)."""
+
+    def __init__(self, ours, traffic, peers):
+        self.ours, self.traffic, self.peers = ours, traffic, peers
+
+
+def compiled(function):
+    return torch.compile(function, dynamic=False)
+
+
+def build_case(name, rows, vocab, dtype, device):
+    """Inputs are made once; `out=` and in-place forms are used by all that have them."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    logits = (torch.randn(rows, vocab, device=device, generator=generator) * 3).to(dtype)
+    target = torch.randint(vocab, (rows,), device=device, generator=generator)
+    out, t = torch.empty_like(logits), torch.full((rows,), T, device=device)
+    rng = torch.tensor([1, 2], device=device)
+    c = torch.log(torch.tensor(vocab / BETA - vocab + 1)).item()
+    rate = 0.05
+
+    def noise_eager():
+        noise = torch.empty(rows, vocab, device=device).exponential_()
+        l = noise.log_().mul_(1 - T)
+        l[torch.arange(rows, device=device), target] += T * c
+        return l.softmax(-1).to(dtype)
+
+    def noise_compiled():
+        l = (1 - T) * torch.log(-torch.log(torch.rand(rows, vocab, device=device).clamp_min(1e-9)))
+        column = torch.arange(vocab, device=device)
+        return (l + T * c * (column == target[:, None])).softmax(-1).to(dtype)
+
+    def sample_eager():
+        values, index = logits.topk(TOP_K)
+        choice = torch.multinomial(values.float().softmax(-1), 1)
+        return index.gather(1, choice)[:, 0]
+
+    def renoise_eager():
+        token = sample_eager()
+        l = torch.empty(rows, vocab, device=device).exponential_().log_().mul_(1 - T)
+        l[torch.arange(rows, device=device), token] += T * c
+        return l.softmax(-1).to(dtype)
+
+    if name == "noise_interpolate":
+        ours = lambda: ops.noise_interpolate(target, t, rng, vocab_size=vocab, out=out)  # noqa: E731
+        return Case(ours, 1, {"eager": noise_eager, "compile": compiled(noise_compiled)})
+    if name == "logit_interpolate":
+        log_x0 = torch.randn_like(logits)
+
+        def eager():
+            return torch.lerp(log_x0, logits, T).softmax(-1)
+
+        return Case(lambda: ops.logit_interpolate(log_x0, logits, T, out=out), 3, {"eager": eager, "compile": compiled(eager)})
+    if name == "cross_entropy":
+        eager = lambda: F.cross_entropy(logits.float(), target)  # noqa: E731
+        return Case(lambda: ops.cross_entropy(logits, target), 1, {"eager": eager, "compile": compiled(eager)})
+    if name == "cross_entropy_grad":
+
+        def loss(x):
+            return F.cross_entropy(x.float(), target)
+
+        leaf = logits.clone().requires_grad_()
+        mine, fast = logits.clone(), compiled(loss)
+
+        def both(f):
+            leaf.grad = None
+            f(leaf).backward()
+
+        peers = {"eager": lambda: both(loss), "compile": lambda: both(fast)}
+        return Case(lambda: ops.cross_entropy_grad(mine, target, out=mine), 2, peers)
+    if name == "topk_sample":
+        peers = {"eager": sample_eager, "torch.topk": lambda: logits.topk(TOP_K)}
+        return Case(lambda: ops.topk_sample(logits, TOP_K, rng), 1, peers)
+    if name == "topk_renoise":
+        return Case(lambda: ops.topk_renoise(logits, TOP_K, t, rng, out=out), 2, {"eager": renoise_eager})
+    log_x = torch.randn(rows, vocab, device=device).log_softmax(-1)
+
+    def euler_eager():
+        l = (1 - rate) * log_x + rate * c * logits.float().softmax(-1)
+        log_next = l.log_softmax(-1)
+        return log_next, log_next.exp().to(dtype)
+
+    size = logits.element_size()
+    traffic = (2 * size + 8) / size  # logits in, x out, the float32 state in and out
+    ours = lambda: ops.euler_step(log_x, logits, rate, dtype=dtype, inplace=True)  # noqa: E731
+    return Case(ours, traffic, {"eager": euler_eager, "compile": compiled(euler_eager)})
+
+
+OPS = ["noise_interpolate", "logit_interpolate", "cross_entropy", "cross_entropy_grad", "topk_sample", "topk_renoise", "euler_step"]
+
+
+def once(function, device):
+    """Milliseconds of one call."""
+    if device.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
+
+
+def measure(functions, device, seconds):
+    """Median milliseconds of each function, all of them called in turn for about `seconds`, at least three rounds."""
+    for function in functions.values():
+        function()
+    times = {name: [] for name in functions}
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(next(iter(times.values()))) < 3:
+        for name, function in functions.items():
+            times[name].append(once(function, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def run(arguments):
+    device = torch.device(arguments.device)
+    results = []
+    todo = [(s, d, o) for s in arguments.shapes for d in arguments.dtypes for o in arguments.ops]
+    begin = time.perf_counter()
+    print(f"{'op':<20}{'rows x V':>16} {'dtype':>9}{'ms':>9}{'copies':>8}{'bound':>7}  times faster than")
+    for number, ((rows, vocab), dtype, name) in enumerate(todo):
+        torch._dynamo.reset()
+        if sys.stderr.isatty() and number:
+            left = (time.perf_counter() - begin) / number * (len(todo) - number)
+            print(f"\r{number}/{len(todo)}, {left:.0f} s left ", end="\r", file=sys.stderr, flush=True)
+        case = build_case(name, rows, vocab, getattr(torch, dtype), device)
+        source = torch.ones(rows, vocab, dtype=getattr(torch, dtype), device=device)
+        sink = torch.empty_like(source)
+        peers = {} if arguments.no_peers else case.peers
+        functions = {"ours": case.ours, "copy": lambda sink=sink, source=source: sink.copy_(source), **peers}
+        ms = measure(functions, device, arguments.seconds)
+        copies = ms["ours"] / ms["copy"]
+        ratios = {peer: ms[peer] / ms["ours"] for peer in peers}
+        results.append({"op": name, "rows": rows, "vocab": vocab, "dtype": dtype, "ms": ms, "copies": copies,
+                        "bound": case.traffic / 2 / copies, "speedup": ratios})  # fmt: skip
+        text = "  ".join(f"{peer} {ratio:.1f}" for peer, ratio in ratios.items())
+        print(f"{name:<20}{f'{rows} x {vocab}':>16} {dtype:>9}{ms['ours']:>9.3f}{copies:>8.2f}{case.traffic / 2 / copies:>7.0%}  {text}", flush=True)
+    return results
+
+
+def machine(device):
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            cpu = line.split(":")[1].strip()
+            break
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu_capability": build_info()["cpu_capability"],
+        "cuda_arch": build_info()["cuda_arch"],
+    }
+
+
+def plot(results, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(results) + 1.5))
+    labels = [f"{r['op']}  {r['rows']} x {r['vocab']}  {r['dtype']}" for r in results]
+    axes.barh(labels, [r["copies"] for r in results])
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("time, in copies of one (rows x V) tensor")
+    axes.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, format="png")
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", help="ROWSxV,ROWSxV,...")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--ops", default=",".join(OPS))
+    parser.add_argument("--seconds", type=float, default=0.6, help="time for each line, all peers together")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, but this torch sees no CUDA device")
+    try:
+        shapes = (arguments.shapes or DEFAULT_SHAPES[arguments.device]).split(",")
+        arguments.shapes = [tuple(int(n) for n in shape.split("x")) for shape in shapes]
+        assert all(len(s) == 2 and s[0] >= 1 and s[1] >= 2 for s in arguments.shapes)
+    except (ValueError, AssertionError):
+        parser.error(f"--shapes: got {arguments.shapes!r}, allowed is ROWSxV,... with rows >= 1 and V >= 2")
+    for option, allowed in (("dtypes", ["float32", "bfloat16", "float16"]), ("ops", OPS)):
+        values = getattr(arguments, option).split(",")
+        for value in values:
+            if value not in allowed:
+                parser.error(f"--{option}: got {value!r}, allowed are {', '.join(allowed)}")
+        setattr(arguments, option, values)
+    for path in (arguments.json, arguments.plot):
+        if path is not None and not path.resolve().parent.is_dir():
+            parser.error(f"{path}: its folder does not exist")
+    return arguments
+
+
+def main():
+    arguments = parse()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    about = machine(arguments.device)
+    print("  ".join(f"{key}: {value}" for key, value in about.items()))
+    start = time.perf_counter()
+    results = run(arguments)
+    print(f"done in {time.perf_counter() - start:.0f} s")
+    if arguments.json:
+        temporary = arguments.json.with_name(arguments.json.name + ".tmp")
+        temporary.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
+        os.replace(temporary, arguments.json)
+    if arguments.plot:
+        temporary = arguments.plot.with_name(arguments.plot.name + ".tmp")
+        plot(results, temporary)
+        os.replace(temporary, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
