@@ -78,7 +78,9 @@ def build_case(name, rows, vocab, dtype, device):
         def eager():
             return torch.lerp(log_x0, logits, T).softmax(-1)
 
-        return Case(lambda: ops.logit_interpolate(log_x0, logits, T, out=out), 3, {"eager": eager, "compile": compiled(eager)})
+        return Case(
+            lambda: ops.logit_interpolate(log_x0, logits, T, out=out), 3, {"eager": eager, "compile": compiled(eager)}
+        )
     if name == "cross_entropy":
         eager = lambda: F.cross_entropy(logits.float(), target)  # noqa: E731
         return Case(lambda: ops.cross_entropy(logits, target), 1, {"eager": eager, "compile": compiled(eager)})
@@ -114,7 +116,15 @@ def build_case(name, rows, vocab, dtype, device):
     return Case(ours, traffic, {"eager": euler_eager, "compile": compiled(euler_eager)})
 
 
-OPS = ["noise_interpolate", "logit_interpolate", "cross_entropy", "cross_entropy_grad", "topk_sample", "topk_renoise", "euler_step"]
+OPS = [
+    "noise_interpolate",
+    "logit_interpolate",
+    "cross_entropy",
+    "cross_entropy_grad",
+    "topk_sample",
+    "topk_renoise",
+    "euler_step",
+]
 
 
 def once(function, device):
@@ -165,7 +175,10 @@ def run(arguments):
         results.append({"op": name, "rows": rows, "vocab": vocab, "dtype": dtype, "ms": ms, "copies": copies,
                         "bound": case.traffic / 2 / copies, "speedup": ratios})  # fmt: skip
         text = "  ".join(f"{peer} {ratio:.1f}" for peer, ratio in ratios.items())
-        print(f"{name:<20}{f'{rows} x {vocab}':>16} {dtype:>9}{ms['ours']:>9.3f}{copies:>8.2f}{case.traffic / 2 / copies:>7.0%}  {text}", flush=True)
+        print(
+            f"{name:<20}{f'{rows} x {vocab}':>16} {dtype:>9}{ms['ours']:>9.3f}{copies:>8.2f}{case.traffic / 2 / copies:>7.0%}  {text}",
+            flush=True,
+        )
     return results
 
 

@@ -24,7 +24,9 @@ class Info:
 
         info = build_info()
         runs_cuda = torch.cuda.is_available() and info["cuda"]
-        print(f"klflow_ext       {__version__}, built against torch {info['torch_headers']} with g++ {info['compiler']}")
+        print(
+            f"klflow_ext       {__version__}, built against torch {info['torch_headers']} with g++ {info['compiler']}"
+        )
         print(f"torch            {torch.__version__} (any torch >= {info['torch_minimum']} will do)")
         built = f"{info['cuda_arch']} (nvcc {info['nvcc']})" if info["cuda"] else f"none: {info['cuda_reason']}"
         print(f"CUDA kernels     {built}")
@@ -72,7 +74,12 @@ def prepare(settings: Settings):
         seed=settings.seed,
     )  # fmt: skip
     config = DenoiserConfig(
-        settings.vocab_size, settings.n_layer, settings.n_head, settings.n_embd, max(256, settings.length), settings.input
+        settings.vocab_size,
+        settings.n_layer,
+        settings.n_head,
+        settings.n_embd,
+        max(256, settings.length),
+        settings.input,
     )
     if (settings.out / "config.json").exists():
         print(f"{settings.out} holds a run already; it is replaced")
@@ -103,7 +110,9 @@ def print_losses(model, path, stream, held, length):
     from klflow_ext import evaluate
 
     prior = evaluate.unigram_log_prior(np.asarray(stream), path.vocab_size)
-    print(f"held-out loss, nats per token (unigram entropy {evaluate.unigram_entropy(held, path.vocab_size, prior):.3f}):")
+    print(
+        f"held-out loss, nats per token (unigram entropy {evaluate.unigram_entropy(held, path.vocab_size, prior):.3f}):"
+    )
     losses = evaluate.loss_by_time(model, path, held, length)
     print("  t    " + "  ".join(f"{t:6.3f}" for t in losses))
     print("  loss " + "  ".join(f"{v:6.3f}" for v in losses.values()))
@@ -128,7 +137,9 @@ class Demo(Settings):
                 print(tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
                 print("   .")
         self.fill(sampler, tokenizer, held_texts)
-        print(f"\nrun folder: {self.out}  (next: klflow sample {self.out}; klflow train --resume {self.out} --seconds 60)")
+        print(
+            f"\nrun folder: {self.out}  (next: klflow sample {self.out}; klflow train --resume {self.out} --seconds 60)"
+        )
 
     def fill(self, sampler, tokenizer, held_texts):
         """Removes the middle line of a piece of held-out text and lets the model write it again."""
@@ -278,11 +289,15 @@ class Eval:
             "sampling, top-k 1": {"method": "sampling", "top_k": 1},
             "hybrid at half, top-k 20": {"method": "hybrid", "top_k": 20, "t_split": path.t_max / 2},
         }.items():
-            rows[f"{name}, NFE {self.steps}"] = sampler.sample((self.count, self.length), steps=self.steps, **options).tokens
+            rows[f"{name}, NFE {self.steps}"] = sampler.sample(
+                (self.count, self.length), steps=self.steps, **options
+            ).tokens
         print(f"{self.count} texts of {self.length} tokens: bits per byte under the judge (token entropy, nats)")
         for name, sequences in rows.items():
             texts = [tokenizer.decode([int(i) for i in tokens]) for tokens in sequences]
-            print(f"  {name:<34} {judge.bits_per_byte(texts):.2f} ({evaluate.token_entropy(sequences):.2f})", flush=True)
+            print(
+                f"  {name:<34} {judge.bits_per_byte(texts):.2f} ({evaluate.token_entropy(sequences):.2f})", flush=True
+            )
 
 
 def main() -> None:

@@ -30,7 +30,17 @@ def read_text(path: str | Path) -> str:
 def standard_library() -> list[str]:
     """The source files of this Python's standard library, sorted by name, tests and installed packages left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "config", "__pycache__"}
+    skipped = {
+        "site-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "encodings",
+        "config",
+        "__pycache__",
+    }
     texts = []
     for path in sorted(root.rglob("*.py")):
         if not skipped.intersection(path.relative_to(root).parts):
@@ -62,7 +72,9 @@ def documents(path: str | Path | None) -> tuple[list[str], list[str]]:
                     piece = ""
             texts += [piece] if piece.strip() else []
     if len(texts) < 20:
-        raise ValueError(f"data: {path} has {len(texts)} pieces of text, at least 20 are needed (about 40,000 characters)")
+        raise ValueError(
+            f"data: {path} has {len(texts)} pieces of text, at least 20 are needed (about 40,000 characters)"
+        )
     return [text for i, text in enumerate(texts) if i % 20], texts[::20]
 
 

@@ -27,7 +27,9 @@ def unigram_entropy(stream: np.ndarray, vocab_size: int, log_prior: torch.Tensor
 
 
 @torch.no_grad()
-def loss_by_time(model, path: LogitPath, stream, length: int, shares=(0.1, 0.3, 0.5, 0.7, 0.85, 1.0), sequences: int = 64):
+def loss_by_time(
+    model, path: LogitPath, stream, length: int, shares=(0.1, 0.3, 0.5, 0.7, 0.85, 1.0), sequences: int = 64
+):
     """{t: held-out denoising loss in nats per token} at shares of t_max, all positions free."""
     tokens = data.batch(stream, sequences, length, seed=12345, step=0)
     losses = {}

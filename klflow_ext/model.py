@@ -85,7 +85,9 @@ class Denoiser(nn.Module):
     def __init__(self, config: DenoiserConfig, path: LogitPath, log_prior: Tensor | None = None):
         super().__init__()
         if path.vocab_size != config.vocab_size:
-            raise ValueError(f"path: its vocab_size is {path.vocab_size}, allowed is that of config, {config.vocab_size}")
+            raise ValueError(
+                f"path: its vocab_size is {path.vocab_size}, allowed is that of config, {config.vocab_size}"
+            )
         self.config, self.c = config, path.c
         d = config.n_embd
         self.embedding = nn.Parameter(torch.randn(config.vocab_size, d))

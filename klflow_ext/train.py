@@ -79,7 +79,9 @@ class Trainer:
         model, path: what to train. stream: int tokens, one long array. out: the run folder (made if needed); None: no files.
     """
 
-    def __init__(self, model: Denoiser, path: LogitPath, stream: np.ndarray, config: TrainConfig, out: Path | None = None):
+    def __init__(
+        self, model: Denoiser, path: LogitPath, stream: np.ndarray, config: TrainConfig, out: Path | None = None
+    ):
         if config.length > model.config.max_length:
             raise ValueError(f"length: got {config.length}, allowed is at most max_length = {model.config.max_length}")
         if len(stream) <= config.length:

@@ -28,7 +28,9 @@ def total_variation(tokens, weights):
 def test_golden_posterior():
     path = LogitPath(3, beta=0.2, t_max=0.5)
     posterior = ExactDenoiser(torch.tensor([0.5, 0.3, 0.2]), path)(torch.tensor([1.0, 0, 0]).softmax(-1), 0.35).exp()
-    torch.testing.assert_close(posterior, torch.tensor([0.8662, 0.0803, 0.0535], dtype=torch.float64), atol=5e-5, rtol=0)
+    torch.testing.assert_close(
+        posterior, torch.tensor([0.8662, 0.0803, 0.0535], dtype=torch.float64), atol=5e-5, rtol=0
+    )
 
 
 def test_evidence_is_safe_near_one():

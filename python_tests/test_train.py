@@ -18,7 +18,9 @@ V = 40
 def small_model(input="posterior", **options):
     torch.manual_seed(0)
     path = LogitPath(V)
-    return Denoiser(DenoiserConfig(V, n_layer=2, n_head=2, n_embd=32, max_length=32, input=input, **options), path), path
+    return Denoiser(
+        DenoiserConfig(V, n_layer=2, n_head=2, n_embd=32, max_length=32, input=input, **options), path
+    ), path
 
 
 def trainer(steps, out=None, input="posterior"):

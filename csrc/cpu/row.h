@@ -97,45 +97,41 @@ struct StreamingSum {
 };
 
 // Fills y with the unnormalised noisy row E_j^(1 - t) (or, with log, with (1 - t) log2 E_j) and returns the sum of
-// E_j^(1 - t). E is in units of ln 2, a factor that the normalisation removes. y has room for kPhiloxColumns more.
+// E_j^(1 - t). E is in units of ln 2, a factor that the normalisation removes. y has room for kNoiseColumns more.
 template <bool kLog>
 double noise_row(const PhiloxKey& key, int64_t vocab, float one_minus_t, float* y) {
   double total = 0.0;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t end = std::min(vocab, begin + kBlock);
-    vf sum0 = {}, sum1 = {};
-    int64_t column = begin;
-    auto log_power = [&](vu words) {
-      const vf e = -log2v(simplex_uniformv(words));  // in [8.6e-8, 33]
-      return log2v(e) * one_minus_t;
-    };
-    for (; column < end; column += kPhiloxColumns) {
-      vu first, second;
-      philox_block(key, column, first, second);
-      vf a = log_power(first), b = log_power(second);
-      if constexpr (kLog) {
-        store(y + column, a);
-        store(y + column + kLanes, b);
-      }
-      a = exp2v(a);
-      b = exp2v(b);
-      if constexpr (!kLog) {
-        store(y + column, a);
-        store(y + column + kLanes, b);
+    vf sums[kChains] = {};
+    for (int64_t column = begin; column < end; column += kNoiseColumns) {
+      vu words[2 * kChains];
+      philox_words(key, column, words);
+      vf powers[2 * kChains];
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        vf* v = powers + half * kChains;
+        each_chain([&](int i) { v[i] = simplex_uniformv(words[half * kChains + i]); });
+        log2_chains(v);
+        each_chain([&](int i) { v[i] = -v[i]; });  // E, in [8.6e-8, 33]
+        log2_chains(v);
+        each_chain([&](int i) { v[i] *= one_minus_t; });
+        float* out = y + column + half * kChains * kLanes;
+        if constexpr (kLog) each_chain([&](int i) { store(out + i * kLanes, v[i]); });
+        exp2_chains(v);
+        if constexpr (!kLog) each_chain([&](int i) { store(out + i * kLanes, v[i]); });
       }
       const int64_t left = end - column;
-      if (left < kPhiloxColumns) {
-        float lanes[kPhiloxColumns];
-        store(lanes, a);
-        store(lanes + kLanes, b);
-        for (int64_t i = left; i < kPhiloxColumns; ++i) lanes[i] = 0.0f;
-        a = load(lanes);
-        b = load(lanes + kLanes);
+      if (left < kNoiseColumns) {  // the columns past the end of the row do not count
+        float lanes[kNoiseColumns];
+        for (int i = 0; i < 2 * kChains; ++i) store(lanes + i * kLanes, powers[i]);
+        std::fill(lanes + left, lanes + kNoiseColumns, 0.0f);
+        for (int i = 0; i < 2 * kChains; ++i) powers[i] = load(lanes + i * kLanes);
       }
-      sum0 += a;
-      sum1 += b;
+      each_chain([&](int i) { sums[i] += powers[i] + powers[kChains + i]; });
     }
-    total += static_cast<double>(sum_lanes(sum0 + sum1));
+    for (int i = 1; i < kChains; ++i) sums[0] += sums[i];
+    total += static_cast<double>(sum_lanes(sums[0]));
   }
   return total;
 }
@@ -160,7 +156,7 @@ T* row_of(const Rows& rows, int64_t row) {
 inline float* scratch_row(int64_t columns) {
   thread_local std::unique_ptr<float[]> buffer;
   thread_local int64_t size = 0;
-  const int64_t wanted = columns + 2 * kPhiloxColumns;
+  const int64_t wanted = columns + 2 * kNoiseColumns;
   if (size < wanted) {
     buffer.reset(new float[wanted]);
     size = wanted;

@@ -212,21 +212,6 @@ KLFLOW_INLINE vf scale_by_power(vf p, vf n) {
 #endif
 }
 
-KLFLOW_INLINE vf exp2_poly(vf r) {  // 2^r, |r| <= 1/2
-  vf p = splat(0.00015345812161311629f);
-  p = p * r + 0.0013399931177239738f;
-  p = p * r + 0.009618488956331182f;
-  p = p * r + 0.05550328777105325f;
-  p = p * r + 0.24022646890645522f;
-  p = p * r + 0.6931472057371958f;
-  return p * r + 1.0000000005541647f;
-}
-
-KLFLOW_INLINE vf exp2v(vf x) {  // x in [-252, 252] or NaN
-  const vf n = round_even(x);
-  return scale_by_power(exp2_poly(x - n), n);
-}
-
 KLFLOW_INLINE vf expv(vf x) {  // any x: 0 below -104, infinity above 89, NaN stays
   x = x < -104.0f ? splat(-104.0f) : x;
   x = x > 89.0f ? splat(89.0f) : x;
@@ -240,23 +225,6 @@ KLFLOW_INLINE vf expv(vf x) {  // any x: 0 below -104, infinity above 89, NaN st
   p = p * r + 1.0000000363230943f;
   p = p * r + 1.0000000005541647f;
   return scale_by_power(p, n);
-}
-
-KLFLOW_INLINE vf log2v(vf x) {  // positive normal x; relative accuracy near 1 too
-  const vi bits = as_int(x);
-  const vi exponent = (bits - 0x3f3504f3) >> 23;  // x = m 2^exponent, m in [sqrt(1/2), sqrt(2))
-  const vf f = as_float(bits - (exponent << 23)) - 1.0f;
-  const vf f2 = f * f;
-  // Even and odd halves of the degree-8 polynomial run side by side.
-  vf even = splat(0.1258369936017068f), odd = splat(-0.20726972741798402f);
-  even = even * f2 + 0.21571560772593848f;
-  odd = odd * f2 - 0.2389448249822585f;
-  even = even * f2 + 0.2879162483697456f;
-  odd = odd * f2 - 0.3607036826008446f;
-  even = even * f2 + 0.48091064292651386f;
-  odd = odd * f2 - 0.7213473468070407f;
-  even = even * f2 + 1.4426950036526216f;
-  return (odd * f + even) * f + __builtin_convertvector(exponent, vf);
 }
 
 // ---- Philox words of kLanes consecutive counters, in column order (4 kLanes columns)
@@ -284,11 +252,24 @@ struct PhiloxKey {  // what stays the same along a row
   uint64_t round_keys[20];  // as 64-bit lanes, so that a round reads its keys as broadcast memory operands
 };
 
-constexpr int kHalf = kLanes / 2;           // 64-bit lanes in a vector: counters per block
-constexpr int kPhiloxColumns = 2 * kLanes;  // columns per block: two vectors
+constexpr int kHalf = kLanes / 2;  // 64-bit lanes in a vector: counters per block
 
-// Words of columns [column, column + 2 kLanes), column a multiple of 4.
-KLFLOW_INLINE void philox_block(const PhiloxKey& key, int64_t column, vu& first, vu& second) {
+// How many independent chains run side by side: Philox rounds and polynomials are chains of dependent steps, and a
+// processor's scheduler is too short to find the next chain by itself. Limited by the number of vector registers.
+#if defined(__AVX512F__)
+constexpr int kChains = 4;
+#else
+constexpr int kChains = 2;
+#endif
+
+template <class F>
+KLFLOW_INLINE void each_chain(F&& f) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kChains; ++i) f(i);
+}
+
+// Words of columns [column, column + 2 kLanes kChains) in column order, column a multiple of 4: two vectors a chain.
+KLFLOW_INLINE void philox_words(const PhiloxKey& key, int64_t column, vu (&words)[2 * kChains]) {
 #if defined(__AVX512F__)
   constexpr vu64 kIota = {0, 1, 2, 3, 4, 5, 6, 7};
 #elif defined(__AVX2__)
@@ -296,29 +277,37 @@ KLFLOW_INLINE void philox_block(const PhiloxKey& key, int64_t column, vu& first,
 #else
   constexpr vu64 kIota = {0, 1};
 #endif
-  vu64 c0 = kIota + static_cast<uint64_t>(column / 4);
-  vu64 c1 = vu64{} + key.row, c2 = vu64{} + key.step, c3 = vu64{} + key.stream;
+  vu64 c0[kChains], c1[kChains], c2[kChains], c3[kChains];
+  each_chain([&](int i) {
+    c0[i] = kIota + static_cast<uint64_t>(column / 4 + i * kHalf);
+    c1[i] = vu64{} + key.row;
+    c2[i] = vu64{} + key.step;
+    c3[i] = vu64{} + key.stream;
+  });
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {  // only the low halves of the lanes count until the end
-    const vu64 p0 = multiply_low(c0, kPhiloxM0), p1 = multiply_low(c2, kPhiloxM1);
-    c0 = (p1 >> 32) ^ c1 ^ key.round_keys[2 * round];
-    c2 = (p0 >> 32) ^ c3 ^ key.round_keys[2 * round + 1];
-    c1 = p1;
-    c3 = p0;
+    vu64 p0[kChains], p1[kChains];
+    each_chain([&](int i) { p0[i] = multiply_low(c0[i], kPhiloxM0); });
+    each_chain([&](int i) { p1[i] = multiply_low(c2[i], kPhiloxM1); });
+    each_chain([&](int i) { c0[i] = (p1[i] >> 32) ^ c1[i] ^ key.round_keys[2 * round]; });
+    each_chain([&](int i) { c2[i] = (p0[i] >> 32) ^ c3[i] ^ key.round_keys[2 * round + 1]; });
+    each_chain([&](int i) { c1[i] = p1[i], c3[i] = p0[i]; });
   }
-  const vu64 low = (c0 & 0xffffffffull) | (c1 << 32), high = (c2 & 0xffffffffull) | (c3 << 32);
+  each_chain([&](int i) {
+    const vu64 low = (c0[i] & 0xffffffffull) | (c1[i] << 32), high = (c2[i] & 0xffffffffull) | (c3[i] << 32);
 #if defined(__AVX512F__)
-  const vu64 a = __builtin_shuffle(low, high, vu64{0, 8, 1, 9, 2, 10, 3, 11});
-  const vu64 b = __builtin_shuffle(low, high, vu64{4, 12, 5, 13, 6, 14, 7, 15});
+    const vu64 a = __builtin_shuffle(low, high, vu64{0, 8, 1, 9, 2, 10, 3, 11});
+    const vu64 b = __builtin_shuffle(low, high, vu64{4, 12, 5, 13, 6, 14, 7, 15});
 #elif defined(__AVX2__)
-  const vu64 a = __builtin_shuffle(low, high, vu64{0, 4, 1, 5});
-  const vu64 b = __builtin_shuffle(low, high, vu64{2, 6, 3, 7});
+    const vu64 a = __builtin_shuffle(low, high, vu64{0, 4, 1, 5});
+    const vu64 b = __builtin_shuffle(low, high, vu64{2, 6, 3, 7});
 #else
-  const vu64 a = __builtin_shuffle(low, high, vu64{0, 2});
-  const vu64 b = __builtin_shuffle(low, high, vu64{1, 3});
+    const vu64 a = __builtin_shuffle(low, high, vu64{0, 2});
+    const vu64 b = __builtin_shuffle(low, high, vu64{1, 3});
 #endif
-  first = reinterpret_cast<vu>(a);
-  second = reinterpret_cast<vu>(b);
+    words[2 * i] = reinterpret_cast<vu>(a);
+    words[2 * i + 1] = reinterpret_cast<vu>(b);
+  });
 }
 
 KLFLOW_INLINE vf to_float(vu w) {
@@ -335,6 +324,42 @@ KLFLOW_INLINE vf to_float(vu w) {
 KLFLOW_INLINE vf simplex_uniformv(vu w) {
   const vf u = (to_float(w) + 0.5f) * 2.3283064365386963e-10f;
   return u < 0.99999994f ? u : splat(0.99999994f);
+}
+
+constexpr int kNoiseColumns = 2 * kLanes * kChains;  // columns made at a time
+
+// x = log2(x) for positive normal x, relative accuracy near 1 too; kChains vectors side by side.
+KLFLOW_INLINE void log2_chains(vf* x) {
+  constexpr float kCoefficients[] = {0.1258369936017068f,  -0.20726972741798402f, 0.21571560772593848f,
+                                     -0.2389448249822585f, 0.2879162483697456f,   -0.3607036826008446f,
+                                     0.48091064292651386f, -0.7213473468070407f,  1.4426950036526216f};
+  vf exponent[kChains], f[kChains], p[kChains];
+  each_chain([&](int i) {
+    const vi bits = as_int(x[i]);
+    const vi e = (bits - 0x3f3504f3) >> 23;  // x = m 2^e, m in [sqrt(1/2), sqrt(2))
+    f[i] = as_float(bits - (e << 23)) - 1.0f;
+    exponent[i] = __builtin_convertvector(e, vf);
+    p[i] = splat(kCoefficients[0]);
+  });
+#pragma GCC unroll 8
+  for (int k = 1; k < 9; ++k) each_chain([&](int i) { p[i] = p[i] * f[i] + kCoefficients[k]; });
+  each_chain([&](int i) { x[i] = p[i] * f[i] + exponent[i]; });
+}
+
+// x = 2^x for x in [-252, 252]; kChains vectors side by side.
+KLFLOW_INLINE void exp2_chains(vf* x) {
+  constexpr float kCoefficients[] = {0.00015345812161311629f, 0.0013399931177239738f, 0.009618488956331182f,
+                                     0.05550328777105325f,    0.24022646890645522f,   0.6931472057371958f,
+                                     1.0000000005541647f};
+  vf n[kChains], p[kChains];
+  each_chain([&](int i) {
+    n[i] = round_even(x[i]);
+    x[i] -= n[i];
+    p[i] = splat(kCoefficients[0]);
+  });
+#pragma GCC unroll 6
+  for (int k = 1; k < 7; ++k) each_chain([&](int i) { p[i] = p[i] * x[i] + kCoefficients[k]; });
+  each_chain([&](int i) { x[i] = scale_by_power(p[i], n[i]); });
 }
 
 }  // namespace klflow::KLFLOW_ISA
