@@ -28,7 +28,7 @@ def unigram_entropy(stream: np.ndarray, vocab_size: int, log_prior: torch.Tensor
 
 @torch.no_grad()
 def loss_by_time(
-    model, path: LogitPath, stream, length: int, shares=(0.1, 0.3, 0.5, 0.7, 0.85, 1.0), sequences: int = 64
+    model, path: LogitPath, stream, length: int, shares=(0.2, 0.35, 0.5, 0.65, 0.8, 1.0), sequences: int = 64
 ):
     """{t: held-out denoising loss in nats per token} at shares of t_max, all positions free."""
     tokens = data.batch(stream, sequences, length, seed=12345, step=0)
