@@ -81,6 +81,13 @@ def prepare(settings: Settings):
         max(256, settings.length),
         settings.input,
     )
+    if settings.vocab_size < 257:
+        raise ValueError(f"vocab_size: got {settings.vocab_size}, allowed is at least 257 (every byte and {data.END})")
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        (settings.out / "log.jsonl").unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: {settings.out} cannot be written: {error.strerror}") from None
     if (settings.out / "config.json").exists():
         print(f"{settings.out} holds a run already; it is replaced")
     train_texts, held_texts = data.documents(settings.data)
@@ -92,8 +99,6 @@ def prepare(settings: Settings):
     stream, held = data.encode(tokenizer, train_texts), data.encode(tokenizer, held_texts)
     config = replace(config, vocab_size=tokenizer.get_vocab_size())
     print(f"tokenizer: V = {config.vocab_size}, {len(stream):,} tokens, {time.perf_counter() - start:.0f} s")
-    settings.out.mkdir(parents=True, exist_ok=True)
-    (settings.out / "log.jsonl").unlink(missing_ok=True)
     write_atomically(settings.out / "tokenizer.json", lambda p: tokenizer.save(str(p)))
     write_atomically(settings.out / "train.npy", lambda p: np.save(open(p, "wb"), stream))
     write_atomically(settings.out / "heldout.npy", lambda p: np.save(open(p, "wb"), held))
@@ -104,6 +109,17 @@ def prepare(settings: Settings):
     count = sum(p.numel() for p in model.parameters())
     print(f"model: {count / 1e6:.1f} M parameters, input {config.input}; {path!r}")
     return trainer, tokenizer, held, held_texts
+
+
+def load_streams(run: Path):
+    """(training, held-out) tokens of a run folder, as memory maps."""
+    from klflow_ext.train import reading
+
+    streams = []
+    for name in ("train.npy", "heldout.npy"):
+        with reading(run / name) as file:
+            streams.append(np.load(file, mmap_mode="r"))
+    return streams
 
 
 def print_losses(model, path, stream, held, length):
@@ -176,7 +192,7 @@ class Train(Settings):
 
             config = read_config(self.resume)["train"]
             model, path, tokenizer = load_run(self.resume)
-            stream, held = (np.load(self.resume / name, mmap_mode="r") for name in ("train.npy", "heldout.npy"))
+            stream, held = load_streams(self.resume)
             trainer = Trainer(model.train(), path, stream, TrainConfig(**config), self.resume)
             trainer.load()
             longer = {"steps": trainer.step + self.steps}
@@ -207,6 +223,9 @@ class Generation:
         from klflow_ext import Sampler, load_run
 
         model, path, tokenizer = load_run(self.run_folder)
+        length = getattr(self, "length", 1)
+        if not 1 <= length <= model.config.max_length:
+            raise ValueError(f"length: got {length}, allowed is 1 to the run's max_length, {model.config.max_length}")
         options = {name: getattr(self, name) for name in ("steps", "method", "top_k", "top_p", "temperature", "seed")}
         result = make(Sampler(model, path), model, tokenizer, {**options, "progress": sys.stderr.isatty()})
         for tokens in result.tokens:
@@ -273,11 +292,12 @@ class Eval:
         from klflow_ext import Sampler, evaluate, load_run
 
         model, path, tokenizer = load_run(self.run_folder)
-        stream, held = (np.load(self.run_folder / name) for name in ("train.npy", "heldout.npy"))
+        stream, held = load_streams(self.run_folder)
+        # First, so that a wrong folder fails at once.
+        judge = None if self.judge is None else evaluate.Judge(self.judge)
         print_losses(model, path, stream, held, self.length)
-        if self.judge is None:
+        if judge is None:
             return
-        judge = evaluate.Judge(self.judge)
         generator = np.random.default_rng(0)
         real = [held[i : i + self.length] for i in generator.integers(0, len(held) - self.length, self.count)]
         unigram = generator.choice(stream, (self.count, self.length))
@@ -305,7 +325,7 @@ def main() -> None:
                 "eval": Eval}  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="klflow").run()
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         sys.exit(f"klflow: {error}")
     except KeyboardInterrupt:
         sys.exit("klflow: stopped; the last checkpoint is kept")

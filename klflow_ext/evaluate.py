@@ -55,6 +55,9 @@ class Judge:
     """
 
     def __init__(self, folder: str | Path):
+        for name in ("stories260K.bin", "tok512.bin"):
+            if not (Path(folder) / name).is_file():
+                raise ValueError(f"judge: {folder} has no {name}")
         raw = (Path(folder) / "stories260K.bin").read_bytes()
         dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack("7i", raw[:28])
         shared, vocab = vocab > 0, abs(vocab)
@@ -84,6 +87,7 @@ class Judge:
             self.pieces.setdefault(raw[at + 8 : at + 8 + size], token)
             self.scores.append(score)
             at += 8 + size
+        self.names = {token: piece for piece, token in self.pieces.items()}
 
     def encode(self, text: str) -> list[int]:
         """SentencePiece-style merges by score, bytes where a character has no piece; starts with BOS = 1."""
@@ -91,11 +95,10 @@ class Judge:
         for character in " " + text:
             piece = self.pieces.get(character.encode())
             tokens += [piece] if piece is not None else [byte + 3 for byte in character.encode()]
-        names = {token: piece for piece, token in self.pieces.items()}
         while True:
             best = None
             for i in range(len(tokens) - 1):
-                merged = self.pieces.get(names.get(tokens[i], b"\0") + names.get(tokens[i + 1], b"\0"))
+                merged = self.pieces.get(self.names.get(tokens[i], b"\0") + self.names.get(tokens[i + 1], b"\0"))
                 if merged is not None and (best is None or self.scores[merged] > best[0]):
                     best = (self.scores[merged], i, merged)
             if best is None:
@@ -129,9 +132,10 @@ class Judge:
         """Total -log2 p of the texts over their UTF-8 bytes, each text cut at the judge's context."""
         bits = size = 0.0
         for text in texts:
-            tokens = torch.tensor(self.encode(text)[: self.context])
+            encoded = self.encode(text)
+            tokens = torch.tensor(encoded[: self.context])
             loss = F.cross_entropy(self.logits(tokens[:-1]), tokens[1:], reduction="sum").item()
-            share = min(1.0, len(tokens) / len(self.encode(text)))
+            share = len(tokens) / len(encoded)
             bits += loss / math.log(2)
             size += len(text.encode()) * share
         return bits / size

@@ -115,28 +115,35 @@ class Denoiser(nn.Module):
     def posterior(self, x: Tensor, t: Tensor) -> Tensor:
         """q_k proportional to pi_k (1 - (1 - e^-s) u_k)^-V, u = softmax(log x_t / (1 - t)), s = c t / (1 - t).
 
-        x (B, L, V), t (B,). A row that is certain already (a given one) stays as it is.
+        x (B, L, V), t (B,) or (B, L). A row that is certain already (a given one) stays as it is.
         """
-        keep = (1 - t)[:, None, None]
-        u = (x.log() / keep).softmax(-1)
-        certainty = -torch.expm1(-self.c * t / (1 - t))[:, None, None]
+        t = t.reshape(len(x), -1, 1)
+        u = (x.log() / (1 - t)).softmax(-1)
+        certainty = -torch.expm1(-self.c * t / (1 - t))
         evidence = -x.shape[-1] * torch.log1p(-certainty * u)
         q = (self.log_prior + evidence).softmax(-1)
         return torch.where(x.amax(-1, keepdim=True) >= 1, x, q)
 
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """x (B, L, V) rows on the simplex, t (B,) or a number in [0, 1); returns logits (B, L, V)."""
+        """x (B, L, V) rows on the simplex, t a number, (B,) or (B, L), in [0, 1); returns logits (B, L, V).
+
+        Each row's posterior uses its own time; the time token carries the least of a sequence, that of its free rows.
+        """
         b, length, vocab = x.shape
         if vocab != self.config.vocab_size or length > self.config.max_length:
             allowed = f"(B, L <= {self.config.max_length}, {self.config.vocab_size})"
             raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is {allowed}")
-        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(b)
+        t = torch.as_tensor(t, dtype=torch.float32, device=x.device)
+        if t.shape not in ((), (b,), (b, length)):
+            raise ValueError(f"t: got shape {tuple(t.shape)}, allowed is a number, ({b},) or ({b}, {length})")
+        t = t if t.dim() == 2 else t.expand(b)
         x = x.to(self.embedding.dtype)
         if self.config.input == "posterior":
             h = self.posterior(x, t) @ self.embedding
         else:
             h = (x - 1 / vocab) @ self.embedding * math.sqrt(vocab)
-        phases = 1000 * t[:, None] * torch.exp(-math.log(10000) * torch.arange(64, device=x.device) / 64)
+        least = t.reshape(b, -1).amin(1) if length else t.expand(b)
+        phases = 1000 * least[:, None] * torch.exp(-math.log(10000) * torch.arange(64, device=x.device) / 64)
         time = self.time_out(F.silu(self.time_in(torch.cat([phases.sin(), phases.cos()], -1))))
         h = torch.cat([_norm(time)[:, None], _norm(h)], 1)
         cos, sin = self.cos[: length + 1], self.sin[: length + 1]

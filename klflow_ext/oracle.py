@@ -63,6 +63,9 @@ class ExactDenoiser:
         if not bool((weights >= 0).all()) or not 0 < float(weights.sum()) < float("inf"):
             raise ValueError("prior weights must be finite, at least 0, and not all 0")
         self.log_weights = torch.log(weights / weights.sum())
+        if self.sequences is not None:  # (S, L V): which (position, token) pairs each sequence has
+            onehot = torch.nn.functional.one_hot(self.sequences, path.vocab_size)
+            self.pairs = onehot.flatten(1).double()
 
     def __call__(self, x: Tensor, t: Tensor | float) -> Tensor:
         """(B, L, V) or (..., V) x_t at times t (scalar, (B,) or (B, L)) to the log posterior marginals of that shape."""
@@ -78,13 +81,12 @@ class ExactDenoiser:
         sequences = self.sequences.to(x.device)
         if x.dim() != 3 or x.shape[1] != sequences.shape[1]:
             raise ValueError(f"x must have shape (B, {sequences.shape[1]}, {x.shape[-1]}), got {tuple(x.shape)}")
-        joint = log_weights.expand(len(x), -1).clone()
-        for i in range(sequences.shape[1]):
-            joint += evidence[:, i, sequences[:, i]]
-        if bool((joint.amax(-1) == -torch.inf).any()):
-            raise ValueError("the given tokens of x have zero probability under the prior")
-        joint = torch.softmax(joint, -1)
-        marginals = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-        for i in range(sequences.shape[1]):
-            marginals[:, i].index_add_(-1, sequences[:, i], joint)
-        return marginals.log()
+        pairs = self.pairs.to(x.device)
+        # Matrix products pick and sum the factors; -inf (a token excluded by a given row) would turn into NaN in them.
+        marginals = []
+        for part in evidence.clamp_min(-1e30).flatten(1).split(max(1, 2**20 // len(pairs))):  # (rows, S) stays in cache
+            joint = torch.addmm(log_weights, part, pairs.T)
+            if bool((joint.amax(-1) < -1e29).any()):
+                raise ValueError("x: its given tokens have zero probability under the prior")
+            marginals.append(torch.softmax(joint, -1) @ pairs)
+        return torch.cat(marginals).view(x.shape).log()

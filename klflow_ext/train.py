@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,6 +57,8 @@ class TrainConfig:
         for name in ("lr", "clip", "checkpoint_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is a positive number")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: got {self.seed!r}, allowed is an integer in [0, 2^63)")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ValueError(f"max_seconds: got {self.max_seconds!r}, allowed is None or a positive number")
 
@@ -211,11 +214,23 @@ class Trainer:
 
     def load(self) -> None:
         """Takes up the checkpoint of the run folder."""
-        state = torch.load(self.out / "checkpoint.pt", weights_only=True)
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.seconds = state["step"], state["seconds"]
+        with reading(self.out / "checkpoint.pt") as path:
+            state = torch.load(path, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step, self.seconds = state["step"], state["seconds"]
+
+
+@contextmanager
+def reading(path: Path):
+    """Any failure to read a file of a run folder becomes a ValueError that names the file."""
+    if not path.is_file():
+        raise ValueError(f"run: {path.parent} is no whole run folder: it has no {path.name}")
+    try:
+        yield path
+    except Exception as error:  # each library has its own exceptions for a broken file
+        raise ValueError(f"run: {path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def read_config(run: Path) -> dict:
@@ -240,7 +255,11 @@ def load_run(run: str | Path):
 
     run = Path(run)
     config = read_config(run)
-    path = LogitPath.from_dict(config["path"])
-    model = Denoiser(DenoiserConfig(**config["model"]), path)
-    model.load_state_dict(load_file(run / "model.safetensors"))
-    return model.eval(), path, Tokenizer.from_file(str(run / "tokenizer.json"))
+    with reading(run / "config.json"):
+        path = LogitPath.from_dict(config["path"])
+        model = Denoiser(DenoiserConfig(**config["model"]), path)
+    with reading(run / "model.safetensors") as file:
+        model.load_state_dict(load_file(file))
+    with reading(run / "tokenizer.json") as file:
+        tokenizer = Tokenizer.from_file(str(file))
+    return model.eval(), path, tokenizer

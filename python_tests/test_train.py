@@ -10,7 +10,7 @@ import torch
 
 from klflow_ext import Denoiser, DenoiserConfig, ExactDenoiser, LogitPath, TrainConfig, Trainer, data, evaluate
 from klflow_ext.path import IGNORE
-from klflow_ext.train import RUN_FORMAT, read_config
+from klflow_ext.train import RUN_FORMAT, load_run, read_config
 
 V = 40
 
@@ -108,6 +108,22 @@ def test_posterior_input_is_the_exact_posterior(vocab, t):
     assert torch.equal(model.posterior(clear, torch.zeros(1)), clear)
 
 
+@pytest.mark.parametrize("input", ["posterior", "simplex"])
+def test_times_per_position(input):
+    run = trainer(10, input=input)
+    run.fit(progress=False)
+    x = run.path.sample(torch.arange(6)[None].expand(2, 6), 0.2, 1)
+    with torch.no_grad():
+        expected = run.model(x, torch.tensor([0.2, 0.2]))
+        assert torch.equal(run.model(x, torch.full((2, 6), 0.2)), expected)
+        x[:, 2] = torch.eye(V)[2]
+        later = torch.full((2, 6), 0.2)
+        later[:, 2] = 1.0  # a given row is at t = 1: it says the same as a given row at t
+        assert torch.equal(run.model(x, later), run.model(x, 0.2))
+    with pytest.raises(ValueError, match=r"t: got shape \(3,\)"):
+        run.model(x, torch.zeros(3))
+
+
 def test_judge_tells_text_from_shuffled_words(data_folder):
     judge = evaluate.Judge(data_folder / "stories260K")
     text = (data_folder / "tinystories" / "tinystories_heldout.txt").read_text()
@@ -148,9 +164,24 @@ def test_bad_run_folders(tmp_path):
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "checkpoint.pt"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_incomplete_run_folders(tmp_path, name, broken):
+    run = trainer(1, tmp_path)
+    run.fit(progress=False)
+    data.train_tokenizer(["some text"], 257).save(str(tmp_path / "tokenizer.json"))
+    load_run(tmp_path), run.load()
+    (tmp_path / name).unlink()
+    if broken:
+        (tmp_path / name).write_bytes(b"junk")
+    with pytest.raises(ValueError, match=f"{name} cannot be read" if broken else f"it has no {name}"):
+        load_run(tmp_path), run.load()
+
+
 @pytest.mark.parametrize(
     "make,message",
     [
+        (lambda: TrainConfig(seed=-1), "seed: got -1"),
         (lambda: DenoiserConfig(1), "vocab_size: got 1"),
         (lambda: DenoiserConfig(10, n_embd=30), "n_embd: got 30"),
         (lambda: DenoiserConfig(10, input="x"), "input: got 'x'"),
@@ -192,6 +223,10 @@ def test_command_line(tmp_path):
         (["train", "--data", str(tmp_path / "none.txt")], "cannot be read"),
         (["infill", str(run), "--text", "no hole"], "text: got 'no hole'"),
         (["sample", str(run), "--method", "fast"], "method: got 'fast'"),
+        (["sample", str(run), "--length", "999"], "length: got 999"),
+        (["train", "--vocab-size", "100"], "vocab_size: got 100"),
+        (["train", "--out", str(tmp_path / "t.txt")], "t.txt cannot be written"),
+        (["eval", str(run), "--judge", str(tmp_path)], "has no stories260K.bin"),
     ):
         done = klflow(*command)
         assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
