@@ -38,13 +38,18 @@ def philox(counter, key):
     return c0, c1, c2, c3
 
 
-def words(rows, vocab_size, rng, stream, row_offset=0, device=None):
-    """(rows, V) words of one stream, as int64: key = seed, counter = (column // 4, row, step, stream), lane column % 4."""
+def state_of(rng):
+    """An int seed, torch.Generator or int64 tensor as (seed, step) pairs, (1, 2) or (rows, 2). A generator advances once."""
     if isinstance(rng, torch.Generator):
         rng = int(torch.randint(2**63 - 1, (), generator=rng, device=rng.device))
     if isinstance(rng, int):
         rng = torch.tensor([rng - 2**64 if rng >= 2**63 else rng, 0])
-    pairs = rng.to(device).reshape(-1, 2).expand(rows, 2)
+    return rng.reshape(-1, 2)
+
+
+def words(rows, vocab_size, rng, stream, row_offset=0, device=None):
+    """(rows, V) words of one stream, as int64: key = seed, counter = (column // 4, row, step, stream), lane column % 4."""
+    pairs = state_of(rng).to(device).expand(rows, 2)
     mask = 0xFFFFFFFF
     column = torch.arange((vocab_size + 3) // 4, device=device)[None, :]
     row = ((torch.arange(rows, device=device) + row_offset) & mask)[:, None]
@@ -55,14 +60,25 @@ def words(rows, vocab_size, rng, stream, row_offset=0, device=None):
 
 
 def simplex_noise(rows, vocab_size, rng, row_offset=0, dtype=torch.float64, device=None):
-    """E_j ~ Exp(1): -log min((w + 1/2) 2^-32, 1 - 2^-24), the uniform rounded to float32 as the contract says."""
+    """(rows, V) of E_j ~ Exp(1) in [6e-8, 22.9], the noise whose E / sum(E) is Dirichlet(1, ..., 1).
+
+    Equivalent to, with the uniform in float32 as the contract says (stream 0):
+        w = words(rows, vocab_size, rng, 0, row_offset)
+        result = -((w.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24).to(dtype).log()
+    """
     w = words(rows, vocab_size, rng, SIMPLEX_NOISE, row_offset, device)
     uniform = ((w.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -uniform.to(dtype).log()
 
 
 def token_exponential(rows, vocab_size, rng, row_offset=0, dtype=torch.float64, device=None):
-    """E_j ~ Exp(1) of token draws, accurate for small E: -log1p(-v), v from two words in float32."""
+    """(rows, V) of E_j ~ Exp(1) for token draws, accurate down to 2^-65: small E decides which token wins.
+
+    Equivalent to, with v in float32 (streams 1 and 2):
+        high, low = words(rows, vocab_size, rng, 1, row_offset), words(rows, vocab_size, rng, 2, row_offset)
+        v = high.float() * 2.0**-32 + (low.float() + 0.5) * 2.0**-64
+        result = -torch.log1p(-v.clamp(max=1 - 2.0**-24).to(dtype))
+    """
     high = words(rows, vocab_size, rng, TOKEN_DRAW_HIGH, row_offset, device)
     low = words(rows, vocab_size, rng, TOKEN_DRAW_LOW, row_offset, device)
     v = high.float() * 2.0**-32 + (low.float() + 0.5) * 2.0**-64
@@ -91,7 +107,13 @@ def _onehot_rows(x, given, known, shape, log=False):
 def noise_interpolate(
     target, t, rng, *, vocab_size, beta=0.01, given=None, row_offset=0, dtype=None, log=False, out=None
 ):
-    """Equivalent to: l = (1 - t) log E + t c onehot(target); softmax(l), E the noise of the contract; see `ops`."""
+    """x_t = softmax((1 - t) log E + t c onehot(target)), E the noise of the contract; given rows are onehot(target).
+
+    Equivalent to, for target (rows,) and t (rows,), c = log(V / beta - V + 1):
+        log_e = simplex_noise(len(target), vocab_size, rng, row_offset).log()
+        onehot = torch.nn.functional.one_hot(target, vocab_size)
+        result = ((1 - t)[:, None] * log_e + t[:, None] * gap(vocab_size, beta) * onehot).softmax(-1)
+    """
     dtype = dtype or (torch.float32 if out is None else out.dtype)
     shape, device = target.shape, target.device
     work = torch.float64 if dtype == torch.float64 else torch.float32
@@ -106,7 +128,11 @@ def noise_interpolate(
 
 
 def logit_interpolate(log_x0, log_x1, t, *, beta=0.01, log=False, out=None):
-    """Equivalent to: softmax((1 - t) log_x0 + t log_x1), an end point of weight 0 dropped; see `ops`."""
+    """x_t = softmax((1 - t) log_x0 + t log_x1); an end point of weight 0 is not read, so it may be infinite there.
+
+    Equivalent to, for t (rows,); integer log_x1 stand for c onehot(log_x1), c = log(V / beta - V + 1):
+        result = ((1 - t)[:, None] * log_x0 + t[:, None] * log_x1).softmax(-1)
+    """
     shape = log_x0.shape[:-1]
     work = torch.float64 if log_x0.dtype == torch.float64 else torch.float32
     t = _rows(t, shape, work, log_x0.device).reshape(*shape, 1)
@@ -144,7 +170,9 @@ def _loss_rows(logits, target, weight, ignore_index, label_smoothing, z_loss, so
         q = torch.zeros_like(z).scatter_(-1, k[..., None], 1.0)
         divisor = torch.where(kept, w[k] * rw, 0.0)
     q = ((1 - label_smoothing) * q + label_smoothing / vocab) * w
-    terms = torch.where(q == 0, 0.0, q * (lse[..., None] - z))
+    terms = q * (lse[..., None] - z)
+    if not target.is_floating_point():  # 0 * inf of a masked class; soft targets give NaN there, as torch does
+        terms = torch.where(q == 0, 0.0, terms)
     loss = rw * (terms.sum(-1) + z_loss * lse**2)
     return torch.where(kept, loss, 0.0), lse, divisor.sum()
 
@@ -153,7 +181,16 @@ def cross_entropy(
     logits, target, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, row_weight=None,
     reduction="mean", return_lse=False, inplace_backward=False,
 ):  # fmt: skip
-    """Equivalent to: F.cross_entropy(logits, target, weight, ...) plus z_loss * lse^2, softcap and row_weight; see `ops`."""
+    """loss = row_weight (sum_j q_j w_j (lse - z_j) + z_loss lse^2), z = softcap tanh(logits / softcap), lse = logsumexp z,
+    q = (1 - label_smoothing) onehot(target) + label_smoothing / V, w the class weights; ignored rows are 0.
+
+    Equivalent to, for logits (rows, V) and target (rows,), with reduction="none" and tensors for every option:
+        z = softcap * (logits / softcap).tanh()
+        rows = torch.nn.functional.cross_entropy(
+            z, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+        result = row_weight * (rows + (target != ignore_index) * z_loss * z.logsumexp(-1) ** 2)
+    "sum" adds the rows; "mean" divides that by the sum of weight[target] * row_weight over the rows kept.
+    """
     loss, lse, divisor = _loss_rows(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, row_weight)
     if reduction == "mean":
         loss = loss.sum() / divisor
@@ -166,7 +203,13 @@ def cross_entropy_grad(
     logits, target, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, row_weight=None,
     dloss=None, out=None,
 ):  # fmt: skip
-    """Equivalent to: loss rows and lse by `cross_entropy`, and the gradient of (dloss * loss).sum() by autograd; see `ops`."""
+    """(loss rows, lse, d (dloss * loss).sum() / d logits); dloss None is the upstream gradient of the mean.
+
+    Equivalent to, with the options of `cross_entropy`:
+        x = logits.clone().requires_grad_()
+        loss, lse = cross_entropy(x, target, reduction="none", return_lse=True)
+        result = loss, lse, torch.autograd.grad((dloss * loss).sum(), x)[0]
+    """
     x = logits.detach().clone().requires_grad_()
     loss, lse, divisor = _loss_rows(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, row_weight)
     upstream = 1 / divisor if dloss is None else torch.as_tensor(dloss, dtype=loss.dtype, device=loss.device)
@@ -184,7 +227,8 @@ def _draw(logits, k, rng, temperature, top_p, row_offset):
     kept = z.gather(1, order) / temperature
     p = kept.softmax(-1)
     before = p.cumsum(-1) - p
-    kept = torch.where((before < top_p) | (torch.arange(k, device=z.device) == 0), kept, -math.inf)
+    if top_p < 1:
+        kept = torch.where((before < top_p) | (torch.arange(k, device=z.device) == 0), kept, -math.inf)
     log_p = kept.log_softmax(-1)
     score = log_p - token_exponential(*z.shape, rng, row_offset, work, z.device).gather(1, order).log()
     choice = log_p.argmax(-1) if k == 1 else score.argmax(-1)
@@ -194,13 +238,20 @@ def _draw(logits, k, rng, temperature, top_p, row_offset):
 
 
 def topk_sample(logits, k, rng, *, temperature=1.0, top_p=1.0, row_offset=0):
-    """Equivalent to: top-k, top-p, then argmax of log p - log E (Gumbel-max) with the contract's E; see `ops`."""
-    token, log_prob = _draw(logits.reshape(-1, logits.shape[-1]), k, _flat(rng), temperature, top_p, row_offset)
+    """token = argmax_j (logit_j / T - log E_j) over the kept candidates, a draw from their softmax (Gumbel-max).
+
+    Kept: the k largest, ties to the lowest column, then of those the shortest prefix by probability with mass >= top_p.
+    k = 1 is argmax. A row with a NaN, or whose maximum is not finite, gives (-1, NaN).
+
+    Equivalent to, for logits (rows, V) and top_p = 1:
+        order = logits.argsort(dim=-1, descending=True, stable=True)[:, :k]
+        log_p = (logits.gather(1, order) / temperature).log_softmax(-1)
+        score = log_p - token_exponential(*logits.shape, rng, row_offset).gather(1, order).log()
+        choice = score.argmax(-1, keepdim=True)
+        result = order.gather(1, choice)[:, 0], log_p.gather(1, choice)[:, 0]
+    """
+    token, log_prob = _draw(logits.reshape(-1, logits.shape[-1]), k, rng, temperature, top_p, row_offset)
     return token.reshape(logits.shape[:-1]), log_prob.reshape(logits.shape[:-1])
-
-
-def _flat(rng):
-    return rng.reshape(-1, 2) if isinstance(rng, torch.Tensor) else rng
 
 
 def topk_renoise(
@@ -218,8 +269,16 @@ def topk_renoise(
     dtype=None,
     out=None,
 ):
-    """Equivalent to: token, _ = topk_sample(...); x_next = noise_interpolate(token, t_next, rng); see `ops`."""
+    """(token, x_next): a draw, then fresh noise moved towards it; given rows keep known. A row with token -1 is NaN.
+
+    Equivalent to, where nothing is given (one rng serves both: they are different streams):
+        token, _ = topk_sample(logits, k, rng, temperature=temperature, row_offset=row_offset)
+        x_next = noise_interpolate(
+            token, t_next, rng, vocab_size=logits.shape[-1], beta=beta, row_offset=row_offset, dtype=logits.dtype)
+        result = token, x_next
+    """
     shape, vocab = logits.shape[:-1], logits.shape[-1]
+    rng = state_of(rng)
     token, _ = topk_sample(logits, k, rng, temperature=temperature, top_p=top_p, row_offset=row_offset)
     if given is not None:
         token = torch.where(given.expand(shape), known.long().expand(shape), token)
@@ -232,7 +291,15 @@ def topk_renoise(
 
 
 def euler_step(log_x, logits, rate, *, temperature=1.0, beta=0.01, given=None, known=None, dtype=None, inplace=False):
-    """Equivalent to: l = (1 - rate) log_x + rate c softmax(logits / T); (log_softmax(l), softmax(l)); see `ops`."""
+    """(log softmax l, softmax l), l = (1 - rate) log_x + rate c softmax(logits / T): a step of dl/dtau = c p - l.
+
+    Given rows are onehot(known), in log 0 and -inf. At rate 1 log_x is not read.
+
+    Equivalent to, for rate (rows,), c = log(V / beta - V + 1):
+        p = (logits / temperature).softmax(-1)
+        l = (1 - rate)[:, None] * log_x + rate[:, None] * gap(logits.shape[-1], beta) * p
+        result = l.log_softmax(-1), l.softmax(-1)
+    """
     shape, vocab = logits.shape[:-1], logits.shape[-1]
     work = torch.float64 if torch.float64 in (log_x.dtype, logits.dtype) else torch.float32
     rate = _rows(rate, shape, work, logits.device)
