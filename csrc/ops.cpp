@@ -3,10 +3,13 @@
 // so one build serves every torch >= 2.11; friendlier argument checks (types, ranges, broadcasting) are in
 // klflow_ext/ops.py.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include <dlfcn.h>
 
 #include <cmath>
 #include <optional>
@@ -17,6 +20,7 @@
 #include "common/params.h"
 #include "common/philox.h"
 #include "cpu/dispatch.h"
+#include "cuda/backend.h"
 #ifdef KLFLOW_WITH_CUDA
 #include "cuda/launch.h"
 // Null in a torch without CUDA, so that one library loads under both.
@@ -116,19 +120,27 @@ void check_targets(const Tokens& target, int64_t rows, int64_t vocab, const char
   }
 }
 
+// Stands in for the CPU kernels where set: see use_backend in the module below.
+const Backend* stand_in = nullptr;
+
+void check_error(const char* error) { check(error == nullptr, error == nullptr ? "" : error); }
+
 #ifdef KLFLOW_WITH_CUDA
 template <class P>
 void launch(const char* (*op)(const P&, void*), const P& params, const Tensor& like) {
   check(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
   void* stream = nullptr;
   check(aoti_torch_get_current_cuda_stream(like.get_device(), &stream) == 0, "no current CUDA stream");
-  const char* error = op(params, stream);
-  check(error == nullptr, error == nullptr ? "" : error);
+  check_error(op(params, stream));
 }
-#define KLFLOW_RUN(op, params, like) ((like).is_cuda() ? launch(&cuda::op, params, like) : cpu::op(params))
+#define KLFLOW_RUN_CUDA(op, params, like) launch(&cuda::op, params, like)
 #else
-#define KLFLOW_RUN(op, params, like) cpu::op(params)
+#define KLFLOW_RUN_CUDA(op, params, like) check(false, "klflow_ext was built without CUDA")
 #endif
+#define KLFLOW_RUN(op, params, like)                                  \
+  ((like).is_cuda()      ? KLFLOW_RUN_CUDA(op, params, like)          \
+   : stand_in != nullptr ? check_error(stand_in->op(params, nullptr)) \
+                         : cpu::op(params))
 
 // ---- the operators
 
@@ -373,6 +385,19 @@ PYBIND11_MODULE(_C, m) {
     info["cpu_capability_reason"] = klflow::cpu::capability_reason();
     return info;
   });
+  m.def(
+      "use_backend",
+      [](const std::optional<std::string>& path) {
+        klflow::stand_in = nullptr;
+        if (!path.has_value()) return;
+        void* library = dlopen(path->c_str(), RTLD_NOW | RTLD_LOCAL);
+        if (library == nullptr) throw std::runtime_error(dlerror());
+        const auto backend = reinterpret_cast<const klflow::Backend* (*)()>(dlsym(library, "klflow_backend"));
+        if (backend == nullptr) throw std::runtime_error(*path + ": exports no klflow_backend");
+        klflow::stand_in = backend();
+      },
+      "For tests: a shared library whose kernels run on CPU tensors in place of the CPU kernels; None ends it.",
+      pybind11::arg("path"));
   m.def(
       "philox",
       [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {

@@ -2,14 +2,30 @@ import os
 from pathlib import Path
 
 import pytest
+import simt
 import torch
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+from klflow_ext import _C
+
+# "simt" runs the CUDA kernels on CPU tensors, compiled as host code against csrc/simt.
+BACKENDS = ["cpu", "simt"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(scope="session")
+def simt_library(tmp_path_factory):
+    return simt.kernels(tmp_path_factory.mktemp("simt"))
+
+
+@pytest.fixture(params=BACKENDS)
 def device(request):
-    return torch.device(request.param)
+    if request.param != "simt":
+        yield torch.device(request.param)
+        return
+    _C.use_backend(str(request.getfixturevalue("simt_library")))
+    try:
+        yield torch.device("cpu")
+    finally:
+        _C.use_backend(None)
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 // so a row has the same bits wherever it lies in the batch.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "device.cuh"
 
 #include <cstdint>
 
@@ -15,6 +14,10 @@ namespace klflow::cuda {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
+
+// The dynamic shared memory: partial results of a reduction, then the digit counts of the top-k.
+constexpr int kPartialBytes = kWarps * 32;
+constexpr int kSharedBytes = kPartialBytes + 256 * sizeof(uint32_t);
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
@@ -58,7 +61,8 @@ __device__ __forceinline__ void store_onehot(const Rows& out, int64_t row, int64
 // ---- reductions over the block: a fixed tree, the result in every thread
 template <class T, class Combine>
 __device__ __forceinline__ T block_reduce(T value, Combine combine) {
-  __shared__ T partial[kWarps];
+  static_assert(sizeof(T) <= kPartialBytes / kWarps);
+  T* partial = reinterpret_cast<T*>(shared_memory());
   for (int offset = 16; offset > 0; offset /= 2) value = combine(value, value.shuffle_down(offset));
   __syncthreads();  // the previous reduction's results have been read
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;

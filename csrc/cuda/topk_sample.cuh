@@ -16,7 +16,7 @@ __device__ __forceinline__ uint64_t key_of(float logit, int64_t column) {
 
 // The k-th largest key of the row.
 __device__ __forceinline__ uint64_t kth_key(const Rows& logits, int64_t row, int64_t vocab, int64_t k) {
-  __shared__ uint32_t counts[256];
+  uint32_t* counts = reinterpret_cast<uint32_t*>(shared_memory() + kPartialBytes);
   uint64_t prefix = 0;
   for (int shift = 56; shift >= 0; shift -= 8) {
     __syncthreads();

@@ -1,0 +1,14 @@
+#include "../cuda/backend.h"
+
+#include "../cuda/launch.h"
+#include "simt.h"
+
+#define KLFLOW_EXPORT extern "C" __attribute__((visibility("default")))
+
+KLFLOW_EXPORT const klflow::Backend* klflow_backend() {
+  using namespace klflow::cuda;
+  static const klflow::Backend backend{noise_interpolate, logit_interpolate, cross_entropy,
+                                       topk_sample,       topk_renoise,      euler_step};
+  return &backend;
+}
+KLFLOW_EXPORT void klflow_simt_seed(uint64_t value) { simt::seed(value); }

@@ -1,0 +1,48 @@
+"""Builds the SIMT machine of csrc/simt: the CUDA kernels as host code, one shared library, at test time with ninja.
+
+KLFLOW_SIMT_SANITIZE=1 adds AddressSanitizer and UBSan; the process then needs libasan preloaded (see .ci/run).
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build(folder, name, sources):
+    """The path of lib<name>.so, compiled from sources (paths) with csrc/ as include folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sanitize = os.environ.get("KLFLOW_SIMT_SANITIZE") == "1"
+    flags = "-x c++ -std=c++20 -O1 -g -fPIC -fvisibility=hidden -Wall -Wno-unused-function -Wno-unknown-pragmas"
+    if sanitize:
+        flags += " -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    link = "-fsanitize=address,undefined" if sanitize else ""
+    cxx = os.environ.get("CXX", "g++")
+    lines = [
+        f"rule cxx\n  command = {cxx} {flags} -DKLFLOW_SIMT -I{ROOT / 'csrc'} -MMD -MF $out.d -c $in -o $out\n"
+        "  depfile = $out.d\n  deps = gcc\n",
+        f"rule link\n  command = {cxx} -shared {link} $in -o $out\n",
+    ]
+    objects = []
+    for source in sources:
+        objects.append(folder / f"{Path(source).name}.o")
+        lines.append(f"build {objects[-1]}: cxx {source}\n")
+    target = folder / f"lib{name}.so"
+    lines.append(f"build {target}: link {' '.join(map(str, objects))}\n")
+    (folder / "build.ninja").write_text("".join(lines))
+    ninja = shutil.which("ninja")
+    command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
+    done = subprocess.run([*command, "-C", str(folder)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"building {target} failed:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+    return target
+
+
+def kernels(folder):
+    """The library of all CUDA kernels as host code."""
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + sorted((ROOT / "csrc" / "simt").glob("*.cpp"))
+    return build(folder, "klflow_simt", sources)

@@ -1,0 +1,114 @@
+"""The SIMT machine itself: it catches planted bugs, lets right kernels pass, and its schedule never changes a result."""
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import simt
+import torch
+
+from klflow_ext import _C, ops
+
+SANITIZED = os.environ.get("KLFLOW_SIMT_SANITIZE") == "1"
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory):
+    root = simt.ROOT
+    path = simt.build(
+        tmp_path_factory.mktemp("planted"),
+        "planted",
+        [root / "python_tests" / "planted.cpp", root / "csrc" / "simt" / "simt.cpp"],
+    )
+    library = ctypes.CDLL(str(path))
+    library.planted.restype = ctypes.c_char_p
+
+    def run(name, blocks=1, cluster=1, seed=0):
+        x = np.arange(1, 64 * blocks + 1, dtype=np.float32)
+        out = np.full_like(x, np.nan)
+        library.planted_seed(ctypes.c_uint64(seed))
+        pointer = ctypes.POINTER(ctypes.c_float)
+        error = library.planted(name.encode(), x.ctypes.data_as(pointer), out.ctypes.data_as(pointer), blocks, cluster)
+        return x, out, error.decode() if error else None
+
+    run.path = path
+    return run
+
+
+RIGHT = {
+    "reverse": (1, lambda x: x[::-1]),
+    "sum_warp": (1, lambda x: x.reshape(-1, 32).sum(1).repeat(32)),
+    "neighbour": (4, lambda x: np.roll(x.reshape(-1, 4, 64), -1, axis=1).reshape(-1)),
+    "count": (1, lambda x: np.arange(64)),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_kernels_pass_under_every_schedule(planted, name):
+    cluster, expected = RIGHT[name]
+    for seed in range(20):
+        x, out, error = planted(name, 2 * cluster, cluster, seed) if cluster > 1 else planted(name, seed=seed)
+        assert error is None
+        np.testing.assert_array_equal(out, expected(x))
+
+
+@pytest.mark.parametrize("name,cluster", [("reverse_no_barrier", 1), ("uninitialised", 1), ("neighbour_no_barrier", 4)])
+def test_missing_barriers_and_unwritten_memory_show_in_the_result(planted, name, cluster):
+    right = name.removesuffix("_no_barrier")
+    for seed in range(5):  # each schedule alone must show it
+        x, out, error = planted(name, cluster, cluster, seed)
+        assert error is None
+        expected = RIGHT[right][1](x) if right in RIGHT else x
+        assert not np.array_equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    "name,cluster,message",
+    [
+        ("sum_warp_mask_without_self", 1, r"block 0, thread \d+: the mask of its warp operation at .*planted.cpp:\d+ leaves"),
+        ("sum_warp_missing_lanes", 1, r"deadlock: block 0 threads 0..15 wait at a warp operation at .*planted.cpp:\d+"),
+        ("sum_warp_outside_mask", 1, r"block 0, thread \d+: reads lane \d+, outside the mask"),
+        ("early_exit", 1, r"deadlock: block 0 threads 0..39 wait at a barrier at .*; block 0 threads 40..63 have exited"),
+        ("two_barriers", 1, r"divergent barrier: block 0, thread \d+ waits at .*planted.cpp:\d+, block 0, thread"),
+        ("neighbour_exits_early", 4, r"block \d, thread \d+ reads the shared memory of block \d, which may have exited"),
+    ],
+)  # fmt: skip
+def test_wrong_synchronisation_is_an_error_that_names_the_place(planted, name, cluster, message):
+    error = planted(name, cluster, cluster, 3)[2]
+    assert error is not None and error.startswith(f"kernel {name}, ") and re.search(message, error), error
+
+
+@pytest.mark.skipif(not SANITIZED, reason="out of bounds shared memory is AddressSanitizer's to see (.ci/run)")
+def test_off_by_one_is_caught_by_the_sanitizer(planted):
+    script = (
+        "import ctypes; f = (ctypes.c_float * 64)(); "
+        f"ctypes.CDLL({str(planted.path)!r}).planted(b'reverse_off_by_one', f, f, 1, 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr and "reverse" in done.stderr
+
+
+def test_schedule_and_poison_never_change_a_result(simt_library):
+    logits = torch.randn(3, 1003, generator=torch.Generator().manual_seed(0)) * 4
+    target = torch.tensor([0, 500, 1002])
+    results = []
+    _C.use_backend(str(simt_library))
+    try:
+        for seed in range(4):
+            ctypes.CDLL(str(simt_library)).klflow_simt_seed(ctypes.c_uint64(seed * 1000))
+            results.append([
+                ops.noise_interpolate(target, 0.2, 1, vocab_size=1003),
+                ops.logit_interpolate(logits, target, 0.3),
+                *ops.cross_entropy_grad(logits, target, dloss=1.0, label_smoothing=0.1),
+                *ops.topk_sample(logits, 40, 2, top_p=0.9),
+                *ops.topk_renoise(logits, 40, 0.2, 2),
+                *ops.euler_step(logits, logits, 0.1),
+            ])  # fmt: skip
+    finally:
+        _C.use_backend(None)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
