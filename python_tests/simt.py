@@ -17,7 +17,7 @@ def build(folder, name, sources):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sanitize = os.environ.get("KLFLOW_SIMT_SANITIZE") == "1"
-    flags = "-x c++ -std=c++20 -O1 -g -fPIC -fvisibility=hidden -Wall -Wno-unused-function -Wno-unknown-pragmas"
+    flags = "-x c++ -std=c++20 -O1 -g -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wno-unused-function -Wno-unknown-pragmas"
     if sanitize:
         flags += " -fsanitize=address,undefined -fno-sanitize-recover=undefined"
     link = "-fsanitize=address,undefined" if sanitize else ""

@@ -61,7 +61,9 @@ def test_noise_interpolate(rows, vocab, dtype, log, device):
     expected = reference.noise_interpolate(target.cpu(), t.double().cpu(), rng.cpu(), vocab_size=vocab, given=given.cpu(),
                                            dtype=torch.float64, log=log, row_offset=11)  # fmt: skip
     # E carries a relative error of about 1e-7, and log x one absolute error of the same size.
-    assert_close(actual, expected, dtype, scale=1.0, absolute=4e-6 if log else 1e-12)
+    # The CUDA kernel keeps a bfloat16 row as float16 between its passes: half a unit in the last place and an eighth.
+    scale = 1.125 if dtype == torch.bfloat16 else 1.0
+    assert_close(actual, expected, dtype, scale=scale, absolute=4e-6 if log else 1e-12)
     assert torch.equal(actual[given].cpu().double(), expected[given.cpu()])
 
 
@@ -296,7 +298,7 @@ def test_topk_renoise(rows, vocab, dtype, device):
         logits.double().cpu(), k, t.double().cpu(), rng.cpu(), given=given.cpu(), known=known.cpu()
     )
     assert torch.equal(token.cpu(), want) and x.dtype == dtype
-    assert_close(x, want_x, dtype)
+    assert_close(x, want_x, dtype, scale=1.125 if dtype == torch.bfloat16 else 1.0)  # see noise_interpolate
     drawn, _ = ops.topk_sample(logits, k, rng)
     assert torch.equal(token[~given], drawn[~given]) and torch.equal(token[given], known[given])
     assert torch.equal(x[~given], ops.noise_interpolate(token, t, rng, vocab_size=vocab, dtype=dtype)[~given])

@@ -5,8 +5,13 @@
 
 namespace klflow::cuda {
 
-const char* cross_entropy(const CrossEntropyParams& params, void* stream) {
-  return launch_rows("cross_entropy", cross_entropy_kernel, params, params.rows, stream);
+const char* cross_entropy(const CrossEntropyParams& p, void* stream) {
+  const bool both = p.loss != nullptr && p.dloss.data != nullptr;  // only then is a row read twice
+  return for_dtype(p.logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t keep = both ? keep_bytes(p.vocab, sizeof(T)) : 0;
+    return launch_rows("cross_entropy", cross_entropy_kernel<T>, p, p.rows, keep, stream);
+  });
 }
 
 }  // namespace klflow::cuda

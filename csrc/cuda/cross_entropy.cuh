@@ -1,12 +1,15 @@
-// Fused log-softmax cross-entropy: forward (one read), forward + gradient, or gradient from the saved lse. Never
-// materialised: log-probabilities, one-hot rows. Formulas: CrossEntropyParams in common/params.h.
+// Fused log-softmax cross-entropy: forward (one read), forward + gradient (one read, one write: the row waits in shared
+// memory), or gradient from the saved lse (one read, one write). Never materialised: log-probabilities, one-hot rows.
+// Formulas: CrossEntropyParams in common/params.h.
 #pragma once
 
 #include "row.cuh"
 
 namespace klflow::cuda {
 
-__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyParams p) {
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropyParams p, bool keep) {
+  T* kept = keep ? reinterpret_cast<T*>(shared_memory() + kSharedBytes) : nullptr;  // the row, between its two uses
   const float uniform = p.label_smoothing / static_cast<float>(p.vocab);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const bool soft = p.target.data == nullptr;
@@ -30,13 +33,22 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyPar
     if (p.loss != nullptr || dense) {
       ExpSum sum = empty_sum();
       double qwz = 0.0;
-      for (int64_t j = threadIdx.x; j < p.vocab; j += kThreads) {
-        const float z = capped(load(p.logits, row, j));
+      const T* logits = row_of<T>(p.logits, row);
+      for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < p.vocab;
+           column += kVector * kThreads) {
+        const Vector<T> raw = load_vector<T>(logits, column, p.vocab, from_float<T>(0.0f));
+        if (keep) *reinterpret_cast<Vector<T>*>(kept + column) = raw;
+        float z[kVector];
+#pragma unroll
+        for (int i = 0; i < kVector; ++i)  // columns past the end are masked after the cap
+          z[i] = column + i < p.vocab ? capped(to_float(raw.element[i])) : -infinity();
         sum.add(z);
         if (dense) {
-          const double weight = dense_qw(j);
-          qw += weight;
-          qwz += weight * z;
+          for (int i = 0; i < kVector && column + i < p.vocab; ++i) {
+            const double weight = dense_qw(column + i);
+            qw += weight;
+            qwz += weight * z[i];
+          }
         }
       }
       if (p.loss != nullptr) lse = block_lse(sum);
@@ -56,17 +68,24 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyPar
     const float scale = ignored ? 0.0f : valid ? scalar_at(p.dloss, row, 0.0f) * row_weight : not_a_number();
     const float dlse = scalar_at(p.dlse, row, 0.0f);
     const float a = ignored ? dlse : scale * static_cast<float>(qw + own_weight + 2.0 * p.z_loss * lse) + dlse;
-    for (int64_t j = threadIdx.x; j < p.vocab; j += kThreads) {
-      float gradient = 0.0f;
-      if (!ignored || dlse != 0.0f) {
-        const float z = capped(load(p.logits, row, j));
-        gradient = a * expf(z - lse);
-        if (dense) gradient -= scale * dense_qw(j);
-        if (j == token) gradient -= scale * own_weight;
-        if (p.softcap > 0.0f) gradient *= 1.0f - (z / p.softcap) * (z / p.softcap);
+    const T* source = keep ? kept : row_of<T>(p.logits, row);
+    store_row(row_of<T>(p.grad, row), p.vocab, [&](int64_t column, float (&v)[kVector]) {
+      const Vector<T> raw = load_vector<T>(source, column, p.vocab, from_float<T>(0.0f));
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const int64_t j = column + i;
+        float gradient = 0.0f;
+        if ((!ignored || dlse != 0.0f) && j >= 0 && j < p.vocab) {
+          const float z = capped(to_float(raw.element[i]));
+          gradient = a * __expf(z - lse);
+          if (dense) gradient -= scale * dense_qw(j);
+          if (j == token) gradient -= scale * own_weight;
+          if (p.softcap > 0.0f) gradient *= 1.0f - (z / p.softcap) * (z / p.softcap);
+        }
+        v[i] = gradient;
       }
-      store(p.grad, row, j, gradient);
-    }
+    });
+    __syncthreads();  // the next row writes what was read here
   }
 }
 

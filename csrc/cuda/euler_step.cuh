@@ -6,7 +6,7 @@
 
 namespace klflow::cuda {
 
-__global__ void __launch_bounds__(kThreads) euler_step_kernel(EulerStepParams p) {
+__global__ void __launch_bounds__(kThreads) euler_step_kernel(EulerStepParams p, bool) {
   const float inverse = 1.0f / p.temperature;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     if (is_given(p.given, row)) {

@@ -6,7 +6,7 @@
 namespace klflow::cuda {
 
 const char* logit_interpolate(const LogitInterpolateParams& params, void* stream) {
-  return launch_rows("logit_interpolate", logit_interpolate_kernel, params, params.rows, stream);
+  return launch_rows("logit_interpolate", logit_interpolate_kernel, params, params.rows, 0, stream);
 }
 
 }  // namespace klflow::cuda

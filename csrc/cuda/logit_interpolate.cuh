@@ -6,7 +6,7 @@
 
 namespace klflow::cuda {
 
-__global__ void __launch_bounds__(kThreads) logit_interpolate_kernel(LogitInterpolateParams p) {
+__global__ void __launch_bounds__(kThreads) logit_interpolate_kernel(LogitInterpolateParams p, bool) {
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const float t = scalar_at(p.t, row, 0.0f);
     const bool dense = p.log_x1.data != nullptr;

@@ -5,8 +5,14 @@
 
 namespace klflow::cuda {
 
-const char* noise_interpolate(const NoiseInterpolateParams& params, void* stream) {
-  return launch_rows("noise_interpolate", noise_interpolate_kernel, params, params.rows, stream);
+const char* noise_interpolate(const NoiseInterpolateParams& p, void* stream) {
+  return for_dtype(p.out.dtype, [&](auto type) {
+    using Out = decltype(type);
+    using K = typename Kept<Out>::Type;
+    // log x cancels near 0, where 11 bits are too few: there 16-bit rows are made twice instead.
+    const int64_t keep = p.log && sizeof(K) < sizeof(float) ? 0 : keep_bytes(p.vocab, sizeof(K));
+    return launch_rows("noise_interpolate", noise_interpolate_kernel<Out>, p, p.rows, keep, stream);
+  });
 }
 
 }  // namespace klflow::cuda

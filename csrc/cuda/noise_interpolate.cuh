@@ -5,13 +5,16 @@
 
 namespace klflow::cuda {
 
-__global__ void __launch_bounds__(kThreads) noise_interpolate_kernel(NoiseInterpolateParams p) {
+template <class Out>
+__global__ void __launch_bounds__(kThreads, 2) noise_interpolate_kernel(NoiseInterpolateParams p, bool keep) {
+  auto* kept = keep ? reinterpret_cast<typename Kept<Out>::Type*>(shared_memory() + kSharedBytes) : nullptr;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const int64_t token = token_at(p.target, row);
     if (is_given(p.given, row))
       store_onehot(p.out, row, p.vocab, token, p.log);
     else
-      noise_interpolate_row(p.out, row, p.vocab, noise_key(p.rng, row), token, scalar_at(p.t, row, 0.0f), p.c, p.log);
+      noise_interpolate_row(row_of<Out>(p.out, row), p.vocab, noise_key(p.rng, row), token, scalar_at(p.t, row, 0.0f),
+                            p.c, p.log, kept);
   }
 }
 

@@ -49,6 +49,100 @@ __device__ __forceinline__ float scalar_at(const Scalars& scalars, int64_t row, 
   return scalars.data != nullptr ? scalars.data[row * scalars.stride] : absent;
 }
 
+// ---- vectors of 8 columns, read and written 16 bytes at a time whatever the row's alignment
+constexpr int kVector = 8;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+template <class T>
+struct alignas(16) Vector {
+  T element[kVector];
+};
+struct alignas(16) Words16 {
+  uint32_t w[4];
+};
+
+// Columns [column, column + 8) of a row; those outside [0, vocab) are fill. An unaligned vector inside the row is two
+// (float32: three) aligned loads and a shift, so a thread's columns, and the order of every sum, depend on the column
+// index alone. Nothing outside the row is touched.
+template <class T>
+__device__ __forceinline__ Vector<T> load_vector(const T* row, int64_t column, int64_t vocab, T fill) {
+  constexpr int kParts = sizeof(Vector<T>) / 16;
+  const T* address = row + column;
+  const uint32_t shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(address) & 15);
+  if (shift == 0 && column >= 0 && column + kVector <= vocab) return *reinterpret_cast<const Vector<T>*>(address);
+  const int64_t before = shift / sizeof(T), window = (kParts + 1) * 16 / static_cast<int64_t>(sizeof(T));
+  if (column - before >= 0 && column - before + window <= vocab) {
+    const Words16* aligned = reinterpret_cast<const Words16*>(address - before);
+    uint32_t w[4 * (kParts + 1)];
+#pragma unroll
+    for (int part = 0; part <= kParts; ++part) {
+      const Words16 words = aligned[part];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w[4 * part + i] = words.w[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kParts + 2; ++i) w[i] = shift & 8 ? w[i + 2] : w[i];
+#pragma unroll
+    for (int i = 0; i < 4 * kParts + 1; ++i) w[i] = shift & 4 ? w[i + 1] : w[i];
+    union {
+      uint32_t words[4 * kParts];
+      Vector<T> vector;
+    } result;
+#pragma unroll
+    for (int i = 0; i < 4 * kParts; ++i)
+      result.words[i] = sizeof(T) == 4 ? w[i] : __funnelshift_r(w[i], w[i + 1], (shift & 2) * 8);
+    return result.vector;
+  }
+  Vector<T> result;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) result.element[i] = column + i >= 0 && column + i < vocab ? address[i] : fill;
+  return result;
+}
+
+// Writes a whole row, values(column, v) giving the 8 floats from `column` on (it may begin before 0 or end after V): 16
+// bytes at a time inside the row, single elements at its two ends.
+template <class T, class Values>
+__device__ __forceinline__ void store_row(T* row, int64_t vocab, Values&& values) {
+  const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) & 15) / sizeof(T);
+  for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x) - past; column < vocab;
+       column += kVector * kThreads) {
+    float v[kVector];
+    values(column, v);
+    Vector<T> result;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) result.element[i] = from_float<T>(v[i]);
+    if (column >= 0 && column + kVector <= vocab) {
+      *reinterpret_cast<Vector<T>*>(row + column) = result;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        if (column + i >= 0 && column + i < vocab) row[column + i] = result.element[i];
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T* row_of(const Rows& rows, int64_t row) {
+  return static_cast<T*>(rows.data) + row * rows.stride;
+}
+
 // Exactly onehot(token), or its logarithm; a token outside [0, V) gives a row of NaN.
 __device__ __forceinline__ void store_onehot(const Rows& out, int64_t row, int64_t vocab, int64_t token, bool log) {
   const bool valid = token >= 0 && token < vocab;
@@ -94,6 +188,18 @@ struct ExpSum {
       total += expf(z - shift);
     }
   }
+  __device__ __forceinline__ void add(const float (&z)[kVector]) {
+    float top = shift;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) top = fmaxf(top, z[i]);  // a NaN is passed over here and met below
+    if (top > shift) {
+      if (shift != -infinity()) total *= __expf(shift - top);
+      shift = top;
+    }
+    const float base = top == -infinity() ? 0.0f : top;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) total += __expf(z[i] - base);
+  }
 };
 __device__ __forceinline__ ExpSum combine(ExpSum a, ExpSum b) {
   if (a.shift == -infinity()) return {b.shift, a.total + b.total};  // totals of nothing are 0, of NaN alone NaN
@@ -121,41 +227,78 @@ __device__ __forceinline__ Words4 noise_words(const NoiseKey& key, int64_t colum
   return philox(static_cast<uint32_t>(column / 4), key.row, key.step, stream, key.k0, key.k1);
 }
 
-// One row of noise_interpolate. Two passes over the noise, the second regenerated: nothing but x_t touches memory.
-__device__ __forceinline__ void noise_interpolate_row(const Rows& out, int64_t row, int64_t vocab, const NoiseKey& key,
-                                                      int64_t token, float t, float c, bool log) {
+// What the two passes of noise_interpolate_row keep of an element in shared memory: float32, or, where the output is
+// bfloat16 and 11 bits are enough, float16 scaled by 2^10 (holding E from 6e-8 to 22.9 as normal numbers).
+template <class Out>
+struct Kept {
+  using Type = float;
+  static constexpr float kScale = 1.0f;
+};
+template <>
+struct Kept<__nv_bfloat16> {
+  using Type = __half;
+  static constexpr float kScale = 1024.0f;
+};
+
+// One row of noise_interpolate: y_j = E_j^(1 - t) (log: its logarithm) is kept in shared memory between the sum and the
+// scaled store; where the row is too long to keep (kept == null) the noise is made again. Nothing but x_t touches
+// global memory.
+template <class Out>
+__device__ __forceinline__ void noise_interpolate_row(Out* out, int64_t vocab, const NoiseKey& key, int64_t token,
+                                                      float t, float c, bool log, typename Kept<Out>::Type* kept) {
+  using K = typename Kept<Out>::Type;
   if (token < 0 || token >= vocab || !(t >= 0.0f && t <= 1.0f)) {
-    for (int64_t j = threadIdx.x; j < vocab; j += kThreads) store(out, row, j, not_a_number());
+    store_row(out, vocab, [&](int64_t, float (&v)[kVector]) {
+      for (float& x : v) x = not_a_number();
+    });
     return;
   }
-  const float power = 1.0f - t;
+  const float power = 1.0f - t, keep_scale = log ? 1.0f : Kept<Out>::kScale;
+  auto log2_e = [&](int64_t column) {  // of one column
+    return log2f(-logf(simplex_uniform(noise_words(key, column & ~3ll, kSimplexNoise).w[column & 3])));
+  };
   double sum = 0.0;
-  for (int64_t column = 4 * static_cast<int64_t>(threadIdx.x); column < vocab; column += 4 * kThreads) {
-    const Words4 words = noise_words(key, column, kSimplexNoise);
+  for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < vocab; column += kVector * kThreads) {
+    Vector<K> keep;
+    float partial = 0.0f;
 #pragma unroll
-    for (int lane = 0; lane < 4; ++lane) {
-      const float y = exp2f(power * log2f(-logf(simplex_uniform(words.w[lane]))));
-      if (column + lane < vocab) sum += column + lane == token ? y * exp(static_cast<double>(t) * c) : y;
-    }
-  }
-  const double total = block_sum(sum);
-  const float scale = static_cast<float>(1.0 / total), log_total = static_cast<float>(::log(total));
-  for (int64_t column = 4 * static_cast<int64_t>(threadIdx.x); column < vocab; column += 4 * kThreads) {
-    const Words4 words = noise_words(key, column, kSimplexNoise);
+    for (int half = 0; half < 2; ++half) {
+      const Words4 words = noise_words(key, column + 4 * half, kSimplexNoise);
 #pragma unroll
-    for (int lane = 0; lane < 4; ++lane) {
-      const int64_t j = column + lane;
-      if (j >= vocab) continue;
-      const float log_e = logf(-logf(simplex_uniform(words.w[lane])));
-      const float boost = j == token ? t * c : 0.0f;
-      if (log)
-        store(out, row, j, power * log_e + boost - log_total);
-      else if (j == token)
-        store(out, row, j, expf(power * log_e + boost - log_total));
-      else
-        store(out, row, j, exp2f(power * log2f(-logf(simplex_uniform(words.w[lane])))) * scale);
+      for (int lane = 0; lane < 4; ++lane) {
+        const int64_t j = column + 4 * half + lane;
+        const float exponent = power * log2f(-logf(simplex_uniform(words.w[lane])));
+        const float y = exp2f(exponent);
+        keep.element[4 * half + lane] = from_float<K>(log ? exponent * 0.6931471805599453f : y * keep_scale);
+        partial += j < vocab && j != token ? y : 0.0f;
+      }
     }
+    sum += partial;
+    if (kept != nullptr) *reinterpret_cast<Vector<K>*>(kept + column) = keep;
   }
+  const float own_log = power * log2_e(token) * 0.6931471805599453f + t * c;
+  if (threadIdx.x == 0) sum += exp(static_cast<double>(own_log));
+  const double total = block_sum(sum);  // its barriers also publish what is kept
+  const float scale = static_cast<float>(1.0 / (total * keep_scale)), log_total = static_cast<float>(::log(total));
+  const float own = log ? own_log - log_total : expf(own_log - log_total);
+  store_row(out, vocab, [&](int64_t column, float (&v)[kVector]) {
+    if (kept != nullptr) {
+      const Vector<K> keep = load_vector<K>(kept, column, vocab, from_float<K>(0.0f));
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        v[i] = log ? to_float(keep.element[i]) - log_total : to_float(keep.element[i]) * scale;
+    } else {
+      for (int i = 0; i < kVector; ++i) {
+        const int64_t j = column + i;
+        const float exponent = j >= 0 && j < vocab ? power * log2_e(j) : 0.0f;
+        v[i] = log ? exponent * 0.6931471805599453f - log_total : exp2f(exponent) * scale * keep_scale;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      if (column + i == token) v[i] = own;
+  });
+  __syncthreads();  // the next row writes what was read here
 }
 
 }  // namespace klflow::cuda

@@ -103,7 +103,7 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
   return choice.column;
 }
 
-__global__ void __launch_bounds__(kThreads) topk_sample_kernel(TopkSampleParams p) {
+__global__ void __launch_bounds__(kThreads) topk_sample_kernel(TopkSampleParams p, bool) {
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     float log_prob;
     const int64_t token = draw_token(p, row, log_prob);
@@ -114,7 +114,9 @@ __global__ void __launch_bounds__(kThreads) topk_sample_kernel(TopkSampleParams 
   }
 }
 
-__global__ void __launch_bounds__(kThreads) topk_renoise_kernel(TopkRenoiseParams p) {
+template <class Out>
+__global__ void __launch_bounds__(kThreads, 2) topk_renoise_kernel(TopkRenoiseParams p, bool keep) {
+  auto* kept = keep ? reinterpret_cast<typename Kept<Out>::Type*>(shared_memory() + kSharedBytes) : nullptr;
   const TopkSampleParams& s = p.sample;
   for (int64_t row = blockIdx.x; row < s.rows; row += gridDim.x) {
     float log_prob;
@@ -126,8 +128,8 @@ __global__ void __launch_bounds__(kThreads) topk_renoise_kernel(TopkRenoiseParam
     if (is_given(s.given, row))
       store_onehot(p.out, row, s.vocab, token, false);
     else  // token -1 gives a row of NaN
-      noise_interpolate_row(p.out, row, s.vocab, noise_key(s.rng, row), token, scalar_at(p.t_next, row, 0.0f), p.c,
-                            false);
+      noise_interpolate_row(row_of<Out>(p.out, row), s.vocab, noise_key(s.rng, row), token,
+                            scalar_at(p.t_next, row, 0.0f), p.c, false, kept);
   }
 }
 

@@ -98,6 +98,10 @@ struct __nv_bfloat16 {
 struct __half {
   _Float16 value;
 };
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t bits) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
+}
+inline float __expf(float x) { return std::exp(x); }
 inline float __int_as_float(int32_t i) {
   float f;
   std::memcpy(&f, &i, 4);
