@@ -5,8 +5,13 @@
 
 namespace klflow::cuda {
 
-const char* logit_interpolate(const LogitInterpolateParams& params, void* stream) {
-  return launch_rows("logit_interpolate", logit_interpolate_kernel, params, params.rows, 0, stream);
+const char* logit_interpolate(const LogitInterpolateParams& p, void* stream) {
+  return for_dtype(p.log_x0.dtype, [&](auto in) {
+    return for_dtype(p.out.dtype, [&](auto out) {
+      const auto kernel = logit_interpolate_kernel<decltype(in), decltype(out)>;
+      return launch_rows("logit_interpolate", kernel, p, p.rows, keep_bytes(p.vocab, sizeof(float)), stream);
+    });
+  });
 }
 
 }  // namespace klflow::cuda

@@ -1,29 +1,61 @@
-// softmax((1 - t) log_x0 + t log_x1): two reads of the inputs (the second from L2 for rows that fit), one write.
-// Never materialised: the combined logits.
+// softmax((1 - t) log_x0 + t log_x1): the combined row is kept in shared memory as float32 between the sum and the
+// store (rows too long to keep are read twice), so each input is read once and the output written once. Bytes: one read
+// of each input, one write. Never materialised: the combined logits.
 #pragma once
 
 #include "row.cuh"
 
 namespace klflow::cuda {
 
-__global__ void __launch_bounds__(kThreads) logit_interpolate_kernel(LogitInterpolateParams p, bool) {
+template <class In, class Out>
+__global__ void __launch_bounds__(kThreads, 2) logit_interpolate_kernel(LogitInterpolateParams p, bool keep) {
+  float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kSharedBytes) : nullptr;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const float t = scalar_at(p.t, row, 0.0f);
     const bool dense = p.log_x1.data != nullptr;
     const int64_t token = dense ? -1 : token_at(p.target, row);
     const float poison = dense || (token >= 0 && token < p.vocab) ? 0.0f : not_a_number();
-    auto logit = [&](int64_t j) {  // an end point of weight 0 is not read, so that 0 * -inf is no NaN
-      float l = t == 1.0f ? poison : load(p.log_x0, row, j) * (1.0f - t) + poison;
-      if (dense && t != 0.0f) l += load(p.log_x1, row, j) * t;
-      return j == token ? l + t * p.c : l;
+    const In* log_x0 = row_of<In>(p.log_x0, row);
+    const In* log_x1 = dense ? row_of<In>(p.log_x1, row) : nullptr;
+    auto combine = [&](int64_t column, float (&l)[kVector]) {  // -infinity outside the row
+      // An end point of weight 0 is not read, so that 0 * -inf is no NaN.
+      const Vector<In> none{};
+      const Vector<In> a = t == 1.0f ? none : load_vector<In>(log_x0, column, p.vocab, from_float<In>(0.0f));
+      const Vector<In> b = dense && t != 0.0f ? load_vector<In>(log_x1, column, p.vocab, from_float<In>(0.0f)) : none;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        float value = t == 1.0f ? poison : to_float(a.element[i]) * (1.0f - t) + poison;
+        if (dense && t != 0.0f) value += to_float(b.element[i]) * t;
+        if (column + i == token) value += t * p.c;
+        l[i] = column + i >= 0 && column + i < p.vocab ? value : -infinity();
+      }
     };
     ExpSum sum = empty_sum();
-    for (int64_t j = threadIdx.x; j < p.vocab; j += kThreads) sum.add(logit(j));
-    const float lse = block_lse(sum);
-    for (int64_t j = threadIdx.x; j < p.vocab; j += kThreads) {
-      const float l = logit(j) - lse;
-      store(p.out, row, j, p.log ? l : expf(l));
+    for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < p.vocab; column += kVector * kThreads) {
+      float l[kVector];
+      combine(column, l);
+      sum.add(l);
+      if (keep) {
+        Vector<float> vector;
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) vector.element[i] = l[i];
+        *reinterpret_cast<Vector<float>*>(kept + column) = vector;
+      }
     }
+    const float lse = block_lse(sum);  // its barriers also publish what is kept
+    store_row(row_of<Out>(p.out, row), p.vocab, [&](int64_t column, float (&v)[kVector]) {
+      float l[kVector];
+      if (keep) {
+        const Vector<float> vector = load_vector<float>(kept, column, p.vocab, 0.0f);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) l[i] = vector.element[i];
+      } else {
+        combine(column, l);
+      }
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) v[i] = p.log ? l[i] - lse : __expf(l[i] - lse);
+    });
+    __syncthreads();  // the next row writes what was read here
   }
 }
 
