@@ -5,8 +5,15 @@
 
 namespace klflow::cuda {
 
-const char* euler_step(const EulerStepParams& params, void* stream) {
-  return launch_rows("euler_step", euler_step_kernel, params, params.rows, 0, stream);
+const char* euler_step(const EulerStepParams& p, void* stream) {
+  return for_dtype(p.logits.dtype, [&](auto logits) {
+    return for_dtype(p.log_x.dtype, [&](auto state) {
+      return for_dtype(p.x_next.dtype, [&](auto next) {
+        const auto kernel = euler_step_kernel<decltype(logits), decltype(state), decltype(next)>;
+        return launch_rows("euler_step", kernel, p, p.rows, keep_bytes(p.vocab, sizeof(float)), stream);
+      });
+    });
+  });
 }
 
 }  // namespace klflow::cuda

@@ -1,12 +1,15 @@
-// One basic step: p = softmax(logits / T), l = (1 - rate) log_x + rate c p, then log softmax(l) and softmax(l).
-// Never materialised: p, l. Reads both inputs per pass, from L2 after the first; writes both outputs once.
+// One basic step: p = softmax(logits / T), l = (1 - rate) log_x + rate c p, then log softmax(l) and softmax(l). The row
+// of scaled logits, and then of l, is kept in shared memory as float32 (rows too long to keep are read again), so each
+// input is read once and each output written once. Bytes: two reads, two writes. Never materialised: p, l.
 #pragma once
 
 #include "row.cuh"
 
 namespace klflow::cuda {
 
-__global__ void __launch_bounds__(kThreads) euler_step_kernel(EulerStepParams p, bool) {
+template <class L, class S, class X>
+__global__ void __launch_bounds__(kThreads, 2) euler_step_kernel(EulerStepParams p, bool keep) {
+  float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kSharedBytes) : nullptr;
   const float inverse = 1.0f / p.temperature;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     if (is_given(p.given, row)) {
@@ -15,22 +18,62 @@ __global__ void __launch_bounds__(kThreads) euler_step_kernel(EulerStepParams p,
       store_onehot(p.x_next, row, p.vocab, token, false);
       continue;
     }
-    const float rate = scalar_at(p.rate, row, 0.0f), keep = 1.0f - rate, gain = rate * p.c;
+    const float rate = scalar_at(p.rate, row, 0.0f), stay = 1.0f - rate, gain = rate * p.c;
+    const L* logits = row_of<L>(p.logits, row);
+    const S* state = row_of<S>(p.log_x, row);
+    auto scaled_logits = [&](int64_t column, float (&z)[kVector]) {
+      const Vector<L> raw = load_vector<L>(logits, column, p.vocab, from_float<L>(0.0f));
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        z[i] = column + i >= 0 && column + i < p.vocab ? to_float(raw.element[i]) * inverse : -infinity();
+    };
     ExpSum logits_sum = empty_sum();
-    for (int64_t j = threadIdx.x; j < p.vocab; j += kThreads) logits_sum.add(load(p.logits, row, j) * inverse);
+    for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < p.vocab; column += kVector * kThreads) {
+      float z[kVector];
+      scaled_logits(column, z);
+      logits_sum.add(z);
+      if (keep) store_kept(kept, column, z);
+    }
     const float logits_lse = block_lse(logits_sum);
-    auto logit = [&](int64_t j) {
-      const float l = gain * expf(load(p.logits, row, j) * inverse - logits_lse);
-      return keep != 0.0f ? l + keep * load(p.log_x, row, j) : l;
+    auto combine = [&](int64_t column, float (&l)[kVector]) {  // z in, l out; at rate 1 log_x is not read
+      const Vector<S> raw = stay != 0.0f ? load_vector<S>(state, column, p.vocab, from_float<S>(0.0f)) : Vector<S>{};
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        float value = gain * __expf(l[i] - logits_lse);
+        if (stay != 0.0f) value += stay * to_float(raw.element[i]);
+        l[i] = column + i >= 0 && column + i < p.vocab ? value : -infinity();
+      }
     };
     ExpSum sum = empty_sum();
-    for (int64_t j = threadIdx.x; j < p.vocab; j += kThreads) sum.add(logit(j));
-    const float lse = block_lse(sum);
-    for (int64_t j = threadIdx.x; j < p.vocab; j += kThreads) {  // in place: a thread reads its element, then writes it
-      const float l = logit(j) - lse;
-      store(p.log_x_next, row, j, l);
-      store(p.x_next, row, j, expf(l));
+    for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < p.vocab; column += kVector * kThreads) {
+      float l[kVector];
+      if (keep)
+        load_kept(kept, column, p.vocab, l);
+      else
+        scaled_logits(column, l);
+      combine(column, l);
+      sum.add(l);
+      if (keep) store_kept(kept, column, l);
     }
+    const float lse = block_lse(sum);  // its barriers also publish what is kept
+    auto next_log = [&](int64_t column, float (&l)[kVector]) {
+      if (keep) {
+        load_kept(kept, column, p.vocab, l);
+      } else {
+        scaled_logits(column, l);
+        combine(column, l);
+      }
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) l[i] -= lse;
+    };
+    store_row(row_of<X>(p.x_next, row), p.vocab, [&](int64_t column, float (&v)[kVector]) {
+      next_log(column, v);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) v[i] = __expf(v[i]);
+    });
+    __syncthreads();  // x_next has read log_x everywhere before log_x_next may overwrite it
+    store_row(row_of<S>(p.log_x_next, row), p.vocab, next_log);
+    __syncthreads();  // the next row writes what was read here
   }
 }
 

@@ -35,23 +35,15 @@ __global__ void __launch_bounds__(kThreads, 2) logit_interpolate_kernel(LogitInt
       float l[kVector];
       combine(column, l);
       sum.add(l);
-      if (keep) {
-        Vector<float> vector;
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) vector.element[i] = l[i];
-        *reinterpret_cast<Vector<float>*>(kept + column) = vector;
-      }
+      if (keep) store_kept(kept, column, l);
     }
     const float lse = block_lse(sum);  // its barriers also publish what is kept
     store_row(row_of<Out>(p.out, row), p.vocab, [&](int64_t column, float (&v)[kVector]) {
       float l[kVector];
-      if (keep) {
-        const Vector<float> vector = load_vector<float>(kept, column, p.vocab, 0.0f);
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) l[i] = vector.element[i];
-      } else {
+      if (keep)
+        load_kept(kept, column, p.vocab, l);
+      else
         combine(column, l);
-      }
 #pragma unroll
       for (int i = 0; i < kVector; ++i) v[i] = p.log ? l[i] - lse : __expf(l[i] - lse);
     });

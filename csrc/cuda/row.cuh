@@ -138,6 +138,19 @@ __device__ __forceinline__ void store_row(T* row, int64_t vocab, Values&& values
   }
 }
 
+// A vector of a float32 row kept in shared memory, at its column index.
+__device__ __forceinline__ void store_kept(float* kept, int64_t column, const float (&values)[kVector]) {
+  Vector<float> vector;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) vector.element[i] = values[i];
+  *reinterpret_cast<Vector<float>*>(kept + column) = vector;
+}
+__device__ __forceinline__ void load_kept(const float* kept, int64_t column, int64_t vocab, float (&values)[kVector]) {
+  const Vector<float> vector = load_vector<float>(kept, column, vocab, 0.0f);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) values[i] = vector.element[i];
+}
+
 template <class T>
 __device__ __forceinline__ T* row_of(const Rows& rows, int64_t row) {
   return static_cast<T*>(rows.data) + row * rows.stride;
