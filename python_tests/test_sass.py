@@ -11,7 +11,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").is_file() else None)
 # kernel: (needs 128-bit loads of the row, needs 128-bit stores)
-VECTORIZED = {"cross_entropy": (True, True), "noise_interpolate": (True, True), "logit_interpolate": (True, True), "topk_renoise": (False, True)}
+VECTORIZED = {
+    "cross_entropy": (True, True),
+    "noise_interpolate": (True, True),
+    "logit_interpolate": (True, True),
+    "topk_sample": (True, True),
+    "topk_renoise": (True, True),
+    "euler_step": (True, True),
+}
 
 
 def report(source, folder):

@@ -9,7 +9,7 @@ namespace klflow::cuda {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropyParams p, bool keep) {
-  T* kept = keep ? reinterpret_cast<T*>(shared_memory() + kSharedBytes) : nullptr;  // the row, between its two uses
+  T* kept = keep ? reinterpret_cast<T*>(shared_memory() + kPartialBytes) : nullptr;  // the row, between its two uses
   const float uniform = p.label_smoothing / static_cast<float>(p.vocab);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const bool soft = p.target.data == nullptr;

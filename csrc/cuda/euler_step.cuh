@@ -9,7 +9,7 @@ namespace klflow::cuda {
 
 template <class L, class S, class X>
 __global__ void __launch_bounds__(kThreads, 2) euler_step_kernel(EulerStepParams p, bool keep) {
-  float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kSharedBytes) : nullptr;
+  float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kPartialBytes) : nullptr;
   const float inverse = 1.0f / p.temperature;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     if (is_given(p.given, row)) {

@@ -10,9 +10,9 @@
 
 namespace klflow::cuda {
 
-// Bytes of shared memory in which a block may keep its row: two blocks then share a multiprocessor of Hopper (228 KB)
-// up to the first limit, one has it to itself up to the second. Longer rows are read (or made) twice.
-constexpr int64_t kKeepLimit = 224 << 10;
+// Bytes of shared memory in which a block may keep its row, beside what else it needs, of the 227 KB that Hopper gives a
+// block. Up to about 105 KB two blocks share a multiprocessor. Longer rows are read (or made) again in every pass.
+constexpr int64_t kKeepLimit = 216 << 10;
 
 // The bytes that keep a row of V elements, 0 where it is too long.
 inline int64_t keep_bytes(int64_t vocab, int64_t element_bytes) {
@@ -20,12 +20,13 @@ inline int64_t keep_bytes(int64_t vocab, int64_t element_bytes) {
   return bytes <= kKeepLimit ? bytes : 0;
 }
 
+// keep: bytes of the kept row, 0 for none; fixed: bytes of shared memory before it.
 template <class Params>
 const char* launch_rows(const char* name, void (*kernel)(Params, bool), const Params& params, int64_t rows,
-                        int64_t keep, void* stream) {
+                        int64_t keep, void* stream, int64_t fixed = kPartialBytes) {
   if (rows == 0) return nullptr;
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(rows, 1 << 30));
-  const size_t shared = kSharedBytes + keep;
+  const size_t shared = fixed + keep;
 #if defined(KLFLOW_SIMT)
   return simt::launch(name, [&] { kernel(params, keep > 0); }, blocks, kThreads, shared, 1);
 #else

@@ -9,7 +9,7 @@ namespace klflow::cuda {
 
 template <class In, class Out>
 __global__ void __launch_bounds__(kThreads, 2) logit_interpolate_kernel(LogitInterpolateParams p, bool keep) {
-  float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kSharedBytes) : nullptr;
+  float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kPartialBytes) : nullptr;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const float t = scalar_at(p.t, row, 0.0f);
     const bool dense = p.log_x1.data != nullptr;

@@ -7,7 +7,7 @@ namespace klflow::cuda {
 
 template <class Out>
 __global__ void __launch_bounds__(kThreads, 2) noise_interpolate_kernel(NoiseInterpolateParams p, bool keep) {
-  auto* kept = keep ? reinterpret_cast<typename Kept<Out>::Type*>(shared_memory() + kSharedBytes) : nullptr;
+  auto* kept = keep ? reinterpret_cast<typename Kept<Out>::Type*>(shared_memory() + kPartialBytes) : nullptr;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const int64_t token = token_at(p.target, row);
     if (is_given(p.given, row))

@@ -15,9 +15,8 @@ namespace klflow::cuda {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
-// The dynamic shared memory: partial results of a reduction, then the digit counts of the top-k.
+// The dynamic shared memory begins with the partial results of a reduction; then comes what the kernel itself lays out.
 constexpr int kPartialBytes = kWarps * 32;
-constexpr int kSharedBytes = kPartialBytes + 256 * sizeof(uint32_t);
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }

@@ -6,14 +6,22 @@
 namespace klflow::cuda {
 
 const char* topk_sample(const TopkSampleParams& p, void* stream) {
-  return launch_rows("topk_sample", topk_sample_kernel, p, p.rows, 0, stream);
+  return for_dtype(p.logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    return launch_rows("topk_sample", topk_sample_kernel<T>, p, p.rows, keep_bytes(p.vocab, sizeof(T)), stream,
+                       kTopkBytes);
+  });
 }
 
 const char* topk_renoise(const TopkRenoiseParams& p, void* stream) {
-  return for_dtype(p.out.dtype, [&](auto type) {
-    using Out = decltype(type);
-    const int64_t keep = keep_bytes(p.sample.vocab, sizeof(typename Kept<Out>::Type));
-    return launch_rows("topk_renoise", topk_renoise_kernel<Out>, p, p.sample.rows, keep, stream);
+  return for_dtype(p.sample.logits.dtype, [&](auto in) {
+    return for_dtype(p.out.dtype, [&](auto out) {
+      using T = decltype(in);
+      using Out = decltype(out);
+      const int64_t element = std::max(sizeof(T), sizeof(typename Kept<Out>::Type));
+      return launch_rows("topk_renoise", topk_renoise_kernel<T, Out>, p, p.sample.rows,
+                         keep_bytes(p.sample.vocab, element), stream, kTopkBytes);
+    });
   });
 }
 

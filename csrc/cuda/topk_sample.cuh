@@ -1,22 +1,48 @@
 // Draws a token from the top-k of a row (topk_sample), and re-noises the row towards it (topk_renoise). Every logit has
-// a unique 64-bit key, (ordered value, ~column): a larger key is a larger logit or, on ties, a lower column. The k-th
-// key is found by an 8-bit radix descent, so the result never depends on the order of arrival. Never materialised:
-// sorted rows, probabilities, x_0.
+// a unique 64-bit key, (ordered value, ~column): a larger key is a larger logit or, on ties, a lower column, so the
+// result never depends on the order of arrival. k <= 256: one read of the row, which stays in shared memory; the k-th
+// largest of the threads' maxima bounds the k-th logit from below, and the few logits above it are queued and ranked.
+// Otherwise, or where ties overflow the queue: an 8-bit radix descent over the row. Never materialised: sorted rows,
+// probabilities, x_0. Bytes: one read of the logits (topk_renoise: and one write of x).
 #pragma once
 
 #include "row.cuh"
 
 namespace klflow::cuda {
 
-__device__ __forceinline__ uint64_t key_of(float logit, int64_t column) {
-  const uint32_t bits = __float_as_uint(logit + 0.0f);  // -0 counts as 0
-  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return static_cast<uint64_t>(ordered) << 32 | ~static_cast<uint32_t>(column);
+constexpr int kMaxQueued = 256;  // the largest k of the queue
+constexpr int kQueue = 512;
+
+// Shared memory after the partial results; the kept row follows.
+struct TopkShared {
+  uint32_t counts[256];  // of a radix digit
+  uint64_t queue[kQueue];
+  uint64_t sorted[kMaxQueued];
+  uint32_t queued, kept;
+  uint32_t unused[2];
+};
+constexpr int kTopkBytes = kPartialBytes + sizeof(TopkShared);
+static_assert(kTopkBytes % 16 == 0, "the kept row is read 16 bytes at a time");
+__device__ __forceinline__ TopkShared& topk_shared() {
+  return *reinterpret_cast<TopkShared*>(shared_memory() + kPartialBytes);
 }
+
+// Larger logits have larger ordered bits.
+__device__ __forceinline__ uint32_t ordered_bits(float logit) {
+  const uint32_t bits = __float_as_uint(logit + 0.0f);  // -0 counts as 0
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float logit_of_bits(uint32_t ordered) {
+  return __int_as_float(static_cast<int32_t>(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered));
+}
+__device__ __forceinline__ uint64_t key_of(float logit, int64_t column) {
+  return static_cast<uint64_t>(ordered_bits(logit)) << 32 | ~static_cast<uint32_t>(column);
+}
+__device__ __forceinline__ int64_t column_of(uint64_t key) { return ~static_cast<uint32_t>(key); }
 
 // The k-th largest key of the row.
 __device__ __forceinline__ uint64_t kth_key(const Rows& logits, int64_t row, int64_t vocab, int64_t k) {
-  uint32_t* counts = reinterpret_cast<uint32_t*>(shared_memory() + kPartialBytes);
+  uint32_t* counts = topk_shared().counts;
   uint64_t prefix = 0;
   for (int shift = 56; shift >= 0; shift -= 8) {
     __syncthreads();
@@ -37,10 +63,10 @@ __device__ __forceinline__ uint64_t kth_key(const Rows& logits, int64_t row, int
 
 struct Best {
   float score, logit;
-  int64_t column;
+  int32_t column;  // -1: none
   __device__ __forceinline__ Best shuffle_down(int offset) const {
     return {__shfl_down_sync(~0u, score, offset), __shfl_down_sync(~0u, logit, offset),
-            __shfl_down_sync(~0u, static_cast<long long>(column), offset)};
+            __shfl_down_sync(~0u, column, offset)};
   }
 };
 __device__ __forceinline__ Best better(Best a, Best b) {
@@ -48,18 +74,73 @@ __device__ __forceinline__ Best better(Best a, Best b) {
   return a.score > b.score || (a.score == b.score && a.column < b.column) ? a : b;
 }
 
+// The score of a candidate in the Gumbel-max draw.
+__device__ __forceinline__ Best candidate(const NoiseKey& key, float logit, int64_t column, float top, float inverse) {
+  const Words4 high = noise_words(key, column, kTokenDrawHigh), low = noise_words(key, column, kTokenDrawLow);
+  uint32_t a = high.w[0], b = low.w[0];
+#pragma unroll
+  for (int lane = 1; lane < 4; ++lane)
+    if (column % 4 == lane) a = high.w[lane], b = low.w[lane];
+  return {(logit - top) * inverse - logf(token_exponential(a, b)), logit, static_cast<int32_t>(column)};
+}
+
+// Queues every logit not below the k-th largest of the threads' maxima (`mine`, ordered bits, 0 for none), and ranks
+// the queue: its k largest keys in order in `sorted`. False where the queue overflowed. k <= kMaxQueued.
+template <class T>
+__device__ __forceinline__ bool select_queued(const T* row, int64_t vocab, int k, uint32_t mine) {
+  TopkShared& s = topk_shared();
+  uint32_t threshold = 0;
+  for (int bit = 31; bit >= 0; --bit) {  // each barrier counts the maxima that reach a candidate threshold
+    const uint32_t raised = threshold | 1u << bit;
+    if (__syncthreads_count(mine >= raised) >= k) threshold = raised;
+  }
+  if (threadIdx.x == 0) s.queued = 0;
+  __syncthreads();
+  if (mine >= threshold) {  // another thread's columns hold nothing of interest
+    for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < vocab; column += kVector * kThreads) {
+      const Vector<T> raw = load_vector<T>(row, column, vocab, from_float<T>(0.0f));
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const float z = to_float(raw.element[i]);
+        if (column + i >= vocab || ordered_bits(z) < threshold) continue;
+        const uint32_t place = atomicAdd(&s.queued, 1u);
+        if (place < kQueue) s.queue[place] = key_of(z, column + i);
+      }
+    }
+  }
+  __syncthreads();
+  const uint32_t queued = s.queued;
+  if (queued > kQueue) return false;
+  for (uint32_t i = threadIdx.x; i < queued; i += kThreads) {
+    const uint64_t key = s.queue[i];
+    uint32_t rank = 0;
+    for (uint32_t j = 0; j < queued; ++j) rank += s.queue[j] > key;
+    if (rank < static_cast<uint32_t>(k)) s.sorted[rank] = key;
+  }
+  __syncthreads();
+  return true;
+}
+
 // The drawn token, or -1; log_prob likewise, or NaN. The same in every thread.
-__device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t row, float& log_prob) {
+template <class T>
+__device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t row, T* kept, float& log_prob) {
   log_prob = not_a_number();
   if (is_given(p.given, row)) {
     log_prob = 0.0f;
     return token_at(p.given.known, row);
   }
+  const T* logits = row_of<T>(p.logits, row);
   Best top{-infinity(), 0.0f, -1};  // the maximum, or +infinity in the score where there is a NaN
-  for (int64_t j = threadIdx.x; j < p.vocab; j += kThreads) {
-    const float z = load(p.logits, row, j);
-    top = better(top, {z == z ? z : infinity(), z, j});
+  for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < p.vocab; column += kVector * kThreads) {
+    const Vector<T> raw = load_vector<T>(logits, column, p.vocab, from_float<T>(0.0f));
+    if (kept != nullptr) *reinterpret_cast<Vector<T>*>(kept + column) = raw;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const float z = to_float(raw.element[i]);
+      if (column + i < p.vocab) top = better(top, {z == z ? z : infinity(), z, static_cast<int32_t>(column + i)});
+    }
   }
+  const uint32_t mine = top.column < 0 ? 0 : ordered_bits(top.logit);
   top = block_reduce(top, [](Best a, Best b) { return better(a, b); });
   if (top.score == infinity() || top.score == -infinity()) return -1;
   if (p.k == 1) {
@@ -67,69 +148,101 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
     return top.column;
   }
   const double inverse = 1.0 / p.temperature;
-  auto mass = [&](float z) { return exp(static_cast<double>(z - top.score) * inverse); };
-  auto mass_from = [&](uint64_t threshold) {
-    double mine = 0.0;
-    for (int64_t j = threadIdx.x; j < p.vocab; j += kThreads) {
-      const float z = load(p.logits, row, j);
-      if (key_of(z, j) >= threshold) mine += mass(z);
-    }
-    return block_sum(mine);
-  };
-  uint64_t threshold = p.k >= p.vocab ? 0 : kth_key(p.logits, row, p.vocab, p.k);
-  double total = mass_from(threshold);
-  if (p.top_p < 1.0f) {  // the largest threshold whose keys still hold the mass, bit by bit
-    const double wanted = p.top_p * total;
-    uint64_t best = 0;
-    for (int bit = 63; bit >= 0; --bit) {
-      const uint64_t candidate = best | 1ull << bit;
-      if (candidate <= threshold || mass_from(candidate) >= wanted) best = candidate;
-    }
-    threshold = best > threshold ? best : threshold;
-    total = mass_from(threshold);
-  }
   const NoiseKey key = noise_key(p.rng, row);
+  auto mass = [&](float z) { return exp(static_cast<double>(z - top.score) * inverse); };
+  auto score = [&](float z, int64_t j) { return candidate(key, z, j, top.score, static_cast<float>(inverse)); };
   Best choice{-infinity(), 0.0f, -1};
-  for (int64_t j = threadIdx.x; j < p.vocab; j += kThreads) {
-    const float z = load(p.logits, row, j);
-    if (key_of(z, j) < threshold) continue;
-    const Words4 high = noise_words(key, j, kTokenDrawHigh), low = noise_words(key, j, kTokenDrawLow);
-    const float score =
-        (z - top.score) * static_cast<float>(inverse) - logf(token_exponential(high.w[j % 4], low.w[j % 4]));
-    choice = better(choice, {score, z, j});
+  double total;
+  const T* source = kept != nullptr ? kept : logits;
+  if (p.k <= kMaxQueued && select_queued<T>(source, p.vocab, static_cast<int>(p.k), mine)) {
+    TopkShared& s = topk_shared();
+    uint32_t n = static_cast<uint32_t>(p.k);
+    const bool have = threadIdx.x < n;
+    const uint64_t own = have ? s.sorted[threadIdx.x] : 0;
+    const float z = have ? logit_of_bits(static_cast<uint32_t>(own >> 32)) : 0.0f;
+    total = block_sum(have ? mass(z) : 0.0);
+    if (p.top_p < 1.0f) {  // the shortest prefix, by rank, that holds the mass
+      if (threadIdx.x == 0) {
+        double held = 0.0;
+        uint32_t count = 0;
+        while (count < n && held < p.top_p * total) held += mass(logit_of_bits(s.sorted[count++] >> 32));
+        s.kept = count > 0 ? count : 1;
+      }
+      __syncthreads();
+      n = s.kept;
+      total = block_sum(threadIdx.x < n ? mass(z) : 0.0);
+    }
+    if (threadIdx.x < n) choice = score(z, column_of(own));
+  } else {
+    auto each = [&](uint64_t threshold, auto&& f) {
+      for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < p.vocab;
+           column += kVector * kThreads) {
+        const Vector<T> raw = load_vector<T>(source, column, p.vocab, from_float<T>(0.0f));
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          const float z = to_float(raw.element[i]);
+          if (column + i < p.vocab && key_of(z, column + i) >= threshold) f(z, column + i);
+        }
+      }
+    };
+    auto mass_from = [&](uint64_t threshold) {
+      double held = 0.0;
+      each(threshold, [&](float z, int64_t) { held += mass(z); });
+      return block_sum(held);
+    };
+    uint64_t threshold = p.k >= p.vocab ? 0 : kth_key(p.logits, row, p.vocab, p.k);
+    total = mass_from(threshold);
+    if (p.top_p < 1.0f) {  // the largest threshold whose keys still hold the mass, bit by bit
+      const double wanted = p.top_p * total;
+      uint64_t best = 0;
+      for (int bit = 63; bit >= 0; --bit) {
+        const uint64_t raised = best | 1ull << bit;
+        if (raised <= threshold || mass_from(raised) >= wanted) best = raised;
+      }
+      threshold = best > threshold ? best : threshold;
+      total = mass_from(threshold);
+    }
+    each(threshold, [&](float z, int64_t j) { choice = better(choice, score(z, j)); });
   }
   choice = block_reduce(choice, [](Best a, Best b) { return better(a, b); });
   log_prob = static_cast<float>(static_cast<double>(choice.logit - top.score) * inverse - log(total));
   return choice.column;
 }
 
-__global__ void __launch_bounds__(kThreads) topk_sample_kernel(TopkSampleParams p, bool) {
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) topk_sample_kernel(TopkSampleParams p, bool keep) {
+  T* kept = keep ? reinterpret_cast<T*>(shared_memory() + kTopkBytes) : nullptr;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     float log_prob;
-    const int64_t token = draw_token(p, row, log_prob);
+    const int64_t token = draw_token<T>(p, row, kept, log_prob);
     if (threadIdx.x == 0) {
       p.token[row] = token;
       if (p.log_prob != nullptr) p.log_prob[row] = log_prob;
     }
+    __syncthreads();  // the next row writes what was read here
   }
 }
 
-template <class Out>
+// The kept bytes hold the logits first and the noise afterwards.
+template <class T, class Out>
 __global__ void __launch_bounds__(kThreads, 2) topk_renoise_kernel(TopkRenoiseParams p, bool keep) {
-  auto* kept = keep ? reinterpret_cast<typename Kept<Out>::Type*>(shared_memory() + kSharedBytes) : nullptr;
+  unsigned char* room = shared_memory() + kTopkBytes;
+  T* kept_logits = keep ? reinterpret_cast<T*>(room) : nullptr;
+  auto* kept_noise = keep ? reinterpret_cast<typename Kept<Out>::Type*>(room) : nullptr;
   const TopkSampleParams& s = p.sample;
   for (int64_t row = blockIdx.x; row < s.rows; row += gridDim.x) {
     float log_prob;
-    const int64_t token = draw_token(s, row, log_prob);
+    const int64_t token = draw_token<T>(s, row, kept_logits, log_prob);
     if (threadIdx.x == 0) {
       s.token[row] = token;
       if (s.log_prob != nullptr) s.log_prob[row] = log_prob;
     }
+    __syncthreads();  // the noise overwrites the logits
     if (is_given(s.given, row))
       store_onehot(p.out, row, s.vocab, token, false);
     else  // token -1 gives a row of NaN
       noise_interpolate_row(row_of<Out>(p.out, row), s.vocab, noise_key(s.rng, row), token,
-                            scalar_at(p.t_next, row, 0.0f), p.c, false, kept);
+                            scalar_at(p.t_next, row, 0.0f), p.c, false, kept_noise);
   }
 }
 

@@ -55,6 +55,8 @@ struct Thread {
   Block* block;
   State state;
   const char* site;
+  bool vote;
+  int count;  // of the votes at the last barrier
   Lane* lane;
   void* stack_pointer;
   unsigned char* stack;
@@ -147,7 +149,12 @@ void try_release(const std::vector<Thread*>& all, State kind) {
     if (std::strcmp(t->site, all[0]->site) != 0)
       return fail("divergent barrier: " + where(*all[0]) + " waits at " + all[0]->site + ", " + where(*t) + " at " +
                   t->site);
-  for (Thread* t : all) wake(t);
+  int count = 0;
+  for (const Thread* t : all) count += t->vote;
+  for (Thread* t : all) {
+    t->count = count;
+    wake(t);
+  }
 }
 
 // Nothing can run, something waits: says who, and where the others are.
@@ -255,12 +262,16 @@ unsigned char* map_shared(unsigned char* mine, unsigned rank) {
   return other.shared.get() + offset;
 }
 
-void block_barrier(const char* site) {
+void block_barrier(const char* site) { block_count(false, site); }
+
+int block_count(bool vote, const char* site) {
   Thread* self = machine.running;
+  self->vote = vote;
   self->state = State::kBlockBarrier;
   self->site = site;
   try_release(self->block->threads, State::kBlockBarrier);
   to_scheduler();
+  return self->count;
 }
 
 void cluster_barrier(const char* site) {

@@ -37,6 +37,7 @@ void seed(uint64_t value);
 
 // Rendezvous. `site` names the place in the source; threads of one barrier must stand at the same place.
 void block_barrier(const char* site);
+int block_count(bool vote, const char* site);  // a barrier that counts the votes
 void cluster_barrier(const char* site);
 unsigned char* map_shared(unsigned char* mine, unsigned rank);
 struct Lane {  // what a thread brings to a warp's rendezvous, and what it takes away
@@ -76,6 +77,7 @@ inline int clamp_lane(int lane, int own) { return lane < 0 || lane > 31 ? own : 
 #define blockIdx (::simt::block_index())
 #define gridDim (::simt::grid_dim())
 #define __syncthreads() ::simt::block_barrier(KLFLOW_SITE)
+#define __syncthreads_count(vote) ::simt::block_count(vote, KLFLOW_SITE)
 #define __syncwarp() ((void)::simt::ballot(~0u, false, KLFLOW_SITE))
 #define __ballot_sync(mask, vote) ::simt::ballot(mask, vote, KLFLOW_SITE)
 #define __shfl_sync(mask, value, lane) ::simt::shuffle(mask, value, (lane) % 32, KLFLOW_SITE)
