@@ -10,8 +10,8 @@
 
 namespace klflow::cuda {
 
-// Bytes of shared memory in which a block may keep its row, beside what else it needs, of the 227 KB that Hopper gives a
-// block. Up to about 105 KB two blocks share a multiprocessor. Longer rows are read (or made) again in every pass.
+// Bytes of shared memory in which a block may keep its row, beside what else it needs, of the 227 KB that Hopper gives
+// a block. Up to about 105 KB two blocks share a multiprocessor. Longer rows are read (or made) again in every pass.
 constexpr int64_t kKeepLimit = 216 << 10;
 
 // The bytes that keep a row of V elements, 0 where it is too long.

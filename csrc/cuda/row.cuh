@@ -239,6 +239,12 @@ __device__ __forceinline__ Words4 noise_words(const NoiseKey& key, int64_t colum
   return philox(static_cast<uint32_t>(column / 4), key.row, key.step, stream, key.k0, key.k1);
 }
 
+// One lane's word, by selection: an indexed array would live in local memory.
+__device__ __forceinline__ uint32_t word_at(const Words4& words, int64_t column) {
+  const uint32_t even = column & 2 ? words.w[2] : words.w[0], odd = column & 2 ? words.w[3] : words.w[1];
+  return column & 1 ? odd : even;
+}
+
 // What the two passes of noise_interpolate_row keep of an element in shared memory: float32, or, where the output is
 // bfloat16 and 11 bits are enough, float16 scaled by 2^10 (holding E from 6e-8 to 22.9 as normal numbers).
 template <class Out>
@@ -267,7 +273,7 @@ __device__ __forceinline__ void noise_interpolate_row(Out* out, int64_t vocab, c
   }
   const float power = 1.0f - t, keep_scale = log ? 1.0f : Kept<Out>::kScale;
   auto log2_e = [&](int64_t column) {  // of one column
-    return log2f(-logf(simplex_uniform(noise_words(key, column & ~3ll, kSimplexNoise).w[column & 3])));
+    return log2f(-logf(simplex_uniform(word_at(noise_words(key, column, kSimplexNoise), column))));
   };
   double sum = 0.0;
   for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < vocab; column += kVector * kThreads) {

@@ -77,11 +77,8 @@ __device__ __forceinline__ Best better(Best a, Best b) {
 // The score of a candidate in the Gumbel-max draw.
 __device__ __forceinline__ Best candidate(const NoiseKey& key, float logit, int64_t column, float top, float inverse) {
   const Words4 high = noise_words(key, column, kTokenDrawHigh), low = noise_words(key, column, kTokenDrawLow);
-  uint32_t a = high.w[0], b = low.w[0];
-#pragma unroll
-  for (int lane = 1; lane < 4; ++lane)
-    if (column % 4 == lane) a = high.w[lane], b = low.w[lane];
-  return {(logit - top) * inverse - logf(token_exponential(a, b)), logit, static_cast<int32_t>(column)};
+  return {(logit - top) * inverse - logf(token_exponential(word_at(high, column), word_at(low, column))), logit,
+          static_cast<int32_t>(column)};
 }
 
 // Queues every logit not below the k-th largest of the threads' maxima (`mine`, ordered bits, 0 for none), and ranks
