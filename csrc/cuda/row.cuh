@@ -239,6 +239,14 @@ __device__ __forceinline__ Words4 noise_words(const NoiseKey& key, int64_t colum
   return philox(static_cast<uint32_t>(column / 4), key.row, key.step, stream, key.k0, key.k1);
 }
 
+// log2 E, E = -log U, in two special-function operations. Near U = 1 (E < 1/16) the first one's absolute error would be
+// a large relative one, so there E comes from the series of -log(1 - v), v = 1 - U exactly. Relative error of E: 3e-6.
+__device__ __forceinline__ float log2_noise(uint32_t word) {
+  const float u = simplex_uniform(word), v = 1.0f - u;
+  const float series = v * (1.0f + v * (0.5f + v * (0.33333333f + v * (0.25f + v * 0.2f))));
+  return lg2_approx(v < 0.0625f ? series : lg2_approx(u) * -0.6931471805599453f);
+}
+
 // One lane's word, by selection: an indexed array would live in local memory.
 __device__ __forceinline__ uint32_t word_at(const Words4& words, int64_t column) {
   const uint32_t even = column & 2 ? words.w[2] : words.w[0], odd = column & 2 ? words.w[3] : words.w[1];
@@ -273,7 +281,7 @@ __device__ __forceinline__ void noise_interpolate_row(Out* out, int64_t vocab, c
   }
   const float power = 1.0f - t, keep_scale = log ? 1.0f : Kept<Out>::kScale;
   auto log2_e = [&](int64_t column) {  // of one column
-    return log2f(-logf(simplex_uniform(word_at(noise_words(key, column, kSimplexNoise), column))));
+    return log2_noise(word_at(noise_words(key, column, kSimplexNoise), column));
   };
   double sum = 0.0;
   for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < vocab; column += kVector * kThreads) {
@@ -285,8 +293,8 @@ __device__ __forceinline__ void noise_interpolate_row(Out* out, int64_t vocab, c
 #pragma unroll
       for (int lane = 0; lane < 4; ++lane) {
         const int64_t j = column + 4 * half + lane;
-        const float exponent = power * log2f(-logf(simplex_uniform(words.w[lane])));
-        const float y = exp2f(exponent);
+        const float exponent = power * log2_noise(words.w[lane]);
+        const float y = ex2_approx(exponent);
         keep.element[4 * half + lane] = from_float<K>(log ? exponent * 0.6931471805599453f : y * keep_scale);
         partial += j < vocab && j != token ? y : 0.0f;
       }
@@ -309,7 +317,7 @@ __device__ __forceinline__ void noise_interpolate_row(Out* out, int64_t vocab, c
       for (int i = 0; i < kVector; ++i) {
         const int64_t j = column + i;
         const float exponent = j >= 0 && j < vocab ? power * log2_e(j) : 0.0f;
-        v[i] = log ? exponent * 0.6931471805599453f - log_total : exp2f(exponent) * scale * keep_scale;
+        v[i] = log ? exponent * 0.6931471805599453f - log_total : ex2_approx(exponent) * scale * keep_scale;
       }
     }
 #pragma unroll

@@ -330,6 +330,24 @@ void maybe_yield() {
   to_scheduler();
 }
 
+// In [-1, 1], a function of the bits alone.
+static double spread(float x) {
+  uint32_t h = __float_as_uint(x) * 2654435761u;
+  h ^= h >> 15;
+  h *= 2246822519u;
+  h ^= h >> 13;
+  return static_cast<double>(h) / 2147483648.0 - 1.0;
+}
+
+float lg2_approx(float x) {
+  const double exact = std::log2(static_cast<double>(x)), bound = std::ldexp(1.0, -22);
+  return static_cast<float>(exact + spread(x) * bound * (x > 0.5f && x < 2.0f ? 1.0 : std::fabs(exact)));
+}
+
+float ex2_approx(float x) {
+  return static_cast<float>(std::exp2(static_cast<double>(x)) * (1.0 + spread(x) * std::ldexp(1.0, -22)));
+}
+
 const char* launch(const char* name, const std::function<void()>& kernel, unsigned blocks, unsigned threads,
                    size_t shared_bytes, unsigned cluster) {
   std::lock_guard<std::mutex> guard(machine.lock);

@@ -65,6 +65,9 @@ inline unsigned ballot(unsigned mask, bool vote, const char* site) {
   warp_rendezvous(lane, site);
   return lane.ballot;
 }
+// The approximations with errors as large as their manual allows, so that a kernel that passes here tolerates them.
+float lg2_approx(float x);
+float ex2_approx(float x);
 inline int clamp_lane(int lane, int own) { return lane < 0 || lane > 31 ? own : lane; }
 
 }  // namespace simt
