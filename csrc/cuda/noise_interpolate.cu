@@ -11,7 +11,9 @@ const char* noise_interpolate(const NoiseInterpolateParams& p, void* stream) {
     using K = typename Kept<Out>::Type;
     // log x cancels near 0, where 11 bits are too few: there 16-bit rows are made twice instead.
     const int64_t keep = p.log && sizeof(K) < sizeof(float) ? 0 : keep_bytes(p.vocab, sizeof(K));
-    return launch_rows("noise_interpolate", noise_interpolate_kernel<Out>, p, p.rows, keep, stream);
+    return launch_rows("noise_interpolate",
+                       p.log ? noise_interpolate_kernel<Out, true> : noise_interpolate_kernel<Out, false>, p, p.rows,
+                       keep, stream);
   });
 }
 

@@ -236,15 +236,16 @@ __device__ __forceinline__ NoiseKey noise_key(const Rng& rng, int64_t row) {
           static_cast<uint32_t>(pair[1])};
 }
 __device__ __forceinline__ Words4 noise_words(const NoiseKey& key, int64_t column, uint32_t stream) {
-  return philox(static_cast<uint32_t>(column / 4), key.row, key.step, stream, key.k0, key.k1);
+  return philox(static_cast<uint32_t>(column) / 4, key.row, key.step, stream, key.k0, key.k1);
 }
 
-// log2 E, E = -log U, in two special-function operations. Near U = 1 (E < 1/16) the first one's absolute error would be
-// a large relative one, so there E comes from the series of -log(1 - v), v = 1 - U exactly. Relative error of E: 3e-6.
+// log2 (E / ln 2), E = -log U, in two special-function operations; the constant cancels in every softmax. Near U = 1
+// (E < 1/16) the first one's absolute error would be a large relative one, so there E comes from the series of
+// -log(1 - v), v = 1 - U exactly. Relative error of E: 3e-6.
 __device__ __forceinline__ float log2_noise(uint32_t word) {
   const float u = simplex_uniform(word), v = 1.0f - u;
-  const float series = v * (1.0f + v * (0.5f + v * (0.33333333f + v * (0.25f + v * 0.2f))));
-  return lg2_approx(v < 0.0625f ? series : lg2_approx(u) * -0.6931471805599453f);
+  const float series = v * (1.442695f + v * (0.7213475f + v * (0.48089835f + v * (0.36067376f + v * 0.28853901f))));
+  return lg2_approx(v < 0.0625f ? series : -lg2_approx(u));
 }
 
 // One lane's word, by selection: an indexed array would live in local memory.
@@ -269,9 +270,9 @@ struct Kept<__nv_bfloat16> {
 // One row of noise_interpolate: y_j = E_j^(1 - t) (log: its logarithm) is kept in shared memory between the sum and the
 // scaled store; where the row is too long to keep (kept == null) the noise is made again. Nothing but x_t touches
 // global memory.
-template <class Out>
+template <bool log, class Out>
 __device__ __forceinline__ void noise_interpolate_row(Out* out, int64_t vocab, const NoiseKey& key, int64_t token,
-                                                      float t, float c, bool log, typename Kept<Out>::Type* kept) {
+                                                      float t, float c, typename Kept<Out>::Type* kept) {
   using K = typename Kept<Out>::Type;
   if (token < 0 || token >= vocab || !(t >= 0.0f && t <= 1.0f)) {
     store_row(out, vocab, [&](int64_t, float (&v)[kVector]) {
@@ -284,21 +285,28 @@ __device__ __forceinline__ void noise_interpolate_row(Out* out, int64_t vocab, c
     return log2_noise(word_at(noise_words(key, column, kSimplexNoise), column));
   };
   double sum = 0.0;
-  for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < vocab; column += kVector * kThreads) {
+  const int last = static_cast<int>(vocab), own_column = static_cast<int>(token);  // V <= 2^20
+  for (int column = kVector * static_cast<int>(threadIdx.x); column < last; column += kVector * kThreads) {
     Vector<K> keep;
-    float partial = 0.0f;
+    float y[kVector];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Words4 words = noise_words(key, column + 4 * half, kSimplexNoise);
 #pragma unroll
       for (int lane = 0; lane < 4; ++lane) {
-        const int64_t j = column + 4 * half + lane;
+        const int i = 4 * half + lane;
         const float exponent = power * log2_noise(words.w[lane]);
-        const float y = ex2_approx(exponent);
-        keep.element[4 * half + lane] = from_float<K>(log ? exponent * 0.6931471805599453f : y * keep_scale);
-        partial += j < vocab && j != token ? y : 0.0f;
+        y[i] = ex2_approx(exponent);
+        keep.element[i] = from_float<K>(log ? exponent * 0.6931471805599453f : y[i] * keep_scale);
       }
     }
+    if (column / kVector == own_column / kVector || column + kVector > last) {  // few vectors hold what does not count
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) y[i] = column + i < last && column + i != own_column ? y[i] : 0.0f;
+    }
+    float partial = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) partial += y[i];
     sum += partial;
     if (kept != nullptr) *reinterpret_cast<Vector<K>*>(kept + column) = keep;
   }

@@ -238,8 +238,8 @@ __global__ void __launch_bounds__(kThreads, 2) topk_renoise_kernel(TopkRenoisePa
     if (is_given(s.given, row))
       store_onehot(p.out, row, s.vocab, token, false);
     else  // token -1 gives a row of NaN
-      noise_interpolate_row(row_of<Out>(p.out, row), s.vocab, noise_key(s.rng, row), token,
-                            scalar_at(p.t_next, row, 0.0f), p.c, false, kept_noise);
+      noise_interpolate_row<false>(row_of<Out>(p.out, row), s.vocab, noise_key(s.rng, row), token,
+                                   scalar_at(p.t_next, row, 0.0f), p.c, kept_noise);
   }
 }
 
