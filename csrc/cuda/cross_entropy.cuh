@@ -7,18 +7,19 @@
 
 namespace klflow::cuda {
 
-template <class T>
+// kPlain: integer targets, no label smoothing, no softcap.
+template <class T, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropyParams p, bool keep) {
   T* kept = keep ? reinterpret_cast<T*>(shared_memory() + kPartialBytes) : nullptr;  // the row, between its two uses
   const float uniform = p.label_smoothing / static_cast<float>(p.vocab);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-    const bool soft = p.target.data == nullptr;
+    const bool soft = !kPlain && p.target.data == nullptr;
     const int64_t token = soft ? -1 : token_at(p.target, row);
     const bool ignored = !soft && token == p.ignore_index;
     const bool valid = soft || ignored || (token >= 0 && token < p.vocab);
     const bool hard = !soft && !ignored && valid;
-    const bool dense = !ignored && (soft || p.label_smoothing > 0.0f);
-    auto capped = [&](float x) { return p.softcap > 0.0f ? p.softcap * tanhf(x / p.softcap) : x; };
+    const bool dense = !kPlain && !ignored && (soft || p.label_smoothing > 0.0f);
+    auto capped = [&](float x) { return !kPlain && p.softcap > 0.0f ? p.softcap * tanhf(x / p.softcap) : x; };
     auto class_weight = [&](int64_t j) { return p.weight != nullptr ? p.weight[j] : 1.0f; };
     auto dense_qw = [&](int64_t j) {  // q_j w_j without the hard target's own term
       const float q = soft ? uniform + load(p.soft, row, j) * (1.0f - p.label_smoothing) : uniform;
@@ -40,8 +41,11 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropy
         if (keep) *reinterpret_cast<Vector<T>*>(kept + column) = raw;
         float z[kVector];
 #pragma unroll
-        for (int i = 0; i < kVector; ++i)  // columns past the end are masked after the cap
-          z[i] = column + i < p.vocab ? capped(to_float(raw.element[i])) : -infinity();
+        for (int i = 0; i < kVector; ++i) z[i] = capped(to_float(raw.element[i]));
+        if (column + kVector > p.vocab) {  // masked after the cap
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) z[i] = column + i < p.vocab ? z[i] : -infinity();
+        }
         sum.add(z);
         if (dense) {
           for (int i = 0; i < kVector && column + i < p.vocab; ++i) {
@@ -68,21 +72,32 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropy
     const float scale = ignored ? 0.0f : valid ? scalar_at(p.dloss, row, 0.0f) * row_weight : not_a_number();
     const float dlse = scalar_at(p.dlse, row, 0.0f);
     const float a = ignored ? dlse : scale * static_cast<float>(qw + own_weight + 2.0 * p.z_loss * lse) + dlse;
+    const bool zero = ignored && dlse == 0.0f;
     const T* source = keep ? kept : row_of<T>(p.logits, row);
     store_row(row_of<T>(p.grad, row), p.vocab, [&](int64_t column, float (&v)[kVector]) {
       const Vector<T> raw = load_vector<T>(source, column, p.vocab, from_float<T>(0.0f));
+      if (kPlain) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const int64_t j = column + i;
-        float gradient = 0.0f;
-        if ((!ignored || dlse != 0.0f) && j >= 0 && j < p.vocab) {
-          const float z = capped(to_float(raw.element[i]));
-          gradient = a * __expf(z - lse);
-          if (dense) gradient -= scale * dense_qw(j);
-          if (j == token) gradient -= scale * own_weight;
-          if (p.softcap > 0.0f) gradient *= 1.0f - (z / p.softcap) * (z / p.softcap);
+        for (int i = 0; i < kVector; ++i) v[i] = zero ? 0.0f : a * __expf(to_float(raw.element[i]) - lse);
+        const int64_t own = token - column;
+        if (own >= 0 && own < kVector) {
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) v[i] -= i == own ? scale * own_weight : 0.0f;
         }
-        v[i] = gradient;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          const int64_t j = column + i;
+          float gradient = 0.0f;
+          if (!zero && j >= 0 && j < p.vocab) {
+            const float z = capped(to_float(raw.element[i]));
+            gradient = a * __expf(z - lse);
+            if (dense) gradient -= scale * dense_qw(j);
+            if (j == token) gradient -= scale * own_weight;
+            if (p.softcap > 0.0f) gradient *= 1.0f - (z / p.softcap) * (z / p.softcap);
+          }
+          v[i] = gradient;
+        }
       }
     });
     __syncthreads();  // the next row writes what was read here
