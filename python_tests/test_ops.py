@@ -206,6 +206,28 @@ def test_cross_entropy_over_scales(rows, vocab, std, shift, device):
     assert_close(grad, want[2], torch.float32, scale=20, absolute=1e-6 + rounding)
 
 
+def test_the_longest_rows(device, request):
+    """V = 2^20: in float32 even a cluster of eight blocks cannot keep the row, and reads or makes it again."""
+    vocab, target = 2**20, torch.tensor([2**20 - 1], device=device)
+    logits = logits_of(1, vocab, device=device)
+    wide = logits.double().cpu()
+    loss, lse, grad = ops.cross_entropy_grad(logits, target, dloss=1.0)
+    want = reference.cross_entropy_grad(wide, target.cpu(), dloss=1.0)
+    torch.testing.assert_close(loss.double().cpu(), want[0], rtol=1e-6, atol=2e-5)
+    assert_close(grad, want[2], torch.float32, scale=20, absolute=1e-6)
+    for log in (False, True):
+        x = ops.noise_interpolate(target, 0.2, 3, vocab_size=vocab, log=log)
+        want = reference.noise_interpolate(target.cpu(), 0.2, 3, vocab_size=vocab, dtype=torch.float64, log=log)
+        scale, absolute = noise_tolerance(torch.float32, request)
+        assert_close(x, want, torch.float32, scale=scale, absolute=absolute if log else 1e-12)
+    state, x = ops.euler_step(logits, logits, 0.1)
+    want_state, want_x = reference.euler_step(wide, wide, torch.tensor([0.1], dtype=torch.float64))
+    assert_close(state, want_state, torch.float32, absolute=2e-5)
+    assert_close(x, want_x, torch.float32, scale=30, absolute=1e-10)
+    assert_close(ops.logit_interpolate(logits, target, 0.3), reference.logit_interpolate(wide, target.cpu(), 0.3),
+                 torch.float32, scale=30, absolute=1e-10)  # fmt: skip
+
+
 def test_cross_entropy_equals_torch(device):
     logits, target = logits_of(40, 1000, device=device), targets_of(40, 1000, device)
     target[::3] = -100

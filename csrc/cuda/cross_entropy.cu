@@ -10,9 +10,10 @@ const char* cross_entropy(const CrossEntropyParams& p, void* stream) {
   const bool plain = p.target.data != nullptr && p.label_smoothing == 0.0f && p.softcap == 0.0f;
   return for_dtype(p.logits.dtype, [&](auto type) {
     using T = decltype(type);
-    const int64_t keep = both ? keep_bytes(p.vocab, sizeof(T)) : 0;
+    Layout layout = layout_of(p.vocab, sizeof(T));
+    if (!both) layout.keep = 0;
     return launch_rows("cross_entropy", plain ? cross_entropy_kernel<T, true> : cross_entropy_kernel<T, false>, p,
-                       p.rows, keep, stream);
+                       p.rows, layout, stream);
   });
 }
 

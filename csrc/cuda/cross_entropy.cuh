@@ -12,7 +12,8 @@ template <class T, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropyParams p, bool keep) {
   T* kept = keep ? reinterpret_cast<T*>(shared_memory() + kPartialBytes) : nullptr;  // the row, between its two uses
   const float uniform = p.label_smoothing / static_cast<float>(p.vocab);
-  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+  for (int64_t row = first_row(); row < p.rows; row += row_step()) {
+    const Slice slice = slice_of(p.vocab);  // `column` below is of the slice, j of the row
     const bool soft = !kPlain && p.target.data == nullptr;
     const int64_t token = soft ? -1 : token_at(p.target, row);
     const bool ignored = !soft && token == p.ignore_index;
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropy
       return q * class_weight(j);
     };
     const float own_weight = hard ? (1.0f - p.label_smoothing) * class_weight(token) : 0.0f;
-    const float own_z = hard ? capped(load(p.logits, row, token)) : 0.0f;
+    const float own_z = hard && p.loss != nullptr ? capped(load(p.logits, row, token)) : 0.0f;
     const float row_weight = scalar_at(p.row_weight, row, 1.0f);
 
     float lse = p.loss == nullptr ? p.lse[row] : 0.0f;
@@ -34,33 +35,32 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropy
     if (p.loss != nullptr || dense) {
       ExpSum sum = empty_sum();
       double qwz = 0.0;
-      const T* logits = row_of<T>(p.logits, row);
-      for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < p.vocab;
-           column += kVector * kThreads) {
-        const Vector<T> raw = load_vector<T>(logits, column, p.vocab, from_float<T>(0.0f));
-        if (keep) *reinterpret_cast<Vector<T>*>(kept + column) = raw;
+      const T* logits = row_of<T>(p.logits, row) + slice.begin;
+      for (int column = kVector * static_cast<int>(threadIdx.x); column < slice.size; column += kVector * kThreads) {
+        const Vector<T> raw = load_vector<T>(logits, column, slice.size, from_float<T>(0.0f));
+        if (keep) store_aligned(kept + column, raw);
         float z[kVector];
 #pragma unroll
         for (int i = 0; i < kVector; ++i) z[i] = capped(to_float(raw.element[i]));
-        if (column + kVector > p.vocab) {  // masked after the cap
+        if (column + kVector > slice.size) {  // masked after the cap
 #pragma unroll
-          for (int i = 0; i < kVector; ++i) z[i] = column + i < p.vocab ? z[i] : -infinity();
+          for (int i = 0; i < kVector; ++i) z[i] = column + i < slice.size ? z[i] : -infinity();
         }
         sum.add(z);
         if (dense) {
-          for (int i = 0; i < kVector && column + i < p.vocab; ++i) {
-            const double weight = dense_qw(column + i);
+          for (int i = 0; i < kVector && column + i < slice.size; ++i) {
+            const double weight = dense_qw(slice.begin + column + i);
             qw += weight;
             qwz += weight * z[i];
           }
         }
       }
-      if (p.loss != nullptr) lse = block_lse(sum);
+      if (p.loss != nullptr) lse = row_lse(sum);
       if (dense) {
-        qw = block_sum(qw);
-        qwz = block_sum(qwz);
+        qw = row_sum(qw);
+        qwz = row_sum(qwz);
       }
-      if (p.loss != nullptr && threadIdx.x == 0) {
+      if (p.loss != nullptr && is_leader()) {
         double loss = qw * lse - qwz + static_cast<double>(p.z_loss) * lse * lse;
         if (hard) loss += own_weight * (static_cast<double>(lse) - own_z);
         p.loss[row] = !valid ? not_a_number() : ignored ? 0.0f : static_cast<float>(loss * row_weight);
@@ -73,13 +73,13 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropy
     const float dlse = scalar_at(p.dlse, row, 0.0f);
     const float a = ignored ? dlse : scale * static_cast<float>(qw + own_weight + 2.0 * p.z_loss * lse) + dlse;
     const bool zero = ignored && dlse == 0.0f;
-    const T* source = keep ? kept : row_of<T>(p.logits, row);
-    store_row(row_of<T>(p.grad, row), p.vocab, [&](int64_t column, float (&v)[kVector]) {
-      const Vector<T> raw = load_vector<T>(source, column, p.vocab, from_float<T>(0.0f));
+    const T* source = keep ? kept : row_of<T>(p.logits, row) + slice.begin;
+    store_row(row_of<T>(p.grad, row) + slice.begin, slice.size, [&](int column, float (&v)[kVector]) {
+      const Vector<T> raw = load_vector<T>(source, column, slice.size, from_float<T>(0.0f));
       if (kPlain) {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) v[i] = zero ? 0.0f : a * __expf(to_float(raw.element[i]) - lse);
-        const int64_t own = token - column;
+        const int own = static_cast<int>(token) - slice.begin - column;
         if (own >= 0 && own < kVector) {
 #pragma unroll
           for (int i = 0; i < kVector; ++i) v[i] -= i == own ? scale * own_weight : 0.0f;
@@ -87,9 +87,9 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropy
       } else {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
-          const int64_t j = column + i;
+          const int j = slice.begin + column + i;
           float gradient = 0.0f;
-          if (!zero && j >= 0 && j < p.vocab) {
+          if (!zero && column + i >= 0 && column + i < slice.size) {
             const float z = capped(to_float(raw.element[i]));
             gradient = a * __expf(z - lse);
             if (dense) gradient -= scale * dense_qw(j);

@@ -2,6 +2,8 @@
 // shared memory is one dynamic buffer.
 #pragma once
 
+#include <cstdint>
+
 #if defined(KLFLOW_SIMT)
 #include "../simt/simt.h"
 #else
@@ -11,11 +13,59 @@
 
 namespace klflow::cuda {
 
+struct alignas(16) Words16 {
+  uint32_t w[4];
+};
+
 #if defined(KLFLOW_SIMT)
 inline unsigned char* shared_memory() { return simt::shared_memory(); }
+inline uint32_t cluster_rank() { return simt::cluster_rank(); }
+inline uint32_t cluster_size() { return simt::cluster_size(); }
+inline unsigned char* map_shared(unsigned char* mine, uint32_t rank) { return simt::map_shared(mine, rank); }
+inline Words16 load16(const void* address) { return *static_cast<const Words16*>(address); }
+inline void store16(void* address, const Words16& x) { *static_cast<Words16*>(address) = x; }
+inline void store16_global(void* address, const Words16& x) { *static_cast<Words16*>(address) = x; }
+#define klflow_cluster_sync() ::simt::cluster_barrier(KLFLOW_SITE)
 inline float lg2_approx(float x) { return simt::lg2_approx(x); }
 inline float ex2_approx(float x) { return simt::ex2_approx(x); }
 #else
+// One 128-bit access each.
+__device__ __forceinline__ Words16 load16(const void* address) {
+  const uint4 x = *static_cast<const uint4*>(address);
+  return {{x.x, x.y, x.z, x.w}};
+}
+__device__ __forceinline__ void store16(void* address, const Words16& x) {
+  *static_cast<uint4*>(address) = make_uint4(x.w[0], x.w[1], x.w[2], x.w[3]);
+}
+
+// To global memory; spelled out, as the compiler splits such stores where their branch also has narrow ones.
+__device__ __forceinline__ void store16_global(void* address, const Words16& x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(x.w[0]),
+               "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3])
+               : "memory");
+}
+
+// Thread-block clusters: blocks of neighbouring multiprocessors that read each other's shared memory.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+// The same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ unsigned char* map_shared(unsigned char* mine, uint32_t rank) {
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(mine), "r"(rank));
+  return reinterpret_cast<unsigned char*>(address);
+}
+__device__ __forceinline__ void klflow_cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // The special-function unit's logarithm and exponential. Error, by the PTX manual: lg2 2^-22 absolute for x in (1/2,
 // 2), 2^-22 relative elsewhere; ex2 2^-22 relative.
 __device__ __forceinline__ float lg2_approx(float x) {

@@ -11,7 +11,7 @@ template <class L, class S, class X>
 __global__ void __launch_bounds__(kThreads, 2) euler_step_kernel(EulerStepParams p, bool keep) {
   float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kPartialBytes) : nullptr;
   const float inverse = 1.0f / p.temperature;
-  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+  for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     if (is_given(p.given, row)) {
       const int64_t token = token_at(p.given.known, row);
       store_onehot(p.log_x_next, row, p.vocab, token, true);
@@ -19,46 +19,47 @@ __global__ void __launch_bounds__(kThreads, 2) euler_step_kernel(EulerStepParams
       continue;
     }
     const float rate = scalar_at(p.rate, row, 0.0f), stay = 1.0f - rate, gain = rate * p.c;
-    const L* logits = row_of<L>(p.logits, row);
-    const S* state = row_of<S>(p.log_x, row);
-    auto scaled_logits = [&](int64_t column, float (&z)[kVector]) {
-      const Vector<L> raw = load_vector<L>(logits, column, p.vocab, from_float<L>(0.0f));
+    const Slice slice = slice_of(p.vocab);  // columns below are of the slice
+    const L* logits = row_of<L>(p.logits, row) + slice.begin;
+    const S* state = row_of<S>(p.log_x, row) + slice.begin;
+    auto scaled_logits = [&](int column, float (&z)[kVector]) {
+      const Vector<L> raw = load_vector<L>(logits, column, slice.size, from_float<L>(0.0f));
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
-        z[i] = column + i >= 0 && column + i < p.vocab ? to_float(raw.element[i]) * inverse : -infinity();
+        z[i] = column + i >= 0 && column + i < slice.size ? to_float(raw.element[i]) * inverse : -infinity();
     };
     ExpSum logits_sum = empty_sum();
-    for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < p.vocab; column += kVector * kThreads) {
+    for (int column = kVector * static_cast<int>(threadIdx.x); column < slice.size; column += kVector * kThreads) {
       float z[kVector];
       scaled_logits(column, z);
       logits_sum.add(z);
       if (keep) store_kept(kept, column, z);
     }
-    const float logits_lse = block_lse(logits_sum);
-    auto combine = [&](int64_t column, float (&l)[kVector]) {  // z in, l out; at rate 1 log_x is not read
-      const Vector<S> raw = stay != 0.0f ? load_vector<S>(state, column, p.vocab, from_float<S>(0.0f)) : Vector<S>{};
+    const float logits_lse = row_lse(logits_sum);
+    auto combine = [&](int column, float (&l)[kVector]) {  // z in, l out; at rate 1 log_x is not read
+      const Vector<S> raw = stay != 0.0f ? load_vector<S>(state, column, slice.size, from_float<S>(0.0f)) : Vector<S>{};
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         float value = gain * __expf(l[i] - logits_lse);
         if (stay != 0.0f) value += stay * to_float(raw.element[i]);
-        l[i] = column + i >= 0 && column + i < p.vocab ? value : -infinity();
+        l[i] = column + i >= 0 && column + i < slice.size ? value : -infinity();
       }
     };
     ExpSum sum = empty_sum();
-    for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < p.vocab; column += kVector * kThreads) {
+    for (int column = kVector * static_cast<int>(threadIdx.x); column < slice.size; column += kVector * kThreads) {
       float l[kVector];
       if (keep)
-        load_kept(kept, column, p.vocab, l);
+        load_kept(kept, column, slice.size, l);
       else
         scaled_logits(column, l);
       combine(column, l);
       sum.add(l);
       if (keep) store_kept(kept, column, l);
     }
-    const float lse = block_lse(sum);  // its barriers also publish what is kept
-    auto next_log = [&](int64_t column, float (&l)[kVector]) {
+    const float lse = row_lse(sum);  // its barriers also publish what is kept
+    auto next_log = [&](int column, float (&l)[kVector]) {
       if (keep) {
-        load_kept(kept, column, p.vocab, l);
+        load_kept(kept, column, slice.size, l);
       } else {
         scaled_logits(column, l);
         combine(column, l);
@@ -66,13 +67,13 @@ __global__ void __launch_bounds__(kThreads, 2) euler_step_kernel(EulerStepParams
 #pragma unroll
       for (int i = 0; i < kVector; ++i) l[i] -= lse;
     };
-    store_row(row_of<X>(p.x_next, row), p.vocab, [&](int64_t column, float (&v)[kVector]) {
+    store_row(row_of<X>(p.x_next, row) + slice.begin, slice.size, [&](int column, float (&v)[kVector]) {
       next_log(column, v);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) v[i] = __expf(v[i]);
     });
     __syncthreads();  // x_next has read log_x everywhere before log_x_next may overwrite it
-    store_row(row_of<S>(p.log_x_next, row), p.vocab, next_log);
+    store_row(row_of<S>(p.log_x_next, row) + slice.begin, slice.size, next_log);
     __syncthreads();  // the next row writes what was read here
   }
 }

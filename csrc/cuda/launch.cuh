@@ -1,4 +1,5 @@
-// How every kernel is launched: one block per row, blocks striding over the rows, all shared memory dynamic.
+// How every kernel is launched: a cluster of blocks per row, clusters striding over the rows, all shared memory
+// dynamic.
 #pragma once
 
 #include <algorithm>
@@ -10,35 +11,53 @@
 
 namespace klflow::cuda {
 
-// Bytes of shared memory in which a block may keep its row, beside what else it needs, of the 227 KB that Hopper gives
-// a block. Up to about 105 KB two blocks share a multiprocessor. Longer rows are read (or made) again in every pass.
-constexpr int64_t kKeepLimit = 216 << 10;
+// Bytes of shared memory in which a block may keep its slice of a row, beside what else it needs: up to the first, two
+// blocks share a multiprocessor of Hopper (228 KB); up to the second, one has it to itself.
+constexpr int64_t kTwoBlocks = 104 << 10, kOneBlock = 216 << 10;
 
-// The bytes that keep a row of V elements, 0 where it is too long.
-inline int64_t keep_bytes(int64_t vocab, int64_t element_bytes) {
-  const int64_t bytes = (vocab + kVector - 1) / kVector * kVector * element_bytes;
-  return bytes <= kKeepLimit ? bytes : 0;
+struct Layout {
+  unsigned cluster;  // blocks to a row: of V and the dtype alone, so that a row has the same bits in any batch
+  int64_t keep;      // bytes of a block's kept slice, 0 where even the slices are too long: they are read (made) again
+};
+
+// Where `element` bytes of each of a row's V columns are kept between its passes; `most`: the largest cluster, <= 8.
+inline Layout layout_of(int64_t vocab, int64_t element, unsigned most = 8) {
+  const int64_t vectors = (vocab + kVector - 1) / kVector;
+  auto bytes = [&](unsigned cluster) { return (vectors + cluster - 1) / cluster * kVector * element; };
+  unsigned cluster = 1;
+  while (cluster < most && bytes(cluster) > kTwoBlocks) cluster *= 2;
+  return {cluster, bytes(cluster) <= kOneBlock ? bytes(cluster) : 0};
 }
 
-// keep: bytes of the kept row, 0 for none; fixed: bytes of shared memory before it.
+// fixed: bytes of shared memory before the kept slice.
 template <class Params>
 const char* launch_rows(const char* name, void (*kernel)(Params, bool), const Params& params, int64_t rows,
-                        int64_t keep, void* stream, int64_t fixed = kPartialBytes) {
+                        Layout layout, void* stream, int64_t fixed = kPartialBytes) {
   if (rows == 0) return nullptr;
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(rows, 1 << 30));
-  const size_t shared = fixed + keep;
+  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(rows, 1 << 27)) * layout.cluster;
+  const size_t shared = fixed + layout.keep;
 #if defined(KLFLOW_SIMT)
-  return simt::launch(name, [&] { kernel(params, keep > 0); }, blocks, kThreads, shared, 1);
+  return simt::launch(name, [&] { kernel(params, layout.keep > 0); }, blocks, kThreads, shared, layout.cluster);
 #else
   cudaError_t error = cudaSuccess;
   if (shared > 48 << 10)
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared));
   if (error == cudaSuccess) {
-    bool keep_row = keep > 0;
-    void* arguments[] = {const_cast<Params*>(&params), &keep_row};
-    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, kThreads, arguments, shared,
-                             static_cast<cudaStream_t>(stream));
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = layout.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = shared;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    bool keep = layout.keep > 0;
+    void* arguments[] = {const_cast<Params*>(&params), &keep};
+    error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #endif

@@ -10,38 +10,41 @@ namespace klflow::cuda {
 template <class In, class Out>
 __global__ void __launch_bounds__(kThreads, 2) logit_interpolate_kernel(LogitInterpolateParams p, bool keep) {
   float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kPartialBytes) : nullptr;
-  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+  for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const float t = scalar_at(p.t, row, 0.0f);
     const bool dense = p.log_x1.data != nullptr;
     const int64_t token = dense ? -1 : token_at(p.target, row);
     const float poison = dense || (token >= 0 && token < p.vocab) ? 0.0f : not_a_number();
-    const In* log_x0 = row_of<In>(p.log_x0, row);
-    const In* log_x1 = dense ? row_of<In>(p.log_x1, row) : nullptr;
-    auto combine = [&](int64_t column, float (&l)[kVector]) {  // -infinity outside the row
+    const Slice slice = slice_of(p.vocab);  // columns below are of the slice
+    const int own_column = static_cast<int>(token) - slice.begin;
+    const In* log_x0 = row_of<In>(p.log_x0, row) + slice.begin;
+    const In* log_x1 = dense ? row_of<In>(p.log_x1, row) + slice.begin : nullptr;
+    auto combine = [&](int column, float (&l)[kVector]) {  // -infinity outside the row
       // An end point of weight 0 is not read, so that 0 * -inf is no NaN.
       const Vector<In> none{};
-      const Vector<In> a = t == 1.0f ? none : load_vector<In>(log_x0, column, p.vocab, from_float<In>(0.0f));
-      const Vector<In> b = dense && t != 0.0f ? load_vector<In>(log_x1, column, p.vocab, from_float<In>(0.0f)) : none;
+      const Vector<In> a = t == 1.0f ? none : load_vector<In>(log_x0, column, slice.size, from_float<In>(0.0f));
+      const Vector<In> b =
+          dense && t != 0.0f ? load_vector<In>(log_x1, column, slice.size, from_float<In>(0.0f)) : none;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         float value = t == 1.0f ? poison : to_float(a.element[i]) * (1.0f - t) + poison;
         if (dense && t != 0.0f) value += to_float(b.element[i]) * t;
-        if (column + i == token) value += t * p.c;
-        l[i] = column + i >= 0 && column + i < p.vocab ? value : -infinity();
+        if (!dense && column + i == own_column) value += t * p.c;
+        l[i] = column + i >= 0 && column + i < slice.size ? value : -infinity();
       }
     };
     ExpSum sum = empty_sum();
-    for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < p.vocab; column += kVector * kThreads) {
+    for (int column = kVector * static_cast<int>(threadIdx.x); column < slice.size; column += kVector * kThreads) {
       float l[kVector];
       combine(column, l);
       sum.add(l);
       if (keep) store_kept(kept, column, l);
     }
-    const float lse = block_lse(sum);  // its barriers also publish what is kept
-    store_row(row_of<Out>(p.out, row), p.vocab, [&](int64_t column, float (&v)[kVector]) {
+    const float lse = row_lse(sum);  // its barriers also publish what is kept
+    store_row(row_of<Out>(p.out, row) + slice.begin, slice.size, [&](int column, float (&v)[kVector]) {
       float l[kVector];
       if (keep)
-        load_kept(kept, column, p.vocab, l);
+        load_kept(kept, column, slice.size, l);
       else
         combine(column, l);
 #pragma unroll

@@ -16,10 +16,24 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
 // The dynamic shared memory begins with the partial results of a reduction; then comes what the kernel itself lays out.
-constexpr int kPartialBytes = kWarps * 32;
+constexpr int kSlotBytes = 32;
+constexpr int kPartialBytes = kWarps * kSlotBytes + kSlotBytes;  // and the block's own result, for its cluster
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
+
+// ---- a cluster of blocks handles a row, each block a slice of its columns (cluster of one: the whole row)
+struct Slice {
+  int begin, size;
+};
+__device__ __forceinline__ Slice slice_of(int64_t vocab) {
+  const int columns = static_cast<int>(vocab), blocks = static_cast<int>(cluster_size());
+  const int share = ((columns + 7) / 8 + blocks - 1) / blocks * 8, begin = share * static_cast<int>(cluster_rank());
+  return {begin, begin + share < columns ? share : begin < columns ? columns - begin : 0};
+}
+__device__ __forceinline__ int64_t first_row() { return blockIdx.x / cluster_size(); }
+__device__ __forceinline__ int64_t row_step() { return gridDim.x / cluster_size(); }
+__device__ __forceinline__ bool is_leader() { return threadIdx.x == 0 && cluster_rank() == 0; }
 
 // ---- rows of float32, bfloat16 or float16; the dtype is uniform over the grid
 __device__ __forceinline__ float load(const Rows& rows, int64_t row, int64_t column) {
@@ -48,7 +62,8 @@ __device__ __forceinline__ float scalar_at(const Scalars& scalars, int64_t row, 
   return scalars.data != nullptr ? scalars.data[row * scalars.stride] : absent;
 }
 
-// ---- vectors of 8 columns, read and written 16 bytes at a time whatever the row's alignment
+// ---- vectors of 8 columns (numbered by int: V < 2^31), read and written 16 bytes at a time whatever the row's
+// alignment
 constexpr int kVector = 8;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -73,26 +88,46 @@ template <class T>
 struct alignas(16) Vector {
   T element[kVector];
 };
-struct alignas(16) Words16 {
-  uint32_t w[4];
+// The same as the 16-byte words that are read and written.
+template <class T>
+union VectorWords {
+  Vector<T> vector;
+  Words16 part[sizeof(Vector<T>) / 16];
+  __device__ __forceinline__ VectorWords() {}
 };
+template <class T>
+__device__ __forceinline__ Vector<T> load_aligned(const T* address) {
+  VectorWords<T> x;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Vector<T>) / 16); ++i)
+    x.part[i] = load16(reinterpret_cast<const Words16*>(address) + i);
+  return x.vector;
+}
+template <class T>
+__device__ __forceinline__ void store_aligned(T* address, const Vector<T>& vector) {
+  VectorWords<T> x;
+  x.vector = vector;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Vector<T>) / 16); ++i)
+    store16(reinterpret_cast<Words16*>(address) + i, x.part[i]);
+}
 
 // Columns [column, column + 8) of a row; those outside [0, vocab) are fill. An unaligned vector inside the row is two
 // (float32: three) aligned loads and a shift, so a thread's columns, and the order of every sum, depend on the column
 // index alone. Nothing outside the row is touched.
 template <class T>
-__device__ __forceinline__ Vector<T> load_vector(const T* row, int64_t column, int64_t vocab, T fill) {
+__device__ __forceinline__ Vector<T> load_vector(const T* row, int column, int vocab, T fill) {
   constexpr int kParts = sizeof(Vector<T>) / 16;
   const T* address = row + column;
   const uint32_t shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(address) & 15);
-  if (shift == 0 && column >= 0 && column + kVector <= vocab) return *reinterpret_cast<const Vector<T>*>(address);
-  const int64_t before = shift / sizeof(T), window = (kParts + 1) * 16 / static_cast<int64_t>(sizeof(T));
+  if (shift == 0 && column >= 0 && column + kVector <= vocab) return load_aligned(address);
+  const int before = static_cast<int>(shift / sizeof(T)), window = (kParts + 1) * 16 / static_cast<int>(sizeof(T));
   if (column - before >= 0 && column - before + window <= vocab) {
     const Words16* aligned = reinterpret_cast<const Words16*>(address - before);
     uint32_t w[4 * (kParts + 1)];
 #pragma unroll
     for (int part = 0; part <= kParts; ++part) {
-      const Words16 words = aligned[part];
+      const Words16 words = load16(aligned + part);
 #pragma unroll
       for (int i = 0; i < 4; ++i) w[4 * part + i] = words.w[i];
     }
@@ -100,13 +135,10 @@ __device__ __forceinline__ Vector<T> load_vector(const T* row, int64_t column, i
     for (int i = 0; i < 4 * kParts + 2; ++i) w[i] = shift & 8 ? w[i + 2] : w[i];
 #pragma unroll
     for (int i = 0; i < 4 * kParts + 1; ++i) w[i] = shift & 4 ? w[i + 1] : w[i];
-    union {
-      uint32_t words[4 * kParts];
-      Vector<T> vector;
-    } result;
+    VectorWords<T> result;
 #pragma unroll
     for (int i = 0; i < 4 * kParts; ++i)
-      result.words[i] = sizeof(T) == 4 ? w[i] : __funnelshift_r(w[i], w[i + 1], (shift & 2) * 8);
+      result.part[i / 4].w[i % 4] = sizeof(T) == 4 ? w[i] : __funnelshift_r(w[i], w[i + 1], (shift & 2) * 8);
     return result.vector;
   }
   Vector<T> result;
@@ -118,17 +150,20 @@ __device__ __forceinline__ Vector<T> load_vector(const T* row, int64_t column, i
 // Writes a whole row, values(column, v) giving the 8 floats from `column` on (it may begin before 0 or end after V): 16
 // bytes at a time inside the row, single elements at its two ends.
 template <class T, class Values>
-__device__ __forceinline__ void store_row(T* row, int64_t vocab, Values&& values) {
-  const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) & 15) / sizeof(T);
-  for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x) - past; column < vocab;
-       column += kVector * kThreads) {
+__device__ __forceinline__ void store_row(T* row, int vocab, Values&& values) {
+  const int past = static_cast<int>((reinterpret_cast<uintptr_t>(row) & 15) / sizeof(T));
+  for (int column = kVector * static_cast<int>(threadIdx.x) - past; column < vocab; column += kVector * kThreads) {
     float v[kVector];
     values(column, v);
     Vector<T> result;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) result.element[i] = from_float<T>(v[i]);
     if (column >= 0 && column + kVector <= vocab) {
-      *reinterpret_cast<Vector<T>*>(row + column) = result;
+      VectorWords<T> words;
+      words.vector = result;
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(Vector<T>) / 16); ++i)
+        store16_global(reinterpret_cast<Words16*>(row + column) + i, words.part[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
@@ -138,13 +173,13 @@ __device__ __forceinline__ void store_row(T* row, int64_t vocab, Values&& values
 }
 
 // A vector of a float32 row kept in shared memory, at its column index.
-__device__ __forceinline__ void store_kept(float* kept, int64_t column, const float (&values)[kVector]) {
+__device__ __forceinline__ void store_kept(float* kept, int column, const float (&values)[kVector]) {
   Vector<float> vector;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) vector.element[i] = values[i];
-  *reinterpret_cast<Vector<float>*>(kept + column) = vector;
+  store_aligned(kept + column, vector);
 }
-__device__ __forceinline__ void load_kept(const float* kept, int64_t column, int64_t vocab, float (&values)[kVector]) {
+__device__ __forceinline__ void load_kept(const float* kept, int column, int vocab, float (&values)[kVector]) {
   const Vector<float> vector = load_vector<float>(kept, column, vocab, 0.0f);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) values[i] = vector.element[i];
@@ -158,16 +193,17 @@ __device__ __forceinline__ T* row_of(const Rows& rows, int64_t row) {
 // Exactly onehot(token), or its logarithm; a token outside [0, V) gives a row of NaN.
 __device__ __forceinline__ void store_onehot(const Rows& out, int64_t row, int64_t vocab, int64_t token, bool log) {
   const bool valid = token >= 0 && token < vocab;
-  for (int64_t j = threadIdx.x; j < vocab; j += kThreads) {
+  const Slice slice = slice_of(vocab);
+  for (int64_t j = slice.begin + threadIdx.x; j < slice.begin + slice.size; j += kThreads) {
     const float own = log ? 0.0f : 1.0f, other = log ? -infinity() : 0.0f;
     store(out, row, j, !valid ? not_a_number() : j == token ? own : other);
   }
 }
 
-// ---- reductions over the block: a fixed tree, the result in every thread
-template <class T, class Combine>
-__device__ __forceinline__ T block_reduce(T value, Combine combine) {
-  static_assert(sizeof(T) <= kPartialBytes / kWarps);
+// ---- reductions over the cluster: a fixed tree over its blocks and their warps, the result in every thread
+template <bool clustered = true, class T, class Combine>
+__device__ __forceinline__ T row_reduce(T value, Combine combine) {
+  static_assert(sizeof(T) <= kSlotBytes);
   T* partial = reinterpret_cast<T*>(shared_memory());
   for (int offset = 16; offset > 0; offset /= 2) value = combine(value, value.shuffle_down(offset));
   __syncthreads();  // the previous reduction's results have been read
@@ -175,6 +211,15 @@ __device__ __forceinline__ T block_reduce(T value, Combine combine) {
   __syncthreads();
   T total = partial[0];
   for (int warp = 1; warp < kWarps; ++warp) total = combine(total, partial[warp]);
+  if (clustered && cluster_size() > 1) {
+    unsigned char* slot = shared_memory() + kWarps * kSlotBytes;
+    if (threadIdx.x == 0) *reinterpret_cast<T*>(slot) = total;
+    klflow_cluster_sync();
+    total = *reinterpret_cast<const T*>(map_shared(slot, 0));
+    for (uint32_t rank = 1; rank < cluster_size(); ++rank)
+      total = combine(total, *reinterpret_cast<const T*>(map_shared(slot, rank)));
+    klflow_cluster_sync();  // read by all before the next reduction, or the end of a block
+  }
   return total;
 }
 
@@ -182,8 +227,9 @@ struct Sum {
   double value;
   __device__ __forceinline__ Sum shuffle_down(int offset) const { return {__shfl_down_sync(~0u, value, offset)}; }
 };
-__device__ __forceinline__ double block_sum(double value) {
-  return block_reduce(Sum{value}, [](Sum a, Sum b) { return Sum{a.value + b.value}; }).value;
+template <bool clustered = true>
+__device__ __forceinline__ double row_sum(double value) {
+  return row_reduce<clustered>(Sum{value}, [](Sum a, Sum b) { return Sum{a.value + b.value}; }).value;
 }
 
 // total * exp(shift): a sum of exponentials that never overflows. NaN and +infinity end as NaN, as in torch.
@@ -220,8 +266,8 @@ __device__ __forceinline__ ExpSum combine(ExpSum a, ExpSum b) {
   return {shift, a.total * expf(a.shift - shift) + b.total * expf(b.shift - shift)};
 }
 __device__ __forceinline__ ExpSum empty_sum() { return {-infinity(), 0.0f}; }
-__device__ __forceinline__ float block_lse(ExpSum mine) {
-  const ExpSum all = block_reduce(mine, [](ExpSum a, ExpSum b) { return combine(a, b); });
+__device__ __forceinline__ float row_lse(ExpSum mine) {
+  const ExpSum all = row_reduce(mine, [](ExpSum a, ExpSum b) { return combine(a, b); });
   return all.total == 0.0f ? all.shift : all.shift + logf(all.total);
 }
 
@@ -270,28 +316,31 @@ struct Kept<__nv_bfloat16> {
 // One row of noise_interpolate: y_j = E_j^(1 - t) (log: its logarithm) is kept in shared memory between the sum and the
 // scaled store; where the row is too long to keep (kept == null) the noise is made again. Nothing but x_t touches
 // global memory.
-template <bool log, class Out>
-__device__ __forceinline__ void noise_interpolate_row(Out* out, int64_t vocab, const NoiseKey& key, int64_t token,
+template <bool log, bool clustered, class Out>
+__device__ __forceinline__ void noise_interpolate_row(Out* row, int64_t vocab, const NoiseKey& key, int64_t token,
                                                       float t, float c, typename Kept<Out>::Type* kept) {
   using K = typename Kept<Out>::Type;
+  const Slice slice =
+      clustered ? slice_of(vocab) : Slice{0, static_cast<int>(vocab)};  // columns below are of the slice
+  Out* out = row + slice.begin;
   if (token < 0 || token >= vocab || !(t >= 0.0f && t <= 1.0f)) {
-    store_row(out, vocab, [&](int64_t, float (&v)[kVector]) {
+    store_row(out, slice.size, [&](int, float (&v)[kVector]) {
       for (float& x : v) x = not_a_number();
     });
     return;
   }
   const float power = 1.0f - t, keep_scale = log ? 1.0f : Kept<Out>::kScale;
-  auto log2_e = [&](int64_t column) {  // of one column
+  auto log2_e = [&](int column) {  // of one column
     return log2_noise(word_at(noise_words(key, column, kSimplexNoise), column));
   };
   double sum = 0.0;
-  const int last = static_cast<int>(vocab), own_column = static_cast<int>(token);  // V <= 2^20
+  const int last = slice.size, own_column = static_cast<int>(token) - slice.begin;
   for (int column = kVector * static_cast<int>(threadIdx.x); column < last; column += kVector * kThreads) {
     Vector<K> keep;
     float y[kVector];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Words4 words = noise_words(key, column + 4 * half, kSimplexNoise);
+      const Words4 words = noise_words(key, slice.begin + column + 4 * half, kSimplexNoise);
 #pragma unroll
       for (int lane = 0; lane < 4; ++lane) {
         const int i = 4 * half + lane;
@@ -308,29 +357,29 @@ __device__ __forceinline__ void noise_interpolate_row(Out* out, int64_t vocab, c
 #pragma unroll
     for (int i = 0; i < kVector; ++i) partial += y[i];
     sum += partial;
-    if (kept != nullptr) *reinterpret_cast<Vector<K>*>(kept + column) = keep;
+    if (kept != nullptr) store_aligned(kept + column, keep);
   }
-  const float own_log = power * log2_e(token) * 0.6931471805599453f + t * c;
-  if (threadIdx.x == 0) sum += exp(static_cast<double>(own_log));
-  const double total = block_sum(sum);  // its barriers also publish what is kept
+  const float own_log = power * log2_e(static_cast<int>(token)) * 0.6931471805599453f + t * c;
+  if (threadIdx.x == 0 && slice.begin == 0) sum += exp(static_cast<double>(own_log));
+  const double total = row_sum<clustered>(sum);  // its barriers also publish what is kept
   const float scale = static_cast<float>(1.0 / (total * keep_scale)), log_total = static_cast<float>(::log(total));
   const float own = log ? own_log - log_total : expf(own_log - log_total);
-  store_row(out, vocab, [&](int64_t column, float (&v)[kVector]) {
+  store_row(out, slice.size, [&](int column, float (&v)[kVector]) {
     if (kept != nullptr) {
-      const Vector<K> keep = load_vector<K>(kept, column, vocab, from_float<K>(0.0f));
+      const Vector<K> keep = load_vector<K>(kept, column, slice.size, from_float<K>(0.0f));
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
         v[i] = log ? to_float(keep.element[i]) - log_total : to_float(keep.element[i]) * scale;
     } else {
       for (int i = 0; i < kVector; ++i) {
-        const int64_t j = column + i;
-        const float exponent = j >= 0 && j < vocab ? power * log2_e(j) : 0.0f;
+        const int j = column + i;
+        const float exponent = j >= 0 && j < slice.size ? power * log2_e(slice.begin + j) : 0.0f;
         v[i] = log ? exponent * 0.6931471805599453f - log_total : ex2_approx(exponent) * scale * keep_scale;
       }
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i)
-      if (column + i == token) v[i] = own;
+      if (column + i == own_column) v[i] = own;
   });
   __syncthreads();  // the next row writes what was read here
 }

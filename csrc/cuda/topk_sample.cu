@@ -8,7 +8,7 @@ namespace klflow::cuda {
 const char* topk_sample(const TopkSampleParams& p, void* stream) {
   return for_dtype(p.logits.dtype, [&](auto type) {
     using T = decltype(type);
-    return launch_rows("topk_sample", topk_sample_kernel<T>, p, p.rows, keep_bytes(p.vocab, sizeof(T)), stream,
+    return launch_rows("topk_sample", topk_sample_kernel<T>, p, p.rows, layout_of(p.vocab, sizeof(T), 1), stream,
                        kTopkBytes);
   });
 }
@@ -20,7 +20,7 @@ const char* topk_renoise(const TopkRenoiseParams& p, void* stream) {
       using Out = decltype(out);
       const int64_t element = std::max(sizeof(T), sizeof(typename Kept<Out>::Type));
       return launch_rows("topk_renoise", topk_renoise_kernel<T, Out>, p, p.sample.rows,
-                         keep_bytes(p.sample.vocab, element), stream, kTopkBytes);
+                         layout_of(p.sample.vocab, element, 1), stream, kTopkBytes);
     });
   });
 }

@@ -84,7 +84,7 @@ __device__ __forceinline__ Best candidate(const NoiseKey& key, float logit, int6
 // Queues every logit not below the k-th largest of the threads' maxima (`mine`, ordered bits, 0 for none), and ranks
 // the queue: its k largest keys in order in `sorted`. False where the queue overflowed. k <= kMaxQueued.
 template <class T>
-__device__ __forceinline__ bool select_queued(const T* row, int64_t vocab, int k, uint32_t mine) {
+__device__ __forceinline__ bool select_queued(const T* row, int vocab, int k, uint32_t mine) {
   TopkShared& s = topk_shared();
   uint32_t threshold = 0;
   for (int bit = 31; bit >= 0; --bit) {  // each barrier counts the maxima that reach a candidate threshold
@@ -94,7 +94,7 @@ __device__ __forceinline__ bool select_queued(const T* row, int64_t vocab, int k
   if (threadIdx.x == 0) s.queued = 0;
   __syncthreads();
   if (mine >= threshold) {  // another thread's columns hold nothing of interest
-    for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < vocab; column += kVector * kThreads) {
+    for (int column = kVector * static_cast<int>(threadIdx.x); column < vocab; column += kVector * kThreads) {
       const Vector<T> raw = load_vector<T>(row, column, vocab, from_float<T>(0.0f));
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
@@ -128,17 +128,17 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
   }
   const T* logits = row_of<T>(p.logits, row);
   Best top{-infinity(), 0.0f, -1};  // the maximum, or +infinity in the score where there is a NaN
-  for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < p.vocab; column += kVector * kThreads) {
+  for (int column = kVector * static_cast<int>(threadIdx.x); column < p.vocab; column += kVector * kThreads) {
     const Vector<T> raw = load_vector<T>(logits, column, p.vocab, from_float<T>(0.0f));
-    if (kept != nullptr) *reinterpret_cast<Vector<T>*>(kept + column) = raw;
+    if (kept != nullptr) store_aligned(kept + column, raw);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const float z = to_float(raw.element[i]);
-      if (column + i < p.vocab) top = better(top, {z == z ? z : infinity(), z, static_cast<int32_t>(column + i)});
+      if (column + i < p.vocab) top = better(top, {z == z ? z : infinity(), z, column + i});
     }
   }
   const uint32_t mine = top.column < 0 ? 0 : ordered_bits(top.logit);
-  top = block_reduce(top, [](Best a, Best b) { return better(a, b); });
+  top = row_reduce<false>(top, [](Best a, Best b) { return better(a, b); });
   if (top.score == infinity() || top.score == -infinity()) return -1;
   if (p.k == 1) {
     log_prob = 0.0f;
@@ -151,13 +151,13 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
   Best choice{-infinity(), 0.0f, -1};
   double total;
   const T* source = kept != nullptr ? kept : logits;
-  if (p.k <= kMaxQueued && select_queued<T>(source, p.vocab, static_cast<int>(p.k), mine)) {
+  if (p.k <= kMaxQueued && select_queued<T>(source, static_cast<int>(p.vocab), static_cast<int>(p.k), mine)) {
     TopkShared& s = topk_shared();
     uint32_t n = static_cast<uint32_t>(p.k);
     const bool have = threadIdx.x < n;
     const uint64_t own = have ? s.sorted[threadIdx.x] : 0;
     const float z = have ? logit_of_bits(static_cast<uint32_t>(own >> 32)) : 0.0f;
-    total = block_sum(have ? mass(z) : 0.0);
+    total = row_sum<false>(have ? mass(z) : 0.0);
     if (p.top_p < 1.0f) {  // the shortest prefix, by rank, that holds the mass
       if (threadIdx.x == 0) {
         double held = 0.0;
@@ -167,13 +167,12 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
       }
       __syncthreads();
       n = s.kept;
-      total = block_sum(threadIdx.x < n ? mass(z) : 0.0);
+      total = row_sum<false>(threadIdx.x < n ? mass(z) : 0.0);
     }
     if (threadIdx.x < n) choice = score(z, column_of(own));
   } else {
     auto each = [&](uint64_t threshold, auto&& f) {
-      for (int64_t column = kVector * static_cast<int64_t>(threadIdx.x); column < p.vocab;
-           column += kVector * kThreads) {
+      for (int column = kVector * static_cast<int>(threadIdx.x); column < p.vocab; column += kVector * kThreads) {
         const Vector<T> raw = load_vector<T>(source, column, p.vocab, from_float<T>(0.0f));
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
@@ -185,7 +184,7 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
     auto mass_from = [&](uint64_t threshold) {
       double held = 0.0;
       each(threshold, [&](float z, int64_t) { held += mass(z); });
-      return block_sum(held);
+      return row_sum<false>(held);
     };
     uint64_t threshold = p.k >= p.vocab ? 0 : kth_key(p.logits, row, p.vocab, p.k);
     total = mass_from(threshold);
@@ -201,7 +200,7 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
     }
     each(threshold, [&](float z, int64_t j) { choice = better(choice, score(z, j)); });
   }
-  choice = block_reduce(choice, [](Best a, Best b) { return better(a, b); });
+  choice = row_reduce<false>(choice, [](Best a, Best b) { return better(a, b); });
   log_prob = static_cast<float>(static_cast<double>(choice.logit - top.score) * inverse - log(total));
   return choice.column;
 }
@@ -238,8 +237,8 @@ __global__ void __launch_bounds__(kThreads, 2) topk_renoise_kernel(TopkRenoisePa
     if (is_given(s.given, row))
       store_onehot(p.out, row, s.vocab, token, false);
     else  // token -1 gives a row of NaN
-      noise_interpolate_row<false>(row_of<Out>(p.out, row), s.vocab, noise_key(s.rng, row), token,
-                                   scalar_at(p.t_next, row, 0.0f), p.c, kept_noise);
+      noise_interpolate_row<false, false>(row_of<Out>(p.out, row), s.vocab, noise_key(s.rng, row), token,
+                                          scalar_at(p.t_next, row, 0.0f), p.c, kept_noise);
   }
 }
 
