@@ -37,6 +37,41 @@ def compiled(function):
     return torch.compile(function, dynamic=False)
 
 
+def installed_peers(name, logits, target):
+    """The same op of other libraries, where they are installed; CUDA only. A peer that fails is named and left out."""
+    peers = {}
+    leaf = logits.clone().requires_grad_() if name == "cross_entropy_grad" else None
+
+    def both(loss):
+        leaf.grad = None
+        loss.sum().backward()
+
+    if name in ("cross_entropy", "cross_entropy_grad"):
+        try:
+            from liger_kernel.transformers import LigerCrossEntropyLoss
+
+            liger = LigerCrossEntropyLoss()
+            peers["Liger"] = (lambda: both(liger(leaf, target))) if leaf is not None else lambda: liger(logits, target)
+        except ImportError:
+            pass
+        try:
+            from quack.cross_entropy import cross_entropy_fwd
+
+            gradient = leaf is not None
+            peers["quack"] = lambda: cross_entropy_fwd(logits, target, return_lse=True, return_dx=gradient)
+        except ImportError:
+            pass
+    if name == "topk_sample":
+        try:
+            from flashinfer.sampling import top_k_top_p_sampling_from_logits
+
+            wide = logits.float()
+            peers["FlashInfer"] = lambda: top_k_top_p_sampling_from_logits(wide, TOP_K, 1.0)
+        except ImportError:
+            pass
+    return peers
+
+
 def build_case(name, rows, vocab, dtype, device):
     """Inputs are made once; `out=` and in-place forms are used by all that have them."""
     generator = torch.Generator(device=device).manual_seed(0)
@@ -167,7 +202,19 @@ def run(arguments):
         case = build_case(name, rows, vocab, getattr(torch, dtype), device)
         source = torch.ones(rows, vocab, dtype=getattr(torch, dtype), device=device)
         sink = torch.empty_like(source)
-        peers = {} if arguments.no_peers else case.peers
+        peers = {} if arguments.no_peers else dict(case.peers)
+        if peers and device.type == "cuda":
+            generator = torch.Generator(device=device).manual_seed(0)
+            logits = (torch.randn(rows, vocab, device=device, generator=generator) * 3).to(getattr(torch, dtype))
+            target = torch.randint(vocab, (rows,), device=device, generator=generator)
+            for peer, function in installed_peers(name, logits, target).items():
+                try:
+                    function()
+                    peers[peer] = function
+                except Exception as error:  # another library's shapes and versions are its own affair
+                    print(
+                        f"{peer} cannot run {name} {rows} x {vocab} {dtype}: {str(error).splitlines()[:1]}", flush=True
+                    )
         functions = {"ours": case.ours, "copy": lambda sink=sink, source=source: sink.copy_(source), **peers}
         ms = measure(functions, device, arguments.seconds)
         copies = ms["ours"] / ms["copy"]

@@ -372,6 +372,42 @@ def compiled_cases(device):
     }
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("name", ops.__all__)
+def test_cuda_graph_replays(name):
+    call = compiled_cases(torch.device("cuda"))[name]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    expected = call()
+    graph.replay()
+    pairs = zip(result, expected, strict=True) if isinstance(result, tuple) else [(result, expected)]
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_replay_draws_new_noise_when_the_step_advances():
+    rng, target = torch.tensor([1, 0], device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
+    out = torch.empty(4, 1003, device="cuda")
+    ops.noise_interpolate(target, 0.2, rng, vocab_size=1003, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.noise_interpolate(target, 0.2, rng, vocab_size=1003, out=out)
+        rng[1] += 1
+    seen = []
+    for step in range(3):
+        graph.replay()
+        seen.append(out.clone())
+        assert torch.equal(
+            out, ops.noise_interpolate(target, 0.2, torch.tensor([1, step], device="cuda"), vocab_size=1003)
+        )
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
 @pytest.mark.parametrize("name", ops.__all__)
 def test_compiles_as_one_graph(name, device):
     case = compiled_cases(device)[name]

@@ -112,3 +112,46 @@ def test_schedule_and_poison_never_change_a_result(simt_library):
         _C.use_backend(None)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# op, dtype, V: blocks to a row, and how many of these blocks share a multiprocessor (228 KB, 1 KB of each reserved)
+LAYOUTS = [
+    ("noise_interpolate", torch.bfloat16, 50259, 1, 2),
+    ("noise_interpolate", torch.float32, 50259, 2, 2),
+    ("noise_interpolate", torch.bfloat16, 128256, 4, 2),
+    ("noise_interpolate", torch.bfloat16, 262144, 8, 2),
+    ("noise_interpolate", torch.float32, 262144, 8, 1),
+    ("cross_entropy_grad", torch.bfloat16, 32768, 1, 3),
+    ("cross_entropy_grad", torch.bfloat16, 50259, 1, 2),
+    ("cross_entropy_grad", torch.float32, 50259, 2, 2),
+    ("cross_entropy_grad", torch.float32, 128256, 8, 2),
+    ("topk_sample", torch.bfloat16, 50259, 1, 2),
+    ("topk_renoise", torch.bfloat16, 50259, 1, 2),
+    ("euler_step", torch.bfloat16, 50259, 2, 2),
+    ("logit_interpolate", torch.bfloat16, 50259, 2, 2),
+]
+
+
+@pytest.mark.parametrize("op,dtype,vocab,blocks,resident", LAYOUTS, ids=str)
+def test_shared_memory_is_as_designed(simt_library, op, dtype, vocab, blocks, resident):
+    logits, target = torch.zeros(1, vocab, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    calls = {
+        "noise_interpolate": lambda: ops.noise_interpolate(target, 0.2, 0, vocab_size=vocab, dtype=dtype),
+        "cross_entropy_grad": lambda: ops.cross_entropy_grad(logits, target),
+        "topk_sample": lambda: ops.topk_sample(logits, 50, 0),
+        "topk_renoise": lambda: ops.topk_renoise(logits, 50, 0.2, 0),
+        "euler_step": lambda: ops.euler_step(logits, logits, 0.1),
+        "logit_interpolate": lambda: ops.logit_interpolate(logits, target, 0.2),
+    }
+    _C.use_backend(str(simt_library))
+    try:
+        calls[op]()
+    finally:
+        _C.use_backend(None)
+    cluster, shared = ctypes.c_uint(), ctypes.c_uint()
+    ctypes.CDLL(str(simt_library)).klflow_simt_last_launch(ctypes.byref(cluster), ctypes.byref(shared))
+    fit = min((228 << 10) // (shared.value + 1024), 2048 // 512)
+    print(
+        f"{op:20}{str(dtype):16}V {vocab:7}: {cluster.value} blocks to a row, {shared.value:7} B each, {fit} resident"
+    )
+    assert cluster.value == blocks and shared.value <= 227 << 10 and fit >= resident

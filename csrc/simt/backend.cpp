@@ -12,3 +12,6 @@ KLFLOW_EXPORT const klflow::Backend* klflow_backend() {
   return &backend;
 }
 KLFLOW_EXPORT void klflow_simt_seed(uint64_t value) { simt::seed(value); }
+KLFLOW_EXPORT void klflow_simt_last_launch(unsigned* cluster, unsigned* shared_bytes) {
+  simt::last_launch(*cluster, *shared_bytes);
+}

@@ -243,6 +243,10 @@ unsigned cluster_rank() { return machine.running->block->rank; }
 unsigned cluster_size() { return machine.cluster; }
 int lane_index() { return static_cast<int>(machine.running->index.x % 32); }
 void seed(uint64_t value) { machine.seed = value; }
+void last_launch(unsigned& cluster, unsigned& shared_bytes) {
+  cluster = machine.cluster;
+  shared_bytes = static_cast<unsigned>(machine.shared_bytes);
+}
 
 unsigned char* map_shared(unsigned char* mine, unsigned rank) {
   const Block& block = *machine.running->block;

@@ -34,6 +34,7 @@ unsigned cluster_size();
 const char* launch(const char* name, const std::function<void()>& kernel, unsigned blocks, unsigned threads,
                    size_t shared_bytes, unsigned cluster);
 void seed(uint64_t value);
+void last_launch(unsigned& cluster, unsigned& shared_bytes);
 
 // Rendezvous. `site` names the place in the source; threads of one barrier must stand at the same place.
 void block_barrier(const char* site);
