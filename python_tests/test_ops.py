@@ -289,7 +289,7 @@ def test_cross_entropy_edges(device):
 @pytest.mark.parametrize("rows,vocab", SHAPES)
 def test_topk_sample(rows, vocab, dtype, top_p, device):
     logits = logits_of(rows, vocab, dtype, device, std=3, layout="shifted")
-    for k in sorted({1, 2, min(vocab, 50), min(vocab, 400), vocab if vocab <= 1000 else 2}):
+    for k in sorted({1, 2, min(vocab, 50), min(vocab, 256), min(vocab, 400), vocab if vocab <= 1000 else 2}):
         token, log_prob = ops.topk_sample(logits, k, 7, temperature=0.8, top_p=top_p, row_offset=3)
         want, want_log = reference.topk_sample(logits.double().cpu(), k, 7, temperature=0.8, top_p=top_p, row_offset=3)
         assert torch.equal(token.cpu(), want)
@@ -311,6 +311,11 @@ def test_topk_ties_nan_and_infinities(device):
     token, log_prob = ops.topk_sample(rows, 10, 0)
     assert token[:2].tolist() == [-1, -1] and log_prob[:2].isnan().all()
     assert token[2] == 77 and log_prob[2] == 0 and token[3] >= 4990
+    wide = torch.zeros(8, 60000, device=device)  # a cluster of blocks in float32, and ties in all of them
+    wide[4:, 30000:30005] = 3.0  # across two blocks' slices
+    token, log_prob = ops.topk_sample(wide, 5, 0)
+    assert set(token[:4].tolist()) <= set(range(5)) and set(token[4:].tolist()) <= set(range(30000, 30005))
+    torch.testing.assert_close(log_prob, torch.full_like(log_prob, -math.log(5)))
     token, x = ops.topk_renoise(rows, 10, 0.3, 0)
     assert x[:2].isnan().all() and not x[2:].isnan().any()
 

@@ -13,8 +13,8 @@ __global__ void __launch_bounds__(kThreads, 2) noise_interpolate_kernel(NoiseInt
     if (is_given(p.given, row))
       store_onehot(p.out, row, p.vocab, token, p.log);
     else
-      noise_interpolate_row<kLog, true>(row_of<Out>(p.out, row), p.vocab, noise_key(p.rng, row), token,
-                                        scalar_at(p.t, row, 0.0f), p.c, kept);
+      noise_interpolate_row<kLog>(row_of<Out>(p.out, row), p.vocab, noise_key(p.rng, row), token,
+                                  scalar_at(p.t, row, 0.0f), p.c, kept);
   }
 }
 

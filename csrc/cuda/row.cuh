@@ -316,12 +316,11 @@ struct Kept<__nv_bfloat16> {
 // One row of noise_interpolate: y_j = E_j^(1 - t) (log: its logarithm) is kept in shared memory between the sum and the
 // scaled store; where the row is too long to keep (kept == null) the noise is made again. Nothing but x_t touches
 // global memory.
-template <bool log, bool clustered, class Out>
+template <bool log, class Out>
 __device__ __forceinline__ void noise_interpolate_row(Out* row, int64_t vocab, const NoiseKey& key, int64_t token,
                                                       float t, float c, typename Kept<Out>::Type* kept) {
   using K = typename Kept<Out>::Type;
-  const Slice slice =
-      clustered ? slice_of(vocab) : Slice{0, static_cast<int>(vocab)};  // columns below are of the slice
+  const Slice slice = slice_of(vocab);  // columns below are of the slice
   Out* out = row + slice.begin;
   if (token < 0 || token >= vocab || !(t >= 0.0f && t <= 1.0f)) {
     store_row(out, slice.size, [&](int, float (&v)[kVector]) {
@@ -361,7 +360,7 @@ __device__ __forceinline__ void noise_interpolate_row(Out* row, int64_t vocab, c
   }
   const float own_log = power * log2_e(static_cast<int>(token)) * 0.6931471805599453f + t * c;
   if (threadIdx.x == 0 && slice.begin == 0) sum += exp(static_cast<double>(own_log));
-  const double total = row_sum<clustered>(sum);  // its barriers also publish what is kept
+  const double total = row_sum(sum);  // its barriers also publish what is kept
   const float scale = static_cast<float>(1.0 / (total * keep_scale)), log_total = static_cast<float>(::log(total));
   const float own = log ? own_log - log_total : expf(own_log - log_total);
   store_row(out, slice.size, [&](int column, float (&v)[kVector]) {

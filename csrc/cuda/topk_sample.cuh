@@ -17,7 +17,8 @@ constexpr int kQueue = 512;
 struct TopkShared {
   uint32_t counts[256];  // of a radix digit
   uint64_t queue[kQueue];
-  uint64_t sorted[kMaxQueued];
+  uint64_t sorted[kMaxQueued];  // the k largest keys in order: of the block's slice, in the end of the row
+  uint64_t merged[kMaxQueued];  // of the row, in the first block of the cluster
   uint32_t queued, kept;
   uint32_t unused[2];
 };
@@ -81,10 +82,12 @@ __device__ __forceinline__ Best candidate(const NoiseKey& key, float logit, int6
           static_cast<int32_t>(column)};
 }
 
-// Queues every logit not below the k-th largest of the threads' maxima (`mine`, ordered bits, 0 for none), and ranks
-// the queue: its k largest keys in order in `sorted`. False where the queue overflowed. k <= kMaxQueued.
+// The k largest keys of the row in order in `sorted`, in every block of the cluster; false where a queue overflowed.
+// A block queues every logit of its slice (columns from `begin` on) that is not below the k-th largest of the threads'
+// maxima (`mine`, ordered bits, 0 for none), and ranks the queue; then the cluster merges its blocks' sorted keys, each
+// key's rank being the sum of its places in all of them. k <= kMaxQueued.
 template <class T>
-__device__ __forceinline__ bool select_queued(const T* row, int vocab, int k, uint32_t mine) {
+__device__ __forceinline__ bool select_queued(const T* slice, int begin, int size, int k, uint32_t mine) {
   TopkShared& s = topk_shared();
   uint32_t threshold = 0;
   for (int bit = 31; bit >= 0; --bit) {  // each barrier counts the maxima that reach a candidate threshold
@@ -92,29 +95,51 @@ __device__ __forceinline__ bool select_queued(const T* row, int vocab, int k, ui
     if (__syncthreads_count(mine >= raised) >= k) threshold = raised;
   }
   if (threadIdx.x == 0) s.queued = 0;
+  if (threadIdx.x < kMaxQueued) s.sorted[threadIdx.x] = 0;  // below every key: a short slice has fewer than k
   __syncthreads();
   if (mine >= threshold) {  // another thread's columns hold nothing of interest
-    for (int column = kVector * static_cast<int>(threadIdx.x); column < vocab; column += kVector * kThreads) {
-      const Vector<T> raw = load_vector<T>(row, column, vocab, from_float<T>(0.0f));
+    for (int column = kVector * static_cast<int>(threadIdx.x); column < size; column += kVector * kThreads) {
+      const Vector<T> raw = load_vector<T>(slice, column, size, from_float<T>(0.0f));
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const float z = to_float(raw.element[i]);
-        if (column + i >= vocab || ordered_bits(z) < threshold) continue;
+        if (column + i >= size || ordered_bits(z) < threshold) continue;
         const uint32_t place = atomicAdd(&s.queued, 1u);
-        if (place < kQueue) s.queue[place] = key_of(z, column + i);
+        if (place < kQueue) s.queue[place] = key_of(z, begin + column + i);
       }
     }
   }
   __syncthreads();
   const uint32_t queued = s.queued;
-  if (queued > kQueue) return false;
-  for (uint32_t i = threadIdx.x; i < queued; i += kThreads) {
+  for (uint32_t i = threadIdx.x; i < queued && queued <= kQueue; i += kThreads) {
     const uint64_t key = s.queue[i];
     uint32_t rank = 0;
     for (uint32_t j = 0; j < queued; ++j) rank += s.queue[j] > key;
     if (rank < static_cast<uint32_t>(k)) s.sorted[rank] = key;
   }
   __syncthreads();
+  if (cluster_size() == 1) return queued <= kQueue;
+  const double overflowed = row_sum(threadIdx.x == 0 && queued > kQueue ? 1.0 : 0.0);  // also publishes `sorted`
+  if (overflowed > 0.0) return false;
+  const uint64_t own = threadIdx.x < kMaxQueued ? s.sorted[threadIdx.x] : 0;
+  if (own != 0) {
+    int rank = 0;
+    for (uint32_t block = 0; block < cluster_size(); ++block) {
+      const uint64_t* other =
+          reinterpret_cast<const uint64_t*>(map_shared(reinterpret_cast<unsigned char*>(s.sorted), block));
+      int place = 0;  // how many of the other's keys are larger
+#pragma unroll
+      for (int step = kMaxQueued / 2; step > 0; step /= 2)
+        if (other[place + step - 1] > own) place += step;
+      rank += place + (other[place] > own);
+    }
+    if (rank < k) reinterpret_cast<uint64_t*>(map_shared(reinterpret_cast<unsigned char*>(s.merged), 0))[rank] = own;
+  }
+  klflow_cluster_sync();
+  if (static_cast<int>(threadIdx.x) < k)
+    s.sorted[threadIdx.x] =
+        reinterpret_cast<const uint64_t*>(map_shared(reinterpret_cast<unsigned char*>(s.merged), 0))[threadIdx.x];
+  klflow_cluster_sync();
   return true;
 }
 
@@ -126,19 +151,20 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
     log_prob = 0.0f;
     return token_at(p.given.known, row);
   }
+  const Slice slice = slice_of(p.vocab);
   const T* logits = row_of<T>(p.logits, row);
   Best top{-infinity(), 0.0f, -1};  // the maximum, or +infinity in the score where there is a NaN
-  for (int column = kVector * static_cast<int>(threadIdx.x); column < p.vocab; column += kVector * kThreads) {
-    const Vector<T> raw = load_vector<T>(logits, column, p.vocab, from_float<T>(0.0f));
+  for (int column = kVector * static_cast<int>(threadIdx.x); column < slice.size; column += kVector * kThreads) {
+    const Vector<T> raw = load_vector<T>(logits + slice.begin, column, slice.size, from_float<T>(0.0f));
     if (kept != nullptr) store_aligned(kept + column, raw);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const float z = to_float(raw.element[i]);
-      if (column + i < p.vocab) top = better(top, {z == z ? z : infinity(), z, column + i});
+      if (column + i < slice.size) top = better(top, {z == z ? z : infinity(), z, slice.begin + column + i});
     }
   }
   const uint32_t mine = top.column < 0 ? 0 : ordered_bits(top.logit);
-  top = row_reduce<false>(top, [](Best a, Best b) { return better(a, b); });
+  top = row_reduce(top, [](Best a, Best b) { return better(a, b); });
   if (top.score == infinity() || top.score == -infinity()) return -1;
   if (p.k == 1) {
     log_prob = 0.0f;
@@ -150,8 +176,8 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
   auto score = [&](float z, int64_t j) { return candidate(key, z, j, top.score, static_cast<float>(inverse)); };
   Best choice{-infinity(), 0.0f, -1};
   double total;
-  const T* source = kept != nullptr ? kept : logits;
-  if (p.k <= kMaxQueued && select_queued<T>(source, static_cast<int>(p.vocab), static_cast<int>(p.k), mine)) {
+  const T* held_slice = kept != nullptr ? kept : logits + slice.begin;
+  if (p.k <= kMaxQueued && select_queued<T>(held_slice, slice.begin, slice.size, static_cast<int>(p.k), mine)) {
     TopkShared& s = topk_shared();
     uint32_t n = static_cast<uint32_t>(p.k);
     const bool have = threadIdx.x < n;
@@ -170,7 +196,8 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
       total = row_sum<false>(threadIdx.x < n ? mass(z) : 0.0);
     }
     if (threadIdx.x < n) choice = score(z, column_of(own));
-  } else {
+  } else {  // every block of a cluster does the same, over the whole row
+    const T* source = kept != nullptr && cluster_size() == 1 ? kept : logits;
     auto each = [&](uint64_t threshold, auto&& f) {
       for (int column = kVector * static_cast<int>(threadIdx.x); column < p.vocab; column += kVector * kThreads) {
         const Vector<T> raw = load_vector<T>(source, column, p.vocab, from_float<T>(0.0f));
@@ -208,10 +235,10 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) topk_sample_kernel(TopkSampleParams p, bool keep) {
   T* kept = keep ? reinterpret_cast<T*>(shared_memory() + kTopkBytes) : nullptr;
-  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+  for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     float log_prob;
     const int64_t token = draw_token<T>(p, row, kept, log_prob);
-    if (threadIdx.x == 0) {
+    if (is_leader()) {
       p.token[row] = token;
       if (p.log_prob != nullptr) p.log_prob[row] = log_prob;
     }
@@ -226,10 +253,10 @@ __global__ void __launch_bounds__(kThreads, 2) topk_renoise_kernel(TopkRenoisePa
   T* kept_logits = keep ? reinterpret_cast<T*>(room) : nullptr;
   auto* kept_noise = keep ? reinterpret_cast<typename Kept<Out>::Type*>(room) : nullptr;
   const TopkSampleParams& s = p.sample;
-  for (int64_t row = blockIdx.x; row < s.rows; row += gridDim.x) {
+  for (int64_t row = first_row(); row < s.rows; row += row_step()) {
     float log_prob;
     const int64_t token = draw_token<T>(s, row, kept_logits, log_prob);
-    if (threadIdx.x == 0) {
+    if (is_leader()) {
       s.token[row] = token;
       if (s.log_prob != nullptr) s.log_prob[row] = log_prob;
     }
@@ -237,8 +264,8 @@ __global__ void __launch_bounds__(kThreads, 2) topk_renoise_kernel(TopkRenoisePa
     if (is_given(s.given, row))
       store_onehot(p.out, row, s.vocab, token, false);
     else  // token -1 gives a row of NaN
-      noise_interpolate_row<false, false>(row_of<Out>(p.out, row), s.vocab, noise_key(s.rng, row), token,
-                                          scalar_at(p.t_next, row, 0.0f), p.c, kept_noise);
+      noise_interpolate_row<false>(row_of<Out>(p.out, row), s.vocab, noise_key(s.rng, row), token,
+                                   scalar_at(p.t_next, row, 0.0f), p.c, kept_noise);
   }
 }
 
