@@ -17,7 +17,8 @@ constexpr int kWarps = kThreads / 32;
 
 // The dynamic shared memory begins with the partial results of a reduction; then comes what the kernel itself lays out.
 constexpr int kSlotBytes = 32;
-constexpr int kPartialBytes = kWarps * kSlotBytes + kSlotBytes;  // and the block's own result, for its cluster
+constexpr int kRoundKeys = kWarps * kSlotBytes + kSlotBytes;            // after the block's own result, for its cluster
+constexpr int kPartialBytes = kRoundKeys + 20 * sizeof(uint32_t) + 16;  // and the round keys of a row's noise
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
@@ -285,13 +286,43 @@ __device__ __forceinline__ Words4 noise_words(const NoiseKey& key, int64_t colum
   return philox(static_cast<uint32_t>(column) / 4, key.row, key.step, stream, key.k0, key.k1);
 }
 
+// The simplex noise words of 4 columns, with the round keys from shared memory: computing them again for every counter
+// costs 5 instructions an element.
+__device__ __forceinline__ void store_round_keys(const NoiseKey& key) {
+  uint32_t* keys = reinterpret_cast<uint32_t*>(shared_memory() + kRoundKeys);
+  if (threadIdx.x < 10) {
+    keys[2 * threadIdx.x] = key.k0 + threadIdx.x * kPhiloxW0;
+    keys[2 * threadIdx.x + 1] = key.k1 + threadIdx.x * kPhiloxW1;
+  }
+  __syncthreads();
+}
+__device__ __forceinline__ Words4 row_noise_words(const NoiseKey& key, int column) {
+  uint32_t c0 = static_cast<uint32_t>(column) / 4, c1 = key.row, c2 = key.step, c3 = kSimplexNoise;
+#pragma unroll
+  for (int pair = 0; pair < 5; ++pair) {
+    const Words16 keys = load16(shared_memory() + kRoundKeys + 16 * pair);
+#pragma unroll
+    for (int round = 0; round < 2; ++round) {
+      const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0, p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
+      c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ keys.w[2 * round];
+      c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ keys.w[2 * round + 1];
+      c1 = static_cast<uint32_t>(p1);
+      c3 = static_cast<uint32_t>(p0);
+    }
+  }
+  return {{c0, c1, c2, c3}};
+}
+
 // log2 (E / ln 2), E = -log U, in two special-function operations; the constant cancels in every softmax. Near U = 1
-// (E < 1/16) the first one's absolute error would be a large relative one, so there E comes from the series of
-// -log(1 - v), v = 1 - U exactly. Relative error of E: 3e-6.
+// the first one's absolute error would be a large relative one, so there E comes from the series of -log(1 - v), v = 1
+// - U exactly. Relative error of E: 3e-6; coarse, for results of 8 bits: 1e-4.
+template <bool coarse>
 __device__ __forceinline__ float log2_noise(uint32_t word) {
   const float u = simplex_uniform(word), v = 1.0f - u;
-  const float series = v * (1.442695f + v * (0.7213475f + v * (0.48089835f + v * (0.36067376f + v * 0.28853901f))));
-  return lg2_approx(v < 0.0625f ? series : -lg2_approx(u));
+  const float series =
+      coarse ? v * (1.442695f + v * 0.7213475f)
+             : v * (1.442695f + v * (0.7213475f + v * (0.48089835f + v * (0.36067376f + v * 0.28853901f))));
+  return lg2_approx(v < (coarse ? 0.015625f : 0.0625f) ? series : -lg2_approx(u));
 }
 
 // One lane's word, by selection: an indexed array would live in local memory.
@@ -305,12 +336,12 @@ __device__ __forceinline__ uint32_t word_at(const Words4& words, int64_t column)
 template <class Out>
 struct Kept {
   using Type = float;
-  static constexpr float kScale = 1.0f;
+  static constexpr float kLog2Scale = 0.0f;
 };
 template <>
 struct Kept<__nv_bfloat16> {
   using Type = __half;
-  static constexpr float kScale = 1024.0f;
+  static constexpr float kLog2Scale = 10.0f;
 };
 
 // One row of noise_interpolate: y_j = E_j^(1 - t) (log: its logarithm) is kept in shared memory between the sum and the
@@ -328,9 +359,11 @@ __device__ __forceinline__ void noise_interpolate_row(Out* row, int64_t vocab, c
     });
     return;
   }
-  const float power = 1.0f - t, keep_scale = log ? 1.0f : Kept<Out>::kScale;
+  const float power = 1.0f - t, shift = log ? 0.0f : Kept<Out>::kLog2Scale;  // y is scaled by 2^shift
+  constexpr bool coarse = sizeof(K) == 2 && !log;
+  store_round_keys(key);
   auto log2_e = [&](int column) {  // of one column
-    return log2_noise(word_at(noise_words(key, column, kSimplexNoise), column));
+    return log2_noise<coarse>(word_at(row_noise_words(key, column), column));
   };
   double sum = 0.0;
   const int last = slice.size, own_column = static_cast<int>(token) - slice.begin;
@@ -339,13 +372,13 @@ __device__ __forceinline__ void noise_interpolate_row(Out* row, int64_t vocab, c
     float y[kVector];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Words4 words = noise_words(key, slice.begin + column + 4 * half, kSimplexNoise);
+      const Words4 words = row_noise_words(key, slice.begin + column + 4 * half);
 #pragma unroll
       for (int lane = 0; lane < 4; ++lane) {
         const int i = 4 * half + lane;
-        const float exponent = power * log2_noise(words.w[lane]);
+        const float exponent = power * log2_noise<coarse>(words.w[lane]) + shift;
         y[i] = ex2_approx(exponent);
-        keep.element[i] = from_float<K>(log ? exponent * 0.6931471805599453f : y[i] * keep_scale);
+        keep.element[i] = from_float<K>(log ? exponent * 0.6931471805599453f : y[i]);
       }
     }
     if (column / kVector == own_column / kVector || column + kVector > last) {  // few vectors hold what does not count
@@ -358,10 +391,10 @@ __device__ __forceinline__ void noise_interpolate_row(Out* row, int64_t vocab, c
     sum += partial;
     if (kept != nullptr) store_aligned(kept + column, keep);
   }
-  const float own_log = power * log2_e(static_cast<int>(token)) * 0.6931471805599453f + t * c;
+  const float own_log = (power * log2_e(static_cast<int>(token)) + shift) * 0.6931471805599453f + t * c;
   if (threadIdx.x == 0 && slice.begin == 0) sum += exp(static_cast<double>(own_log));
   const double total = row_sum(sum);  // its barriers also publish what is kept
-  const float scale = static_cast<float>(1.0 / (total * keep_scale)), log_total = static_cast<float>(::log(total));
+  const float scale = static_cast<float>(1.0 / total), log_total = static_cast<float>(::log(total));
   const float own = log ? own_log - log_total : expf(own_log - log_total);
   store_row(out, slice.size, [&](int column, float (&v)[kVector]) {
     if (kept != nullptr) {
@@ -372,8 +405,8 @@ __device__ __forceinline__ void noise_interpolate_row(Out* row, int64_t vocab, c
     } else {
       for (int i = 0; i < kVector; ++i) {
         const int j = column + i;
-        const float exponent = j >= 0 && j < slice.size ? power * log2_e(slice.begin + j) : 0.0f;
-        v[i] = log ? exponent * 0.6931471805599453f - log_total : ex2_approx(exponent) * scale * keep_scale;
+        const float exponent = j >= 0 && j < slice.size ? power * log2_e(slice.begin + j) + shift : 0.0f;
+        v[i] = log ? exponent * 0.6931471805599453f - log_total : ex2_approx(exponent) * scale;
       }
     }
 #pragma unroll
