@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropy
       return q * class_weight(j);
     };
     const float own_weight = hard ? (1.0f - p.label_smoothing) * class_weight(token) : 0.0f;
+    // Read before any barrier of the sums, so before an in-place gradient overwrites it.
     const float own_z = hard && p.loss != nullptr ? capped(load(p.logits, row, token)) : 0.0f;
     const float row_weight = scalar_at(p.row_weight, row, 1.0f);
 
@@ -68,7 +69,6 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropy
       }
     }
     if (p.dloss.data == nullptr) continue;
-    __syncthreads();  // own_z has been read everywhere before an in-place gradient overwrites it
     const float scale = ignored ? 0.0f : valid ? scalar_at(p.dloss, row, 0.0f) * row_weight : not_a_number();
     const float dlse = scalar_at(p.dlse, row, 0.0f);
     const float a = ignored ? dlse : scale * static_cast<float>(qw + own_weight + 2.0 * p.z_loss * lse) + dlse;

@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, 2) topk_sample_kernel(TopkSamplePara
   }
 }
 
-// The kept bytes hold the logits first and the noise afterwards.
+// The kept bytes hold the logits first and the noise afterwards; barriers of the draw and of the noise lie between.
 template <class T, class Out>
 __global__ void __launch_bounds__(kThreads, 2) topk_renoise_kernel(TopkRenoiseParams p, bool keep) {
   unsigned char* room = shared_memory() + kTopkBytes;
@@ -260,7 +260,6 @@ __global__ void __launch_bounds__(kThreads, 2) topk_renoise_kernel(TopkRenoisePa
       s.token[row] = token;
       if (s.log_prob != nullptr) s.log_prob[row] = log_prob;
     }
-    __syncthreads();  // the noise overwrites the logits
     if (is_given(s.given, row))
       store_onehot(p.out, row, s.vocab, token, false);
     else  // token -1 gives a row of NaN
