@@ -228,6 +228,25 @@ def test_the_longest_rows(device, request):
                  torch.float32, scale=30, absolute=1e-10)  # fmt: skip
 
 
+def test_rows_beyond_2_to_the_32_elements(device):
+    """Three rows 2^31 elements apart: the last begins 2^32 elements after the first. Only the pages in use exist."""
+    stride, vocab, target = 2**31, 1003, torch.tensor([0, 500, 1002], device=device)
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 10 * 2**30:
+        pytest.skip("needs 10 GB of GPU memory")
+    try:
+        room = torch.empty(2 * stride + vocab, dtype=torch.bfloat16, device=device)
+    except RuntimeError:
+        pytest.skip("needs 9 GB of address space")
+    far = room.as_strided((3, vocab), (stride, 1))
+    near = logits_of(3, vocab, torch.bfloat16, device)
+    far.copy_(near)
+    for a, b in zip(ops.cross_entropy_grad(far, target), ops.cross_entropy_grad(near, target), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(ops.topk_sample(far, 50, 1)[0], ops.topk_sample(near, 50, 1)[0])
+    ops.noise_interpolate(target, 0.2, 3, vocab_size=vocab, out=far)
+    assert torch.equal(far, ops.noise_interpolate(target, 0.2, 3, vocab_size=vocab, dtype=torch.bfloat16))
+
+
 def test_cross_entropy_equals_torch(device):
     logits, target = logits_of(40, 1000, device=device), targets_of(40, 1000, device)
     target[::3] = -100
