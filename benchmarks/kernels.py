@@ -22,7 +22,10 @@ import torch.nn.functional as F
 
 from klflow_ext import build_info, ops
 
-DEFAULT_SHAPES = {"cpu": "1024x50259,8192x2048,1x50259", "cuda": "4096x32768,4096x50259,4096x50304,4096x128256"}
+DEFAULT_SHAPES = {
+    "cpu": "1024x50259,8192x2048,1x50259",
+    "cuda": "4096x50259,4096x50304,16384x50259,4096x32768,4096x128256,4096x262144,1x131072",
+}
 TOP_K, T, BETA = 50, 0.2, 0.01
 
 
