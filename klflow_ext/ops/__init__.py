@@ -1,0 +1,20 @@
+"""The kernels as functions. Rows are positions of any leading shape; the simplex axis, of V tokens, is last.
+
+Every function checks its arguments before any work and raises TypeError, ValueError or IndexError naming the argument, its
+value and what is allowed. Floating tensors are float32, bfloat16 or float16 with float32 arithmetic inside; `reference`
+holds a plain PyTorch twin of each, which also runs in float64. The operators below are torch.ops.klflow.*: functional or
+with declared mutation, with fake kernels, usable under torch.compile(fullgraph=True) and CUDA graphs.
+
+Randomness: `rng` is an int seed, a torch.Generator, or an int64 tensor of (seed, step), shape (2,) or (*rows, 2). Noise is a
+function of (seed, step, global row, column) alone, global row = flattened row + row_offset: the same on every device and
+for any split of the batch. Conventions: c = log(V / beta - V + 1) is the logit gap of the smoothed target.
+"""
+
+from klflow_ext.ops.loss import cross_entropy, cross_entropy_grad
+from klflow_ext.ops.path import logit_interpolate, noise_interpolate
+from klflow_ext.ops.sample import euler_step, topk_renoise, topk_sample
+
+__all__ = [
+    "noise_interpolate", "logit_interpolate", "cross_entropy", "cross_entropy_grad", "topk_sample", "topk_renoise",
+    "euler_step",
+]  # fmt: skip

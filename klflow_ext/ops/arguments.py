@@ -1,0 +1,170 @@
+"""Argument checks that the ops share. Every message reads "<name>: got <value>, allowed is <what>"."""
+
+import os
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32)
+DEBUG_CHECK = os.environ.get("KLFLOW_CHECK") == "1"  # also check values on CUDA, which synchronises
+
+
+def fail(error, name, value, allowed):
+    raise error(f"{name}: got {value}, allowed is {allowed}")
+
+
+def check_scalar(name, value, low, high, allowed, open_low=False, open_high=False):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail(TypeError, name, repr(value), allowed)
+    if not (low < value if open_low else low <= value) or not (value < high if open_high else value <= high):
+        fail(ValueError, name, value, allowed)
+    return float(value)
+
+
+def check_beta(beta):
+    return check_scalar("beta", beta, 0, 1, "a number in (0, 1)", True, True)
+
+
+def check_temperature(temperature):
+    return check_scalar("temperature", temperature, 0, float("inf"), "a positive finite number", True, True)
+
+
+def check_int(name, value, low, high, allowed):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        fail(TypeError, name, repr(value), allowed)
+    if value < low or value > high:
+        fail(ValueError, name, value, allowed)
+    return value
+
+
+def check_tensor(name, value, dtypes, device=None):
+    if not isinstance(value, torch.Tensor):
+        fail(TypeError, name, type(value).__name__, "a tensor")
+    if value.dtype not in dtypes:
+        fail(TypeError, name, value.dtype, " or ".join(str(d) for d in dtypes))
+    if device is not None and value.device != device:
+        fail(ValueError, name, f"a tensor on {value.device}", f"the device of the other arguments, {device}")
+    return value
+
+
+def check_vocab(name, tensor):
+    if tensor.dim() < 1 or tensor.shape[-1] < 2:
+        fail(ValueError, name, f"shape {tuple(tensor.shape)}", "a last axis of V >= 2 tokens")
+    if tensor.shape[-1] > 2**30:
+        fail(ValueError, name, f"V = {tensor.shape[-1]}", "V <= 2^30")
+    return tensor.shape[-1]
+
+
+def looks_at_values(device):
+    """Whether values may be read: free on the CPU, a synchronisation on CUDA, impossible under torch.compile."""
+    return not torch.compiler.is_compiling() and (device.type == "cpu" or (device.type == "cuda" and DEBUG_CHECK))
+
+
+def broadcast(name, value, shape, rows):
+    try:
+        return value.expand(shape).reshape(rows)
+    except RuntimeError:
+        return fail(ValueError, name, f"shape {tuple(value.shape)}", f"a shape that broadcasts to {tuple(shape)}")
+
+
+def row_scalars(name, value, shape, rows, device, low=None, high=None):
+    """Floats that broadcast to the rows, as (rows,) float32; each within [low, high]."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if low is not None:
+            check_scalar(name, value, low, high, f"numbers in [{low}, {high}]")
+        return torch.full((1,), float(value), device=device).expand(rows)
+    check_tensor(name, value, (*FLOATS, torch.float64), device)
+    if low is not None and looks_at_values(device) and value.numel():
+        bad = ~((value >= low) & (value <= high))
+        if bad.any():
+            fail(ValueError, name, value[bad].reshape(-1)[0].item(), f"numbers in [{low}, {high}]")
+    return broadcast(name, value.float(), shape, rows)
+
+
+def token_rows(name, value, shape, rows, vocab, device, where=None, ignore_index=None):
+    """Token ids that broadcast to the rows, as (rows,); those that count must lie in [0, V)."""
+    check_tensor(name, value, INTEGERS, device)
+    flat = broadcast(name, value, shape, rows)
+    if looks_at_values(device) and rows:
+        bad = (flat < 0) | (flat >= vocab)
+        if where is not None:
+            bad &= where
+        if ignore_index is not None:
+            bad &= flat != ignore_index
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise IndexError(
+                f"{name}: row {row} holds {flat[row].item()}, allowed is 0 to V - 1 = {vocab - 1}"
+                + ("" if ignore_index is None else f" or ignore_index = {ignore_index}")
+            )
+    return flat
+
+
+def row_flags(name, value, shape, rows, device):
+    if value is None:
+        return None
+    check_tensor(name, value, (torch.bool,), device)
+    return broadcast(name, value, shape, rows)
+
+
+def given_known(given, known, shape, rows, vocab, device):
+    flags = row_flags("given", given, shape, rows, device)
+    if flags is None:
+        return None, None
+    if known is None:
+        fail(ValueError, "known", None, "the tokens of the given rows, needed where given is")
+    return flags, token_rows("known", known, shape, rows, vocab, device, where=flags)
+
+
+def rng_state(rng, shape, rows, device):
+    """(seed, step) pairs as the kernels take them: (2,) or (rows, 2) int64 on the device."""
+    if isinstance(rng, torch.Generator):
+        rng = int(torch.randint(2**63 - 1, (), generator=rng, device=rng.device))
+    if isinstance(rng, int) and not isinstance(rng, bool):
+        if not -(2**63) <= rng < 2**64:
+            fail(ValueError, "rng", rng, "a seed that fits in 64 bits")
+        seed = rng - 2**64 if rng >= 2**63 else rng
+        return torch.tensor([seed, 0], dtype=torch.int64, device=device)
+    check_tensor("rng", rng, (torch.int64,), device)
+    if rng.shape == (2,):
+        return rng.contiguous()
+    if rng.shape != (*shape, 2):
+        fail(ValueError, "rng", f"shape {tuple(rng.shape)}", f"(2,) or {(*shape, 2)}")
+    return rng.reshape(rows, 2).contiguous()
+
+
+def check_row_offset(row_offset):
+    return check_int("row_offset", row_offset, 0, 2**32 - 1, "an integer in [0, 2^32)")
+
+
+def as_rows(tensor, vocab):
+    """(rows, V) with unit stride along V: a view where the strides allow it, else a copy."""
+    flat = tensor.reshape(-1, vocab)
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def output(name, out, shape, dtype, device):
+    """(tensor to return, its (rows, V) view); out must be viewable, so that writing reaches it."""
+    vocab = shape[-1]
+    if out is None:
+        if dtype not in FLOATS:
+            fail(TypeError, "dtype", dtype, " or ".join(str(d) for d in FLOATS))
+        out = torch.empty(shape, dtype=dtype, device=device)
+        return out, out.view(-1, vocab) if out.numel() else out.reshape(-1, vocab)
+    check_tensor(name, out, FLOATS, device)
+    if out.shape != torch.Size(shape):
+        fail(ValueError, name, f"shape {tuple(out.shape)}", tuple(shape))
+    if out.numel() == 0:
+        return out, out.reshape(-1, vocab)
+    try:
+        flat = out.view(-1, vocab)
+    except RuntimeError:
+        flat = None
+    if flat is None or flat.stride(1) != 1:
+        fail(ValueError, name, f"strides {out.stride()}", "rows with stride 1 along V that can be viewed as (rows, V)")
+    return out, flat
+
+
+def register_fake_mutation(name):
+    """A fake kernel for an operator that only writes to its arguments."""
+    torch.library.register_fake(f"klflow::{name}")(lambda *arguments: None)

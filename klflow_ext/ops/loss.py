@@ -1,0 +1,188 @@
+"""The loss: fused log-softmax cross-entropy over large vocabularies."""
+
+import torch
+
+from klflow_ext.ops.arguments import (
+    FLOATS,
+    as_rows,
+    check_int,
+    check_scalar,
+    check_tensor,
+    check_vocab,
+    fail,
+    output,
+    register_fake_mutation,
+    row_scalars,
+    token_rows,
+)
+
+_klflow = torch.ops.klflow
+
+
+def _loss_arguments(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap):
+    """Flattened and checked arguments of the cross-entropy operators, and the divisor of reduction='mean'."""
+    check_tensor("logits", logits, FLOATS)
+    vocab = check_vocab("logits", logits)
+    shape, device = logits.shape[:-1], logits.device
+    rows = shape.numel()
+    check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1, "an integer")
+    smoothing = check_scalar("label_smoothing", label_smoothing, 0, 1, "a number in [0, 1]")
+    z_loss = check_scalar("z_loss", z_loss, 0, float("inf"), "a finite number >= 0", open_high=True)
+    if softcap is not None:
+        check_scalar("softcap", softcap, 0, float("inf"), "None or a positive finite number", True, True)
+    if weight is not None:
+        check_tensor("weight", weight, FLOATS, device)
+        if weight.shape != (vocab,):
+            fail(ValueError, "weight", f"shape {tuple(weight.shape)}", f"({vocab},)")
+        weight = weight.float().contiguous()
+    if row_weight is not None:
+        row_weight = row_scalars("row_weight", row_weight, shape, rows, device)
+    if isinstance(target, torch.Tensor) and target.dtype in FLOATS:
+        check_tensor("target", target, FLOATS, device)
+        if target.shape != logits.shape:
+            fail(
+                ValueError,
+                "target",
+                f"shape {tuple(target.shape)} of soft targets",
+                f"that of logits, {tuple(logits.shape)}",
+            )
+        tokens = as_rows(target.detach(), vocab)
+        per_row = torch.ones(rows, device=device) if row_weight is None else row_weight
+    else:
+        tokens = token_rows("target", target, shape, rows, vocab, device, ignore_index=ignore_index)
+        kept = tokens != ignore_index
+        if weight is None:
+            per_row = kept.float()
+        else:
+            per_row = torch.where(kept, weight[tokens.clamp(0, vocab - 1).long()], 0.0)
+        if row_weight is not None:
+            per_row = torch.where(kept, per_row * row_weight, 0.0)
+    options = (weight, row_weight, ignore_index, smoothing, z_loss, 0.0 if softcap is None else float(softcap))
+    return as_rows(logits, vocab), tokens, options, per_row.sum()
+
+
+def cross_entropy(
+    logits, target, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, row_weight=None,
+    reduction="mean", return_lse=False, inplace_backward=False,
+):  # fmt: skip
+    """Fused log-softmax cross-entropy over large vocabularies; log-probabilities are never built.
+
+    loss_n = row_weight_n (sum_j q_nj w_j (lse_n - z_nj) + z_loss lse_n^2), z = softcap tanh(logits / softcap),
+    q = (1 - label_smoothing) onehot(target) + label_smoothing / V; equal to torch.nn.functional.cross_entropy where that
+    has the option. "mean" divides by the sum of w[target] row_weight over kept rows (NaN if there is none, as in torch).
+
+    Args:
+        logits: (*rows, V). target: token ids of shape rows, or soft targets (floats) of the shape of logits.
+        weight: (V,) class weights. ignore_index: rows with this target have zero loss and gradient.
+        row_weight: a weight per row. reduction: "mean", "sum" or "none" (any upstream gradient per row).
+        return_lse: also return lse (*rows), differentiable.
+        inplace_backward: the backward pass writes the gradient over logits, which are then no longer usable.
+
+    Returns: loss (float32), or (loss, lse). Gradients flow to logits only.
+    Errors: IndexError for a target outside [0, V) (on CUDA the row's loss is NaN; KLFLOW_CHECK=1 checks there too).
+    """
+    if reduction not in ("mean", "sum", "none"):
+        fail(ValueError, "reduction", repr(reduction), "'mean', 'sum' or 'none'")
+    flat, tokens, options, divisor = _loss_arguments(
+        logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap
+    )
+    if inplace_backward and not torch.compiler.is_compiling():  # the compiler plans its own memory
+        loss, lse = _InplaceCrossEntropy.apply(flat, tokens, *options)
+    else:
+        loss, lse = _klflow.cross_entropy(flat, tokens, *options)
+    shape = logits.shape[:-1]
+    if reduction == "none":
+        loss = loss.reshape(shape)
+    else:
+        loss = loss.sum() if reduction == "sum" else loss.sum() / divisor
+    return (loss, lse.reshape(shape)) if return_lse else loss
+
+
+def cross_entropy_grad(
+    logits, target, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, row_weight=None,
+    dloss=None, out=None,
+):  # fmt: skip
+    """Loss, lse and the gradient of the logits from one read of them, without autograd; options as in `cross_entropy`.
+
+    dloss: upstream gradient per row, broadcasts to rows; None: that of the mean, so that grad = d mean(loss) / d logits.
+    out: where the gradient goes, of the dtype of logits; may be logits itself.
+    Returns: (loss (*rows), lse (*rows), grad (*rows, V)), loss and lse in float32.
+    """
+    flat, tokens, options, divisor = _loss_arguments(
+        logits.detach() if isinstance(logits, torch.Tensor) else logits,
+        target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap,
+    )  # fmt: skip
+    shape, rows, device = logits.shape[:-1], flat.shape[0], logits.device
+    if dloss is None:
+        upstream = (1.0 / divisor).reshape(1).expand(rows)
+    else:
+        upstream = row_scalars("dloss", dloss, shape, rows, device)
+    grad, flat_grad = output("out", out, logits.shape, logits.dtype, device)
+    if grad.dtype != logits.dtype:
+        fail(TypeError, "out", grad.dtype, f"the dtype of logits, {logits.dtype}")
+    loss, lse = torch.empty(rows, device=device), torch.empty(rows, device=device)
+    _klflow.cross_entropy_grad(flat, tokens, *options, upstream, loss, lse, flat_grad)
+    return loss.reshape(shape), lse.reshape(shape), grad
+
+
+# ---- fake kernels and gradients
+
+
+for _name in ("cross_entropy_grad", "cross_entropy_backward"):
+    register_fake_mutation(_name)
+
+
+@torch.library.register_fake("klflow::cross_entropy")
+def _(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap):
+    return (
+        logits.new_empty(logits.shape[:1], dtype=torch.float32),
+        logits.new_empty(logits.shape[:1], dtype=torch.float32),
+    )
+
+
+def _setup_cross_entropy(ctx, inputs, output):
+    logits, target, weight, row_weight, *options = inputs
+    ctx.save_for_backward(logits, target, weight, row_weight, output[1])
+    ctx.options = options
+
+
+def _cross_entropy_gradient(ctx, dloss, dlse, grad_into):
+    logits, target, weight, row_weight, lse = ctx.saved_tensors
+    if dloss is None:
+        dloss = torch.zeros_like(lse)
+    grad = grad_into(logits)
+    _klflow.cross_entropy_backward(logits, target, lse, weight, row_weight, *ctx.options, dloss, dlse, grad)
+    return (grad, *[None] * 7)
+
+
+def _backward_cross_entropy(ctx, dloss, dlse):
+    return _cross_entropy_gradient(
+        ctx, dloss, dlse, lambda logits: torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    )
+
+
+torch.library.register_autograd("klflow::cross_entropy", _backward_cross_entropy, setup_context=_setup_cross_entropy)
+
+
+class _InplaceCrossEntropy(torch.autograd.Function):
+    """cross_entropy whose backward pass puts the gradient where the logits were."""
+
+    @staticmethod
+    def forward(ctx, logits, target, *options):
+        loss, lse = _klflow.cross_entropy(logits.detach(), target, *options)
+        ctx.set_materialize_grads(False)
+        _setup_cross_entropy(ctx, (logits, target, *options), (loss, lse))
+        ctx.used = False
+        return loss, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss, dlse):
+        if ctx.used:
+            raise RuntimeError(
+                "cross_entropy(inplace_backward=True): a second backward pass, but the first replaced the logits"
+            )
+        result = _cross_entropy_gradient(ctx, dloss, dlse, lambda logits: logits.detach())
+        ctx.used = True
+        torch.autograd.graph.increment_version(ctx.saved_tensors[0])
+        return result

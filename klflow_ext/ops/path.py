@@ -1,0 +1,135 @@
+"""The KL geodesic: noisy rows from in-kernel noise, and points between given rows."""
+
+import torch
+
+from klflow_ext.ops.arguments import (
+    FLOATS,
+    INTEGERS,
+    as_rows,
+    check_beta,
+    check_int,
+    check_row_offset,
+    check_tensor,
+    check_vocab,
+    fail,
+    output,
+    register_fake_mutation,
+    rng_state,
+    row_flags,
+    row_scalars,
+    token_rows,
+)
+
+_klflow = torch.ops.klflow
+
+
+def noise_interpolate(
+    target, t, rng, *, vocab_size, beta=0.01, given=None, row_offset=0, dtype=None, log=False, out=None
+):
+    """Noisy rows x_t on the KL geodesic from fresh Dirichlet(1) noise to the smoothed target, noise made in the kernel.
+
+    x_t[j] is proportional to E_j^(1 - t) exp(t c [j = target]), E_j = -log U_j i.i.d. Exp(1) (DESIGN: KL geodesic; the
+    paper's x_t = softmax((1 - t) log x_0 + t log x_1)). A given row is exactly onehot(target) at every t.
+
+    Args:
+        target: int64 or int32 token ids, any shape `rows`, in [0, V).
+        t: time in [0, 1], number or tensor that broadcasts to rows.
+        rng: seed, generator or (seed, step) tensor; see the module.
+        vocab_size: V >= 2. beta: smoothing in (0, 1). given: bool, broadcasts to rows.
+        row_offset: global index of the first row. dtype: of the result (float32). log: return log x_t instead.
+        out: tensor (*rows, V) to write into; on a CPU this saves page faults.
+
+    Returns: (*rows, V) on the device of target.
+    Errors: TypeError, ValueError; IndexError for a target outside [0, V) (on CUDA its row is NaN; KLFLOW_CHECK=1 checks).
+    """
+    check_tensor("target", target, INTEGERS)
+    vocab = check_int("vocab_size", vocab_size, 2, 2**30, "an integer V in [2, 2^30]")
+    shape, rows, device = target.shape, target.numel(), target.device
+    beta = check_beta(beta)
+    result, flat = output("out", out, (*shape, vocab), dtype or torch.float32, device)
+    if out is not None and dtype is not None and out.dtype != dtype:
+        fail(TypeError, "dtype", dtype, f"the dtype of out, {out.dtype}")
+    _klflow.noise_interpolate(
+        token_rows("target", target, shape, rows, vocab, device),
+        row_scalars("t", t, shape, rows, device, 0, 1),
+        rng_state(rng, shape, rows, device),
+        row_flags("given", given, shape, rows, device),
+        beta, check_row_offset(row_offset), bool(log), flat,
+    )  # fmt: skip
+    return result
+
+
+def logit_interpolate(log_x0, log_x1, t, *, beta=0.01, log=False, out=None):
+    """Points of the KL geodesic between given end points: softmax((1 - t) log_x0 + t log_x1).
+
+    Args:
+        log_x0: (*rows, V) logits (log-probabilities up to a constant per row).
+        log_x1: the same shape and dtype, or integer targets of shape rows: then log x_1 = c onehot(target) up to a constant.
+        t: time in [0, 1], broadcasts to rows. At t = 0 (1) the other end point is not read, so infinite logits are fine.
+        log: return log-probabilities. out: tensor to write into (then not differentiable).
+
+    Returns: (*rows, V), dtype of log_x0. Differentiable in log_x0, log_x1 and t.
+    """
+    check_tensor("log_x0", log_x0, FLOATS)
+    vocab = check_vocab("log_x0", log_x0)
+    shape, device = log_x0.shape[:-1], log_x0.device
+    rows = shape.numel()
+    beta = check_beta(beta)
+    if isinstance(log_x1, torch.Tensor) and log_x1.dtype in INTEGERS:
+        end = token_rows("log_x1", log_x1, shape, rows, vocab, device)
+    else:
+        check_tensor("log_x1", log_x1, (log_x0.dtype,), device)
+        if log_x1.shape != log_x0.shape:
+            fail(ValueError, "log_x1", f"shape {tuple(log_x1.shape)}", f"the shape of log_x0, {tuple(log_x0.shape)}")
+        end = as_rows(log_x1, vocab)
+    times = row_scalars("t", t, shape, rows, device, 0, 1)
+    start = as_rows(log_x0, vocab)
+    if out is None:
+        return _klflow.logit_interpolate(start, end, times, beta, bool(log)).reshape(log_x0.shape)
+    result, flat = output("out", out, log_x0.shape, None, device)
+    _klflow.logit_interpolate_out(start, end, times, beta, bool(log), flat)
+    return result
+
+
+# ---- fake kernels and gradients
+
+
+for _name in ("noise_interpolate", "logit_interpolate_out"):
+    register_fake_mutation(_name)
+
+
+@torch.library.register_fake("klflow::logit_interpolate")
+def _(log_x0, log_x1, t, beta, log):
+    return log_x0.new_empty(log_x0.shape)
+
+
+def _setup_logit_interpolate(ctx, inputs, output):
+    log_x0, log_x1, t, _, log = inputs
+    ctx.save_for_backward(log_x0, log_x1, t, output)
+    ctx.log, ctx.beta = log, inputs[3]
+
+
+def _backward_logit_interpolate(ctx, upstream):
+    log_x0, log_x1, t, output = ctx.saved_tensors
+    y, g = output.float(), upstream.float()
+    if ctx.log:
+        dl = g - y.exp() * g.sum(-1, keepdim=True)
+    else:
+        dl = y * (g - (y * g).sum(-1, keepdim=True))
+    soft = log_x1.dim() == 2
+    d0 = dl * (1 - t)[:, None]
+    d1 = (dl * t[:, None]).to(log_x1.dtype) if soft else None
+    dt = None
+    if ctx.needs_input_grad[2]:
+        if soft:
+            dt = (dl * (log_x1.float() - log_x0.float())).sum(-1)
+        else:
+            vocab = log_x0.shape[1]
+            c = float(torch.log(torch.tensor(vocab / ctx.beta - vocab + 1, dtype=torch.float64)))
+            dt = c * dl.gather(1, log_x1.long()[:, None])[:, 0] - (dl * log_x0.float()).sum(-1)
+    return d0.to(log_x0.dtype), d1, dt, None, None
+
+
+torch.library.register_autograd(
+    "klflow::logit_interpolate", _backward_logit_interpolate, setup_context=_setup_logit_interpolate
+)
