@@ -116,4 +116,64 @@ struct EulerStepParams {
   Rows x_next;
 };
 
+// Columns [column, column + columns) of the rows that noise_embedding multiplies by the weight, from in-kernel noise.
+// log_prior == null, the simplex form, not normalised: y_j = E_j^(1 - t) exp(t c [j = k]); sum += sum_j y_j over the
+// tile. Otherwise the posterior form, normalised by the stats of noise_posterior: q_j = exp(z_j - shift) / total. A
+// given row is onehot(target), with a sum of 1.
+struct NoiseTileParams {
+  int64_t rows, vocab, column, columns;  // column: a multiple of 4
+  Tokens target;
+  Scalars t;
+  Rng rng;
+  Given given;  // known is unused
+  float c;
+  const float* log_prior;  // (V,) or null
+  const float* stats;      // (rows, 3) contiguous, written by noise_posterior: posterior form only
+  double* sum;             // (rows,) contiguous: simplex form only
+  Rows out;                // (rows, columns)
+};
+
+// The posterior of each token given its own noisy row, q = softmax(z), z_j = log_prior_j + e_j, with the evidence
+// e_j = -V log(1 - (1 - e^-s) u_j), u = softmax(l_t / (1 - t)), s = c t / (1 - t): straight from the noise,
+// u_j = E_j e^(s [j = k]) / S, S = sum_j E_j + (e^s - 1) E_k; and 1 - (1 - e^-s) u_k = sum_j E_j / S without
+// cancellation. The `top` largest q (ties to the lower column), in ascending order of column, and the mass of all the
+// others. A given row, and one at t = 1, is onehot(target): its other ids are the lowest columns, with q = 0.
+struct NoisePosteriorParams {
+  int64_t rows, vocab, top;  // top == 0: only the stats
+  Tokens target;
+  Scalars t;
+  Rng rng;
+  Given given;  // known is unused
+  float c;
+  const float* log_prior;  // (V,)
+  int32_t* ids;            // (rows, top) contiguous
+  float* q;                // (rows, top) contiguous
+  float* rest;             // (rows,) contiguous
+  float* stats;            // (rows, 3) contiguous: S, shift = max_j z_j, total = sum_j exp(z_j - shift); or null
+};
+
+// out_n = sum_i q_ni weight[ids_ni] + rest_n mean: the embedding of sparse rows.
+struct GatherRowsParams {
+  int64_t rows, top, width;
+  const int32_t* ids;  // (rows, top) contiguous
+  const float* q;      // (rows, top) contiguous
+  const float* rest;   // (rows,) contiguous
+  const float* mean;   // (width,)
+  Rows weight;         // (V, width)
+  Rows out;            // (rows, width)
+};
+
+// Its gradient, every row of dweight written once: dweight_v = prior_v g + sum of q_ni dout_n over the pairs (n, i)
+// with ids_ni = v, in the order they are listed in, g = sum_n rest_n dout_n.
+struct ScatterRowsParams {
+  int64_t pairs, top, vocab, width;
+  const int32_t* order;   // (pairs,): n * top + i, grouped by token, ascending within a token
+  const int64_t* starts;  // (V + 1,): where each token's group begins
+  const float* q;         // (rows, top) contiguous
+  const float* prior;     // (V,)
+  const float* g;         // (width,)
+  Rows dout;              // (rows, width)
+  Rows dweight;           // (V, width) float32
+};
+
 }  // namespace klflow
