@@ -290,7 +290,9 @@ def topk_renoise(
     return token, x if out is None else out.copy_(x)
 
 
-def euler_step(log_x, logits, rate, *, temperature=1.0, beta=0.01, given=None, known=None, dtype=None, inplace=False):
+def euler_step(
+    log_x, logits, rate, *, temperature=1.0, beta=0.01, given=None, known=None, dtype=None, inplace=False, out=None
+):
     """(log softmax l, softmax l), l = (1 - rate) log_x + rate c softmax(logits / T): a step of dl/dtau = c p - l.
 
     Given rows are onehot(known), in log 0 and -inf. At rate 1 log_x is not read.
@@ -308,4 +310,4 @@ def euler_step(log_x, logits, rate, *, temperature=1.0, beta=0.01, given=None, k
     l = state + rate * gap(vocab, beta) * p
     log_next = _onehot_rows(l.log_softmax(-1), given, known, shape, log=True).reshape(logits.shape).to(log_x.dtype)
     x_next = _onehot_rows(l.softmax(-1), given, known, shape).reshape(logits.shape).to(dtype or logits.dtype)
-    return (log_x.copy_(log_next) if inplace else log_next), x_next
+    return (log_x.copy_(log_next) if inplace else log_next), x_next if out is None else out.copy_(x_next)

@@ -35,12 +35,20 @@ class RowLoss {
     DenseSums sums;
     float lse;
     if (p_.loss != nullptr) {
+      // The gradient of the plain loss is the exponentials of the sum once more: they are kept.
+      const bool plain = kTarget == Target::kHard && p_.softcap <= 0.0f, keep = plain && p_.dloss.data != nullptr;
+      float *kept = keep ? scratch_row(p_.vocab) : nullptr, *shifts = keep ? scratch_row(p_.vocab, 1) : nullptr;
       StreamingSum z_sum;
       for (int64_t start = 0; start < p_.vocab; start += kBlock) {
         const int64_t n = std::min(kBlock, p_.vocab - start);
-        const float* z = z_block(logits, start, n);
-        z_sum.add(z, n, 1.0f);
-        if (kTarget != Target::kHard) add_dense(soft, z, start, n, true, sums);
+        if (plain) {
+          z_sum.add(logits + start, n, 1.0f, keep ? kept + start : nullptr);
+        } else {
+          const float* z = z_block(logits, start, n);
+          z_sum.add(z, n, 1.0f);
+          if (kTarget != Target::kHard) add_dense(soft, z, start, n, true, sums);
+        }
+        if (keep) shifts[start / kBlock] = z_sum.shift();
       }
       lse = z_sum.lse();
       double loss = sums.qw * lse - sums.qwz + static_cast<double>(p_.z_loss) * lse * lse;
@@ -48,6 +56,7 @@ class RowLoss {
       p_.loss[row] = static_cast<float>(loss * row_weight);
       p_.lse[row] = lse;
       if (p_.dloss.data == nullptr) return;
+      if (keep) return write_kept_gradient(row, token, row_weight, hard, z_sum, kept, shifts);
     } else {
       lse = p_.lse[row];
       if (kTarget != Target::kHard)
@@ -124,6 +133,22 @@ class RowLoss {
     if (kTarget != Target::kSoft) row_of<T>(p_.grad, row)[token] = from_float<T>(own);
   }
 
+  // grad_j = scale ((hard + 2 z_loss lse) p_j - hard [j = k]), p_j = kept_j exp(shift of its block - lse).
+  void write_kept_gradient(int64_t row, int64_t token, float row_weight, float hard, const StreamingSum& z_sum,
+                           const float* kept, const float* shifts) {
+    const float scale = p_.dloss.data[row * p_.dloss.stride] * row_weight;
+    const float a = scale * (hard + 2.0f * p_.z_loss * z_sum.lse());
+    T* grad = row_of<T>(p_.grad, row);
+    float own = 0.0f;
+    for (int64_t start = 0; start < p_.vocab; start += kBlock) {
+      const int64_t end = std::min(p_.vocab, start + kBlock);
+      const float factor = a * z_sum.factor(shifts[start / kBlock]);
+      if (token >= start && token < end) own = kept[token] * factor - scale * hard;
+      write_span(grad, start, end, false, false, [&](int64_t i, int m) { return load_n(kept + i, m, 0.0f) * factor; });
+    }
+    grad[token] = from_float<T>(own);
+  }
+
   // grad_j = (a p_j - scale q_j w_j) dz_j / dlogits_j for the whole row.
   template <bool kDense>
   void gradient_pass(int64_t row, const T* logits, const S* soft, float lse, float a, float scale) {
@@ -136,7 +161,7 @@ class RowLoss {
         x = tanh * p_.softcap;
         slope = 1.0f - tanh * tanh;
       }
-      vf g = expv(x - lse) * a;
+      vf g = exp_of_sum(x - lse) * a;
       if constexpr (kDense) g -= dense_qw(soft, i, m) * scale;
       store_n(grad + i, g * slope, m);
     });

@@ -8,7 +8,7 @@ namespace klflow::KLFLOW_ISA {
 namespace {
 
 template <class L, class S, class X>
-void step_row(const EulerStepParams& p, int64_t row, float* l, float* buffer) {
+void step_row(const EulerStepParams& p, int64_t row, bool streamed) {
   const L* logits = row_of<L>(p.logits, row);
   const S* state = row_of<S>(p.log_x, row);
   S* state_next = row_of<S>(p.log_x_next, row);
@@ -19,42 +19,48 @@ void step_row(const EulerStepParams& p, int64_t row, float* l, float* buffer) {
     store_onehot(x_next, p.vocab, token, false);
     return;
   }
+  // In scratch rows: exp(logits - shift), then l over it; exp(l - shift); and the shifts of the blocks.
+  float *l = scratch_row(p.vocab), *e = scratch_row(p.vocab, 1), *shifts = scratch_row(p.vocab, 2);
   const float inverse_temperature = 1.0f / p.temperature, rate = p.rate.data[row * p.rate.stride];
   StreamingSum logits_sum;
   for (int64_t start = 0; start < p.vocab; start += kBlock) {
     const int64_t n = std::min(kBlock, p.vocab - start);
-    logits_sum.add(block_of(logits, start, n, buffer), n, inverse_temperature);
+    logits_sum.add(logits + start, n, inverse_temperature, l + start);
+    shifts[start / kBlock] = logits_sum.shift();
   }
-  const float logits_lse = logits_sum.lse(), gain = rate * p.c, keep = 1.0f - rate;
+  const float keep = 1.0f - rate;
   StreamingSum sum;
   for (int64_t start = 0; start < p.vocab; start += kBlock) {
     const int64_t n = std::min(kBlock, p.vocab - start);
+    const float gain = rate * p.c * logits_sum.factor(shifts[start / kBlock]);
     for_vectors(n, [&](int64_t i, int m) {
-      const vf prob = expv(load_n(logits + start + i, m, -kInf) * inverse_temperature - logits_lse);
-      vf value = prob * gain;
+      vf value = load_n(l + start + i, m, 0.0f) * gain;
       if (keep != 0.0f) value += load_n(state + start + i, m, -kInf) * keep;
       store_n(l + start + i, value, m);
     });
-    sum.add(l + start, n, 1.0f);
+    sum.add(l + start, n, 1.0f, e + start);
+    shifts[start / kBlock] = sum.shift();
   }
   const float lse = sum.lse();
-  for_vectors(p.vocab, [&](int64_t i, int m) {
-    const vf v = load_n(l + i, m, 0.0f) - lse;
-    store_n(state_next + i, v, m);
-    store_n(x_next + i, expv(v), m);
-  });
+  for (int64_t start = 0; start < p.vocab; start += kBlock) {
+    const int64_t end = std::min(p.vocab, start + kBlock);
+    const float factor = sum.factor(shifts[start / kBlock]);
+    write_span(state_next, start, end, false, false, [&](int64_t i, int m) { return load_n(l + i, m, 0.0f) - lse; });
+    write_span(x_next, start, end, streamed, false, [&](int64_t i, int m) { return load_n(e + i, m, 0.0f) * factor; });
+  }
 }
 
 }  // namespace
 
 void euler_step(const EulerStepParams& p, int64_t begin, int64_t end) {
-  float* l = scratch_row(p.vocab);
-  float buffer[kBlock + kLanes];
   for_dtype(p.logits.dtype, [&](auto* a) {
     for_dtype(p.log_x.dtype, [&](auto* b) {
       for_dtype(p.x_next.dtype, [&](auto* c) {
+        using X = element<decltype(c)>;
+        const bool streamed = is_streamed<X>(p.rows, p.vocab);
         for (int64_t row = begin; row < end; ++row)
-          step_row<element<decltype(a)>, element<decltype(b)>, element<decltype(c)>>(p, row, l, buffer);
+          step_row<element<decltype(a)>, element<decltype(b)>, X>(p, row, streamed);
+        if (streamed) stream_fence();
       });
     });
   });

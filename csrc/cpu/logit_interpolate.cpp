@@ -5,37 +5,51 @@
 
 namespace klflow::KLFLOW_ISA {
 
+namespace {
+
+template <class In, class Out>
+void interpolate_row(const LogitInterpolateParams& p, int64_t row, bool streamed) {
+  float* y = scratch_row(p.vocab);          // l, or exp(l - shift) of each block
+  float* shifts = scratch_row(p.vocab, 1);  // of the blocks
+  const float t = p.t.data[row * p.t.stride];
+  const In* a = row_of<In>(p.log_x0, row);
+  const In* b = p.log_x1.data != nullptr ? row_of<In>(p.log_x1, row) : nullptr;
+  const int64_t token = b != nullptr ? -1 : token_at(p.target, row);
+  Out* out = row_of<Out>(p.out, row);
+  // A weight of exactly 0 drops its end point, so that 0 * -inf is no NaN: x_0 at t = 0, x_1 at t = 1.
+  const bool with_a = t != 1.0f, with_b = b != nullptr && t != 0.0f;
+  StreamingSum sum;
+  for (int64_t start = 0; start < p.vocab; start += kBlock) {
+    const int64_t n = std::min(kBlock, p.vocab - start);
+    float* l = y + start;
+    for_vectors(n, [&](int64_t i, int m) {
+      vf value = with_a ? load_n(a + start + i, m, -kInf) * (1.0f - t) : vf{};
+      if (with_b) value += load_n(b + start + i, m, -kInf) * t;
+      store_n(l + i, value, m);
+    });
+    if (token >= start && token < start + n) y[token] += t * p.c;
+    sum.add(l, n, 1.0f, p.log ? nullptr : l);
+    shifts[start / kBlock] = sum.shift();
+  }
+  const float lse = sum.lse();
+  for (int64_t start = 0; start < p.vocab; start += kBlock) {
+    const int64_t end = std::min(p.vocab, start + kBlock);
+    const float factor = p.log ? 1.0f : sum.factor(shifts[start / kBlock]), offset = p.log ? -lse : 0.0f;
+    write_span(out, start, end, streamed, false,
+               [&](int64_t i, int m) { return load_n(y + i, m, 0.0f) * factor + offset; });
+  }
+}
+
+}  // namespace
+
 void logit_interpolate(const LogitInterpolateParams& p, int64_t begin, int64_t end) {
   for_dtype(p.out.dtype, [&](auto* out_type) {
     using Out = element<decltype(out_type)>;
+    const bool streamed = is_streamed<Out>(p.rows, p.vocab);
     for_dtype(p.log_x0.dtype, [&](auto* in_type) {
-      using In = element<decltype(in_type)>;
-      float* l = scratch_row(p.vocab);
-      for (int64_t row = begin; row < end; ++row) {
-        const float t = p.t.data[row * p.t.stride];
-        const In* a = row_of<In>(p.log_x0, row);
-        const In* b = p.log_x1.data != nullptr ? row_of<In>(p.log_x1, row) : nullptr;
-        const int64_t token = b != nullptr ? -1 : token_at(p.target, row);
-        StreamingSum sum;
-        for (int64_t start = 0; start < p.vocab; start += kBlock) {
-          const int64_t n = std::min(kBlock, p.vocab - start);
-          // A weight of exactly 0 drops its end point, so that 0 * -inf is no NaN: x_0 at t = 0, x_1 at t = 1.
-          for_vectors(n, [&](int64_t i, int m) {
-            vf value = t == 1.0f ? vf{} : load_n(a + start + i, m, -kInf) * (1.0f - t);
-            if (b != nullptr && t != 0.0f) value += load_n(b + start + i, m, -kInf) * t;
-            store_n(l + start + i, value, m);
-          });
-          if (token >= start && token < start + n) l[token] += t * p.c;
-          sum.add(l + start, n, 1.0f);
-        }
-        const float lse = sum.lse();
-        Out* out = row_of<Out>(p.out, row);
-        for_vectors(p.vocab, [&](int64_t i, int m) {
-          const vf v = load_n(l + i, m, 0.0f) - lse;
-          store_n(out + i, p.log ? v : expv(v), m);
-        });
-      }
+      for (int64_t row = begin; row < end; ++row) interpolate_row<element<decltype(in_type)>, Out>(p, row, streamed);
     });
+    if (streamed) stream_fence();
   });
 }
 

@@ -1,5 +1,6 @@
 // x_t = softmax((1 - t) log x_0 + t log x_1) with the noise made in registers: x_t[j] is proportional to
-// E_j^(1 - t) exp(t c [j = k]). Never built: x_0, log x_0, l_t. Writes the row once from cache; bound by the exps.
+// E_j^(1 - t) exp(t c [j = k]). Never built: x_0, log x_0, l_t. Each row is written once, while the next is made; bound
+// by the arithmetic.
 #include "dispatch.h"
 #include "row.h"
 
@@ -8,6 +9,7 @@ namespace klflow::KLFLOW_ISA {
 void noise_interpolate(const NoiseInterpolateParams& p, int64_t begin, int64_t end) {
   for_dtype(p.out.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
+    NoiseRows<T> noise(p.rows, p.vocab, p.c, p.log);
     for (int64_t row = begin; row < end; ++row) {
       T* out = row_of<T>(p.out, row);
       const int64_t token = token_at(p.target, row);
@@ -15,8 +17,7 @@ void noise_interpolate(const NoiseInterpolateParams& p, int64_t begin, int64_t e
         store_onehot(out, p.vocab, token, p.log);
         continue;
       }
-      noise_interpolate_row(philox_key(p.rng, row, kSimplexNoise), p.vocab, token, p.t.data[row * p.t.stride], p.c,
-                            p.log, out);
+      noise.add(philox_key(p.rng, row, kSimplexNoise), token, p.t.data[row * p.t.stride], out);
     }
   });
 }

@@ -43,37 +43,54 @@ KLFLOW_INLINE void store_n(T* p, vf v, int n) {
 
 // sum_j exp(z_j) = total * exp(shift) over the blocks seen so far. The shift is not the exact maximum: it only has to
 // stay within a safe distance of it, so one pass per block is enough except when a block raises the maximum by a lot.
-struct StreamingSum {
-  float shift = -kInf;
-  double total = 0.0;
-
-  void add(const float* z, int64_t n, float scale) {  // of scale * z
-    if (shift == -kInf) {
-      float top = block_max(z, n, scale);
+class StreamingSum {
+ public:
+  // Of scale * z. kept, if not null, takes exp(scale * z - shift) of the block: multiplied by factor(shift, lse) it is
+  // exp(scale * z - lse).
+  template <class T>
+  void add(const T* z, int64_t n, float scale, float* kept = nullptr) {
+    if (shift_ == -kInf) {
+      const float top = block_max(z, n, scale);
       if (top == -kInf) {  // nothing above -infinity yet, or only NaN
-        for (int64_t i = 0; i < n; ++i) total += z[i] == z[i] ? 0.0 : kNaN;
+        for_vectors(n, [&](int64_t i, int m) {
+          const vf v = load_n(z + i, m, -kInf);
+          const vf e = v == v ? vf{} : splat(kNaN);
+          total_ += sum_lanes(e);
+          if (kept != nullptr) store_n(kept + i, e, m);
+        });
         return;
       }
-      shift = top;
+      shift_ = top;
     }
     float top;
-    double sum = block_sum(z, n, scale, top);
-    if (top > shift + 40.0f) {
-      total *= std::exp(static_cast<double>(shift) - top);
-      shift = top;
-      sum = block_sum(z, n, scale, top);
+    double sum = block_sum(z, n, scale, kept, top);
+    if (top > shift_ + 40.0f) {
+      total_ *= std::exp(static_cast<double>(shift_) - top);
+      shift_ = top;
+      sum = block_sum(z, n, scale, kept, top);
     }
-    total += sum;
+    total_ += sum;
   }
-  float lse() const { return total == 0.0 ? shift : static_cast<float>(shift + std::log(total)); }
+  float shift() const { return shift_; }  // of the block that was added last
+  float lse() const { return total_ == 0.0 ? shift_ : static_cast<float>(shift_ + std::log(total_)); }
+  // exp(shift - lse) of a block that had this shift; without rounding lse first.
+  float factor(float shift) const {
+    return shift == -kInf ? 1.0f : static_cast<float>(std::exp(static_cast<double>(shift) - shift_) / total_);
+  }
 
  private:
-  static float block_max(const float* z, int64_t n, float scale) {
+  template <class T>
+  static float block_max(const T* z, int64_t n, float scale) {
     vf top = splat(-kInf);
     for_vectors(n, [&](int64_t i, int m) { top = maximum(load_n(z + i, m, -kInf) * scale, top); });
     return max_lanes(top);
   }
-  double block_sum(const float* z, int64_t n, float scale, float& top_out) const {
+  template <class T>
+  double block_sum(const T* z, int64_t n, float scale, float* kept, float& top) const {
+    return kept != nullptr ? block_sum<true, T>(z, n, scale, kept, top) : block_sum<false, T>(z, n, scale, kept, top);
+  }
+  template <bool kKeep, class T>
+  double block_sum(const T* z, int64_t n, float scale, float* kept, float& top_out) const {
     // Four chains hide the latency of the additions; the split depends on the column alone.
     vf sums[4] = {}, tops[4] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
     int64_t i = 0;
@@ -82,29 +99,37 @@ struct StreamingSum {
       for (int j = 0; j < 4; ++j) {
         const vf v = load(z + i + j * kLanes) * scale;
         tops[j] = maximum(v, tops[j]);
-        sums[j] += expv(v - shift);
+        const vf e = exp_of_sum(v - shift_);
+        if constexpr (kKeep) store(kept + i + j * kLanes, e);
+        sums[j] += e;
       }
     }
     for_vectors(n - i, [&](int64_t k, int m) {
       const vf v = load_n(z + i + k, m, -kInf) * scale;
       tops[0] = maximum(v, tops[0]);
-      const vf e = expv(v - shift);
-      sums[0] += m == kLanes ? e : (v == -kInf ? vf{} : e);
+      const vf e = exp_of_sum(v - shift_);  // 0 in the lanes past the end
+      if constexpr (kKeep) store_n(kept + i + k, e, m);
+      sums[0] += e;
     });
     top_out = max_lanes(maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3])));
     return static_cast<double>(sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])));
   }
+
+  float shift_ = -kInf;
+  double total_ = 0.0;
 };
 
-// Fills y with the unnormalised noisy row E_j^(1 - t) (or, with log, with (1 - t) log2 E_j) and returns the sum of
+// Fills y with the unnormalised noisy row E_j^(1 - t) (or, with kLog, with (1 - t) log2 E_j) and returns the sum of
 // E_j^(1 - t). E is in units of ln 2, a factor that the normalisation removes. y has room for kNoiseColumns more.
-template <bool kLog>
-double noise_row(const PhiloxKey& key, int64_t vocab, float one_minus_t, float* y) {
+// meanwhile(n) is called for every n columns made: what can be done beside the arithmetic.
+template <bool kLog, class F>
+double noise_row(const PhiloxKey& key, int64_t vocab, float one_minus_t, float* y, F&& meanwhile) {
   double total = 0.0;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t end = std::min(vocab, begin + kBlock);
     vf sums[kChains] = {};
     for (int64_t column = begin; column < end; column += kNoiseColumns) {
+      meanwhile(kNoiseColumns);
       vu words[2 * kChains];
       philox_words(key, column, words);
       vf powers[2 * kChains];
@@ -114,7 +139,7 @@ double noise_row(const PhiloxKey& key, int64_t vocab, float one_minus_t, float* 
         each_chain([&](int i) { v[i] = simplex_uniformv(words[half * kChains + i]); });
         log2_chains(v);
         each_chain([&](int i) { v[i] = -v[i]; });  // E, in [8.6e-8, 33]
-        log2_chains(v);
+        log2_absolute_chains(v);
         each_chain([&](int i) { v[i] *= one_minus_t; });
         float* out = y + column + half * kChains * kLanes;
         if constexpr (kLog) each_chain([&](int i) { store(out + i * kLanes, v[i]); });
@@ -152,16 +177,16 @@ T* row_of(const Rows& rows, int64_t row) {
   return static_cast<T*>(rows.data) + row * rows.stride;
 }
 
-// The scratch row of this thread, kept between calls (a fresh one would cost page faults).
-inline float* scratch_row(int64_t columns) {
-  thread_local std::unique_ptr<float[]> buffer;
-  thread_local int64_t size = 0;
+// Scratch rows of this thread, kept between calls (fresh ones would cost page faults): row `index` of rows this long.
+inline float* scratch_row(int64_t columns, int index = 0) {
+  thread_local std::unique_ptr<float[]> buffers[3];
+  thread_local int64_t sizes[3] = {0, 0, 0};
   const int64_t wanted = columns + 2 * kNoiseColumns;
-  if (size < wanted) {
-    buffer.reset(new float[wanted]);
-    size = wanted;
+  if (sizes[index] < wanted) {
+    buffers[index].reset(new float[wanted]);
+    sizes[index] = wanted;
   }
-  return buffer.get();
+  return buffers[index].get();
 }
 
 template <class T>
@@ -169,12 +194,6 @@ KLFLOW_INLINE T from_float(float x) {
   T lanes[kLanes];
   store(lanes, splat(x));
   return lanes[0];
-}
-
-// out = y * factor + offset.
-template <class T>
-void store_row(T* out, const float* y, int64_t n, float factor, float offset) {
-  for_vectors(n, [&](int64_t i, int m) { store_n(out + i, load_n(y + i, m, 0.0f) * factor + offset, m); });
 }
 
 template <class T>
@@ -189,28 +208,114 @@ void store_onehot(T* out, int64_t n, int64_t token, bool log) {
   out[token] = from_float<T>(log ? 0.0f : 1.0f);
 }
 
-// x_t (or log x_t) of one row, straight from the noise: the whole of noise_interpolate and the second half of
-// topk_renoise. Float32 rows are built in place, narrower ones in the thread's scratch row.
+// Results of this size are streamed past the caches: whoever reads them next will not find them there anyway.
+constexpr int64_t kStreamBytes = 16 << 20;
 template <class T>
-void noise_interpolate_row(const PhiloxKey& key, int64_t vocab, int64_t token, float t, float c, bool log, T* out) {
-  float* y = scratch_row(vocab);
-  const double boost = static_cast<double>(t) * c;  // log of the target's factor
-  constexpr double kLn2 = 0.69314718055994531;
-  if (log) {
-    double total = noise_row<true>(key, vocab, 1.0f - t, y);
-    const double own = std::exp2(static_cast<double>(y[token]));
-    total += own * std::expm1(boost);
-    const float own_log = y[token];
-    store_row(out, y, vocab, static_cast<float>(kLn2), static_cast<float>(-std::log(total)));
-    out[token] = from_float<T>(static_cast<float>(own_log * kLn2 + boost - std::log(total)));
-  } else {
-    double total = noise_row<false>(key, vocab, 1.0f - t, y);
-    const double own = y[token];
-    total += own * std::expm1(boost);
-    store_row(out, y, vocab, static_cast<float>(1.0 / total), 0.0f);
-    out[token] = from_float<T>(static_cast<float>(own * std::exp(boost) / total));
-  }
+bool is_streamed(int64_t rows, int64_t vocab) {
+  return rows * vocab * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
 }
+
+// out[i] = value(i) for i in [begin, end), in whole aligned vectors between a head and a tail. value(i, m) gives the
+// vector at column i, of which m lanes count. end_open: leave what does not fill a vector; returns how far it came.
+template <class T, class F>
+KLFLOW_INLINE int64_t write_span(T* out, int64_t begin, int64_t end, bool streamed, bool end_open, F&& value) {
+  constexpr int kStep = kPacked<T> * kLanes;
+  auto narrow = [&](int64_t from, int64_t to) {
+    for_vectors(to - from, [&](int64_t i, int m) { store_n(out + from + i, value(from + i, m), m); });
+  };
+  const int64_t misfit = (-reinterpret_cast<intptr_t>(out + begin) & (4 * kLanes - 1)) / sizeof(T);
+  int64_t i = std::min(end, begin + misfit);
+  if (i > begin) narrow(begin, i);
+  for (; i + kStep <= end; i += kStep) {
+    vf v[kPacked<T>];
+    for (int j = 0; j < kPacked<T>; ++j) v[j] = value(i + j * kLanes, kLanes);
+    const vu packed = pack(out, v);
+    if (streamed)
+      stream(out + i, packed);
+    else
+      std::memcpy(out + i, &packed, sizeof(packed));
+  }
+  if (end_open || i == end) return i;
+  narrow(i, end);
+  return end;
+}
+
+// A row on its way to memory: out = y * factor + offset, but `own` at `token`. It is written a part at a time, so that
+// the stores go on beside the arithmetic of the next row.
+template <class T>
+class PendingRow {
+ public:
+  void start(T* out, const float* y, int64_t n, float factor, float offset, int64_t token, float own, bool streamed) {
+    out_ = out, y_ = y, n_ = n, factor_ = factor, offset_ = offset, token_ = token, own_ = own, streamed_ = streamed;
+    at_ = goal_ = 0;
+  }
+  KLFLOW_INLINE void advance(int64_t columns) {
+    goal_ = std::min(n_, goal_ + columns);
+    at_ = write(goal_, true);
+  }
+  void finish() {
+    if (out_ == nullptr) return;
+    write(n_, false);
+    out_[token_] = from_float<T>(own_);
+    out_ = nullptr;
+    n_ = 0;
+  }
+
+ private:
+  KLFLOW_INLINE int64_t write(int64_t end, bool end_open) {
+    return write_span(out_, at_, end, streamed_, end_open,
+                      [&](int64_t i, int m) { return load_n(y_ + i, m, 0.0f) * factor_ + offset_; });
+  }
+  T* out_ = nullptr;
+  const float* y_ = nullptr;
+  int64_t n_ = 0, at_ = 0, goal_ = 0, token_ = 0;
+  float factor_ = 0.0f, offset_ = 0.0f, own_ = 0.0f;
+  bool streamed_ = false;
+};
+
+// x_t (or log x_t) of rows, straight from the noise: the whole of noise_interpolate and the second half of
+// topk_renoise. A row is written while the next one is made, from the other of two scratch rows.
+template <class T>
+class NoiseRows {
+ public:
+  NoiseRows(int64_t rows, int64_t vocab, float c, bool log)
+      : vocab_(vocab), c_(c), log_(log), streamed_(is_streamed<T>(rows, vocab)) {}
+  ~NoiseRows() {
+    pending_.finish();
+    if (streamed_) stream_fence();
+  }
+  NoiseRows(const NoiseRows&) = delete;
+
+  void add(const PhiloxKey& key, int64_t token, float t, T* out) {
+    constexpr double kLn2 = 0.69314718055994531;
+    float* y = scratch_row(vocab_, turn_);
+    turn_ ^= 1;
+    auto write_pending = [&](int64_t columns) { pending_.advance(columns); };
+    const double boost = static_cast<double>(t) * c_;  // log of the target's factor
+    if (log_) {
+      double total = noise_row<true>(key, vocab_, 1.0f - t, y, write_pending);
+      total += std::exp2(static_cast<double>(y[token])) * std::expm1(boost);
+      const double log_total = std::log(total);
+      pending_.finish();
+      pending_.start(out, y, vocab_, static_cast<float>(kLn2), static_cast<float>(-log_total), token,
+                     static_cast<float>(y[token] * kLn2 + boost - log_total), streamed_);
+    } else {
+      double total = noise_row<false>(key, vocab_, 1.0f - t, y, write_pending);
+      const double own = y[token];
+      total += own * std::expm1(boost);
+      pending_.finish();
+      pending_.start(out, y, vocab_, static_cast<float>(1.0 / total), 0.0f, token,
+                     static_cast<float>(own * std::exp(boost) / total), streamed_);
+    }
+  }
+
+ private:
+  const int64_t vocab_;
+  const float c_;
+  const bool log_, streamed_;
+  int turn_ = 0;
+  PendingRow<T> pending_;
+};
 
 // Calls f with a null pointer of the element type.
 template <class F>

@@ -140,26 +140,95 @@ KLFLOW_INLINE void store(fp16* p, vf v) {
 #endif
 }
 
+// One full vector register of elements, from one vector of floats or, for 16-bit elements, from two.
+template <class T>
+constexpr int kPacked = 4 / sizeof(T);
+KLFLOW_INLINE vu pack(const float*, const vf (&v)[1]) { return reinterpret_cast<vu>(v[0]); }
+KLFLOW_INLINE vu rounded_bf16(vf v) {  // the bfloat16 in the upper half of each lane
+  const vu bits = reinterpret_cast<vu>(v);
+  const vu rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const vi number = v == v;
+  return (rounded & reinterpret_cast<vu>(number)) | (0x7fc00000u & ~reinterpret_cast<vu>(number));
+}
+KLFLOW_INLINE vu pack(const bf16*, const vf (&v)[2]) {
+  const vu a = rounded_bf16(v[0]), b = rounded_bf16(v[1]);
+#if defined(__AVX512F__)
+  alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return reinterpret_cast<vu>(
+      _mm512_permutex2var_epi16(reinterpret_cast<__m512i>(a), _mm512_load_si512(kUpper), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(a >> 16), reinterpret_cast<__m256i>(b >> 16));
+  return reinterpret_cast<vu>(_mm256_permute4x64_epi64(packed, 0xd8));
+#else
+  vu packed;
+  const vh low = __builtin_convertvector(a >> 16, vh), high = __builtin_convertvector(b >> 16, vh);
+  std::memcpy(&packed, &low, sizeof(low));
+  std::memcpy(reinterpret_cast<char*>(&packed) + sizeof(low), &high, sizeof(high));
+  return packed;
+#endif
+}
+KLFLOW_INLINE vu pack(const fp16*, const vf (&v)[2]) {
+  vu packed;
+  store(reinterpret_cast<fp16*>(&packed), v[0]);
+  store(reinterpret_cast<fp16*>(&packed) + kLanes, v[1]);
+  return packed;
+}
+
+// Past the caches, for results too large to be read back from them: memory is not read before it is overwritten.
+// p is aligned to a full vector; stream_fence() before anyone else reads.
+KLFLOW_INLINE void stream(void* p, vu x) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(p), reinterpret_cast<__m512i>(x));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(x));
+#elif defined(__SSE2__)
+  _mm_stream_si128(static_cast<__m128i*>(p), reinterpret_cast<__m128i>(x));
+#else
+  std::memcpy(p, &x, sizeof(x));
+#endif
+}
+KLFLOW_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // The last n < kLanes elements of a row; missing lanes read as fill.
 template <class T>
 KLFLOW_INLINE vf load_tail(const T* p, int n, float fill) {
+  if (n >= kLanes) __builtin_unreachable();
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
-    return reinterpret_cast<vf>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, p));
-  }
-#endif
+  const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (sizeof(T) == 4) return reinterpret_cast<vf>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, p));
+  T padded[kLanes];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(padded), _mm256_maskz_loadu_epi16(mask, p));
+  return reinterpret_cast<vf>(_mm512_mask_blend_ps(mask, _mm512_set1_ps(fill), reinterpret_cast<__m512>(load(padded))));
+#else
   T padded[kLanes] = {};
   std::memcpy(padded, p, n * sizeof(T));
   vf v = load(padded);
   for (int i = n; i < kLanes; ++i) v[i] = fill;
   return v;
+#endif
 }
 template <class T>
 KLFLOW_INLINE void store_tail(T* p, vf v, int n) {
+  if (n >= kLanes) __builtin_unreachable();
+#if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, mask, reinterpret_cast<__m512>(v));
+  } else {
+    T padded[kLanes];
+    store(padded, v);
+    _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(padded)));
+  }
+#else
   T padded[kLanes];
   store(padded, v);
   std::memcpy(p, padded, n * sizeof(T));
+#endif
 }
 
 // ---- reductions, in an order that depends on the lanes alone
@@ -201,6 +270,17 @@ KLFLOW_INLINE vf round_even(vf x) {
 #endif
 }
 
+KLFLOW_INLINE vf round_down(vf x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x), 9));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vf>(_mm256_round_ps(reinterpret_cast<__m256>(x), 9));
+#else
+  return round_even(x -
+                    0.5f);  // of x in [n, n + 1): n, or n + 1 in the last places, where the polynomial is at home too
+#endif
+}
+
 // p * 2^n for integer-valued n in [-252, 252], gradual underflow included.
 KLFLOW_INLINE vf scale_by_power(vf p, vf n) {
 #if defined(__AVX512F__)
@@ -227,6 +307,31 @@ KLFLOW_INLINE vf expv(vf x) {  // any x: 0 below -104, infinity above 89, NaN st
   return scale_by_power(p, n);
 }
 
+// exp for sums and for probabilities: x <= 64, relative error 2e-7 + 2e-8 |x|, exp(0) = 1; 0 where
+// exp(x) < 2^-124. NaN stays.
+KLFLOW_INLINE vf exp_of_sum(vf x) {
+  constexpr float kLog2E = 1.4426950408889634f;
+#if defined(__AVX512F__)
+  x = maximum(splat(-200.0f), x);
+#else
+  const vi tiny = x < -86.0f;
+  x = tiny ? splat(-86.0f) : x;
+#endif
+  const vf n = round_even(x * kLog2E);
+  const vf r = x * kLog2E - n;
+  vf p = splat(0.0013264723958749233f);
+  p = p * r + 0.009671512945261198f;
+  p = p * r + 0.05550733754778004f;
+  p = p * r + 0.24022242079208406f;
+  p = p * r + 0.6931469775907871f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return scale_by_power(p, n);
+#else
+  return as_float((as_int(p) + (__builtin_convertvector(n, vi) << 23)) & ~tiny);
+#endif
+}
+
 // ---- Philox words of kLanes consecutive counters, in column order (4 kLanes columns)
 KLFLOW_INLINE vu64 multiply_low(vu64 a, uint32_t b) {  // low halves of the 64-bit lanes, full products
 #if defined(__AVX512F__)
@@ -240,17 +345,40 @@ KLFLOW_INLINE vu64 multiply_low(vu64 a, uint32_t b) {  // low halves of the 64-b
 #endif
 }
 
-struct PhiloxKey {  // what stays the same along a row
+// What stays the same along a row. The counter's column enters one of the four words, so the first rounds have parts
+// that are constant along the row: they are worked out here, in scalars.
+struct PhiloxKey {
   PhiloxKey(uint64_t seed, uint32_t row, uint32_t step, uint32_t stream) : row(row), step(step), stream(stream) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
       round_keys[2 * round] = k0;
       round_keys[2 * round + 1] = k1;
     }
+    auto key = [&](int i) { return static_cast<uint32_t>(round_keys[i]); };
+    const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * step;
+    const uint32_t c0 = static_cast<uint32_t>(p1 >> 32) ^ row ^ key(0), c1 = static_cast<uint32_t>(p1);
+    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
+    first = stream ^ key(1);
+    second0 = c1 ^ key(2);
+    second1 = static_cast<uint32_t>(p0 >> 32) ^ key(3);
+    third = static_cast<uint32_t>(p0) ^ key(5);
   }
   uint32_t row, step, stream;
   uint64_t round_keys[20];  // as 64-bit lanes, so that a round reads its keys as broadcast memory operands
+  uint64_t first, second0, second1, third;  // constants of the first three rounds
 };
+
+// (high half of p) ^ low half of c ^ key in the low half of each lane, the low half of p in the high one.
+KLFLOW_INLINE vu64 last_word(vu64 p, vu64 c, uint64_t key) {
+#if defined(__AVX512F__)
+  const __m512i turned = _mm512_shuffle_epi32(reinterpret_cast<__m512i>(p), static_cast<_MM_PERM_ENUM>(0xB1));
+  const __m512i c_bits = reinterpret_cast<__m512i>(c);
+  return reinterpret_cast<vu64>(
+      _mm512_mask_ternarylogic_epi32(turned, 0x5555, c_bits, _mm512_set1_epi64(key), 0x96));  // xor of the three
+#else
+  return (p >> 32 | p << 32) ^ (c & 0xffffffffull) ^ key;
+#endif
+}
 
 constexpr int kHalf = kLanes / 2;  // 64-bit lanes in a vector: counters per block
 
@@ -269,38 +397,47 @@ KLFLOW_INLINE void each_chain(F&& f) {
 }
 
 // Words of columns [column, column + 2 kLanes kChains) in column order, column a multiple of 4: two vectors a chain.
+// The counters of a chain are in the order that makes the last step an unpacking within 128 bits.
 KLFLOW_INLINE void philox_words(const PhiloxKey& key, int64_t column, vu (&words)[2 * kChains]) {
 #if defined(__AVX512F__)
-  constexpr vu64 kIota = {0, 1, 2, 3, 4, 5, 6, 7};
+  constexpr vu64 kOrder = {0, 4, 1, 5, 2, 6, 3, 7};
 #elif defined(__AVX2__)
-  constexpr vu64 kIota = {0, 1, 2, 3};
+  constexpr vu64 kOrder = {0, 2, 1, 3};
 #else
-  constexpr vu64 kIota = {0, 1};
+  constexpr vu64 kOrder = {0, 1};
 #endif
-  vu64 c0[kChains], c1[kChains], c2[kChains], c3[kChains];
-  each_chain([&](int i) {
-    c0[i] = kIota + static_cast<uint64_t>(column / 4 + i * kHalf);
-    c1[i] = vu64{} + key.row;
-    c2[i] = vu64{} + key.step;
-    c3[i] = vu64{} + key.stream;
-  });
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {  // only the low halves of the lanes count until the end
-    vu64 p0[kChains], p1[kChains];
+  vu64 c0[kChains], c1[kChains], c2[kChains], c3[kChains], p0[kChains], p1[kChains];
+  // Only the low halves of the lanes count until the end. Rounds 1 to 3, their constant parts folded:
+  const vu64 start = kOrder * static_cast<uint64_t>(kPhiloxM0) + static_cast<uint64_t>(column / 4) * kPhiloxM0;
+  each_chain([&](int i) { c3[i] = start + static_cast<uint64_t>(i * kHalf) * kPhiloxM0; });
+  each_chain([&](int i) { c2[i] = (c3[i] >> 32) ^ key.first; });
+  each_chain([&](int i) { c1[i] = multiply_low(c2[i], kPhiloxM1); });
+  each_chain([&](int i) { c0[i] = (c1[i] >> 32) ^ key.second0; });
+  each_chain([&](int i) { c2[i] = c3[i] ^ key.second1; });
+  each_chain([&](int i) { p0[i] = multiply_low(c0[i], kPhiloxM0); });
+  each_chain([&](int i) { p1[i] = multiply_low(c2[i], kPhiloxM1); });
+  each_chain([&](int i) { c0[i] = (p1[i] >> 32) ^ c1[i] ^ key.round_keys[4]; });
+  each_chain([&](int i) { c2[i] = (p0[i] >> 32) ^ key.third; });
+  each_chain([&](int i) { c1[i] = p1[i], c3[i] = p0[i]; });
+#pragma GCC unroll 6
+  for (int round = 3; round < 9; ++round) {
     each_chain([&](int i) { p0[i] = multiply_low(c0[i], kPhiloxM0); });
     each_chain([&](int i) { p1[i] = multiply_low(c2[i], kPhiloxM1); });
     each_chain([&](int i) { c0[i] = (p1[i] >> 32) ^ c1[i] ^ key.round_keys[2 * round]; });
     each_chain([&](int i) { c2[i] = (p0[i] >> 32) ^ c3[i] ^ key.round_keys[2 * round + 1]; });
     each_chain([&](int i) { c1[i] = p1[i], c3[i] = p0[i]; });
   }
+  // The last round leaves word 0 (2) in the low and word 1 (3) in the high half of each lane.
+  each_chain([&](int i) { p0[i] = multiply_low(c0[i], kPhiloxM0); });
+  each_chain([&](int i) { p1[i] = multiply_low(c2[i], kPhiloxM1); });
   each_chain([&](int i) {
-    const vu64 low = (c0[i] & 0xffffffffull) | (c1[i] << 32), high = (c2[i] & 0xffffffffull) | (c3[i] << 32);
+    const vu64 low = last_word(p1[i], c1[i], key.round_keys[18]), high = last_word(p0[i], c3[i], key.round_keys[19]);
 #if defined(__AVX512F__)
-    const vu64 a = __builtin_shuffle(low, high, vu64{0, 8, 1, 9, 2, 10, 3, 11});
-    const vu64 b = __builtin_shuffle(low, high, vu64{4, 12, 5, 13, 6, 14, 7, 15});
+    const vu64 a = __builtin_shuffle(low, high, vu64{0, 8, 2, 10, 4, 12, 6, 14});
+    const vu64 b = __builtin_shuffle(low, high, vu64{1, 9, 3, 11, 5, 13, 7, 15});
 #elif defined(__AVX2__)
-    const vu64 a = __builtin_shuffle(low, high, vu64{0, 4, 1, 5});
-    const vu64 b = __builtin_shuffle(low, high, vu64{2, 6, 3, 7});
+    const vu64 a = __builtin_shuffle(low, high, vu64{0, 4, 2, 6});
+    const vu64 b = __builtin_shuffle(low, high, vu64{1, 5, 3, 7});
 #else
     const vu64 a = __builtin_shuffle(low, high, vu64{0, 2});
     const vu64 b = __builtin_shuffle(low, high, vu64{1, 3});
@@ -322,14 +459,57 @@ KLFLOW_INLINE vf to_float(vu w) {
 
 // U of the noise contract.
 KLFLOW_INLINE vf simplex_uniformv(vu w) {
-  const vf u = (to_float(w) + 0.5f) * 2.3283064365386963e-10f;
+  const vf u = to_float(w) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;  // 2^-32, 2^-33: one rounding if fused
   return u < 0.99999994f ? u : splat(0.99999994f);
 }
 
 constexpr int kNoiseColumns = 2 * kLanes * kChains;  // columns made at a time
 
+#if defined(__AVX512F__)
+// Logarithms by table: the leading four bits of the mantissa pick 1 / centre and its log2; what is left of the
+// mantissa, r in [-1/32, 1/16], needs a short polynomial. 12 instructions where a polynomial alone takes 17.
+struct alignas(64) LogTable {
+  float inverse[16], log2[16];
+};
+// Mantissas in [3/4, 3/2). The two cells that meet at 1 have centre 1, so that log2 is accurate relative to its value.
+inline constexpr LogTable kLogAround1 = {
+    {1.0f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
+     1.30612242f, 1.25490201f, 1.20754719f, 1.16363633f, 1.12280703f, 1.08474576f, 1.04918027f, 1.0f},
+    {0.0f, 0.129283009f, 0.209453331f, 0.2854022f, 0.357552058f, 0.42626476f, 0.491853061f, 0.554588897f, -0.385290126f,
+     -0.327574709f, -0.272079567f, -0.218640241f, -0.167109997f, -0.117356953f, -0.0692625818f, 0.0f},
+};
+// Mantissas in [1, 2).
+inline constexpr LogTable kLogAbove1 = {
+    {0.969696999f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
+     0.653061211f, 0.627451003f, 0.603773594f, 0.581818163f, 0.561403513f, 0.542372882f, 0.524590135f, 0.507936537f},
+    {0.0443940764f, 0.129283009f, 0.209453331f, 0.2854022f, 0.357552058f, 0.42626476f, 0.491853061f, 0.554588897f,
+     0.614709874f, 0.672425291f, 0.727920433f, 0.781359759f, 0.832890003f, 0.882643047f, 0.930737418f, 0.97727984f},
+};
+KLFLOW_INLINE vf pick(const float* table, vf x) {
+  const __m512i index = _mm512_srli_epi32(reinterpret_cast<__m512i>(x), 19);  // only its low four bits count
+  return reinterpret_cast<vf>(_mm512_permutexvar_ps(index, _mm512_load_ps(table)));
+}
+#endif
+
 // x = log2(x) for positive normal x, relative accuracy near 1 too; kChains vectors side by side.
 KLFLOW_INLINE void log2_chains(vf* x) {
+#if defined(__AVX512F__)
+  constexpr float kCoefficients[] = {-0.34380023854976843f, 0.48111879297971744f, -0.7213621383707383f,
+                                     1.4426950031395303f};
+  vf r[kChains], p[kChains];
+  each_chain([&](int i) {
+    // The exponent that goes with a mantissa in [3/4, 3/2): x * 4/3, rounded upwards, tells which half x is in.
+    const vf exponent = reinterpret_cast<vf>(_mm512_getexp_ps(reinterpret_cast<__m512>(x[i] * 1.33333337f)));
+    const vf mantissa = reinterpret_cast<vf>(
+        _mm512_getmant_ps(reinterpret_cast<__m512>(x[i]), _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero));
+    r[i] = mantissa * pick(kLogAround1.inverse, x[i]) - 1.0f;
+    x[i] = exponent + pick(kLogAround1.log2, x[i]);
+    p[i] = splat(kCoefficients[0]);
+  });
+#pragma GCC unroll 3
+  for (int k = 1; k < 4; ++k) each_chain([&](int i) { p[i] = p[i] * r[i] + kCoefficients[k]; });
+  each_chain([&](int i) { x[i] = p[i] * r[i] + x[i]; });
+#else
   constexpr float kCoefficients[] = {0.1258369936017068f,  -0.20726972741798402f, 0.21571560772593848f,
                                      -0.2389448249822585f, 0.2879162483697456f,   -0.3607036826008446f,
                                      0.48091064292651386f, -0.7213473468070407f,  1.4426950036526216f};
@@ -344,21 +524,40 @@ KLFLOW_INLINE void log2_chains(vf* x) {
 #pragma GCC unroll 8
   for (int k = 1; k < 9; ++k) each_chain([&](int i) { p[i] = p[i] * f[i] + kCoefficients[k]; });
   each_chain([&](int i) { x[i] = p[i] * f[i] + exponent[i]; });
+#endif
 }
 
-// x = 2^x for x in [-252, 252]; kChains vectors side by side.
+// x = log2(x) for positive normal x with an absolute error of 6e-8 and rounding: the argument of a later exp2.
+KLFLOW_INLINE void log2_absolute_chains(vf* x) {
+#if defined(__AVX512F__)
+  vf r[kChains], p[kChains];
+  each_chain([&](int i) {
+    const vf exponent = reinterpret_cast<vf>(_mm512_getexp_ps(reinterpret_cast<__m512>(x[i])));
+    const vf mantissa =
+        reinterpret_cast<vf>(_mm512_getmant_ps(reinterpret_cast<__m512>(x[i]), _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero));
+    r[i] = mantissa * pick(kLogAbove1.inverse, x[i]) - 1.0f;
+    x[i] = exponent + pick(kLogAbove1.log2, x[i]);
+  });
+  each_chain([&](int i) { p[i] = r[i] * 0.48129970189952953f + -0.7216413523038006f; });
+  each_chain([&](int i) { p[i] = p[i] * r[i] + 1.442694925325859f; });
+  each_chain([&](int i) { x[i] = p[i] * r[i] + x[i]; });
+#else
+  log2_chains(x);
+#endif
+}
+
+// x = 2^x for x in [-252, 252]; kChains vectors side by side. Minimax on [0, 1], relative error 7.5e-8.
 KLFLOW_INLINE void exp2_chains(vf* x) {
-  constexpr float kCoefficients[] = {0.00015345812161311629f, 0.0013399931177239738f, 0.009618488956331182f,
-                                     0.05550328777105325f,    0.24022646890645522f,   0.6931472057371958f,
-                                     1.0000000005541647f};
+  constexpr float kCoefficients[] = {0.0018775759520741789f, 0.008989341951014185f, 0.05582631637331071f,
+                                     0.24015361767154408f,   0.6931530731138261f,   0.9999999250661832f};
   vf n[kChains], p[kChains];
   each_chain([&](int i) {
-    n[i] = round_even(x[i]);
+    n[i] = round_down(x[i]);
     x[i] -= n[i];
     p[i] = splat(kCoefficients[0]);
   });
-#pragma GCC unroll 6
-  for (int k = 1; k < 7; ++k) each_chain([&](int i) { p[i] = p[i] * x[i] + kCoefficients[k]; });
+#pragma GCC unroll 5
+  for (int k = 1; k < 6; ++k) each_chain([&](int i) { p[i] = p[i] * x[i] + kCoefficients[k]; });
   each_chain([&](int i) { x[i] = scale_by_power(p[i], n[i]); });
 }
 

@@ -183,6 +183,7 @@ void topk_renoise(const TopkRenoiseParams& p, int64_t begin, int64_t end) {
     for_dtype(p.out.dtype, [&](auto* out_type) {
       using Out = element<decltype(out_type)>;
       Draw draw(s);
+      NoiseRows<Out> noise(s.rows, s.vocab, p.c, false);
       for (int64_t row = begin; row < end; ++row) {
         float log_prob;
         const int64_t token = draw.run<element<decltype(in_type)>>(row, log_prob);
@@ -194,8 +195,7 @@ void topk_renoise(const TopkRenoiseParams& p, int64_t begin, int64_t end) {
         else if (s.given.flags != nullptr && s.given.flags[row * s.given.stride])
           store_onehot(out, s.vocab, token, false);
         else
-          noise_interpolate_row(philox_key(s.rng, row, kSimplexNoise), s.vocab, token,
-                                p.t_next.data[row * p.t_next.stride], p.c, false, out);
+          noise.add(philox_key(s.rng, row, kSimplexNoise), token, p.t_next.data[row * p.t_next.stride], out);
       }
     });
   });

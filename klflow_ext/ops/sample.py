@@ -90,7 +90,9 @@ def topk_renoise(
     return token.reshape(shape), result
 
 
-def euler_step(log_x, logits, rate, *, temperature=1.0, beta=0.01, given=None, known=None, dtype=None, inplace=False):
+def euler_step(
+    log_x, logits, rate, *, temperature=1.0, beta=0.01, given=None, known=None, dtype=None, inplace=False, out=None
+):
     """One step of the basic sampler: the marginal ODE dl/dtau = c p - l along the KL geodesic (Corollary 3.3).
 
     p = softmax(logits / temperature), l = (1 - rate) log_x + rate c p; returns log softmax(l) and softmax(l).
@@ -99,7 +101,7 @@ def euler_step(log_x, logits, rate, *, temperature=1.0, beta=0.01, given=None, k
         log_x: (*rows, V) log-probabilities of the state, float32 advised. logits: (*rows, V).
         rate: 1 - e^-h (exact for frozen p) or h (the paper's Euler), in [0, 1], broadcasts to rows.
         given, known: given rows are exactly onehot(known), in log 0 and -inf. dtype: of x_next (that of logits).
-        inplace: write the new state over log_x.
+        inplace: write the new state over log_x. out: tensor (*rows, V) for x_next; on a CPU this saves page faults.
     Returns: (log_x_next in the dtype of log_x, x_next), both (*rows, V).
     """
     check_tensor("logits", logits, FLOATS)
@@ -112,7 +114,7 @@ def euler_step(log_x, logits, rate, *, temperature=1.0, beta=0.01, given=None, k
     rates = row_scalars("rate", rate, shape, rows, device, 0, 1)
     temperature, beta = check_temperature(temperature), check_beta(beta)
     flags, tokens = given_known(given, known, shape, rows, vocab, device)
-    x_next, flat = output("dtype", None, logits.shape, dtype or logits.dtype, device)
+    x_next, flat = output("out", out, logits.shape, dtype or logits.dtype, device)
     state, state_flat = output("log_x", log_x if inplace else None, logits.shape, log_x.dtype, device)
     source = state_flat if inplace else as_rows(log_x, vocab)
     _klflow.euler_step(source, as_rows(logits, vocab), rates, temperature, beta, flags, tokens, state_flat, flat)
