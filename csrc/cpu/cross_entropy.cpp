@@ -10,7 +10,15 @@ namespace klflow::KLFLOW_ISA {
 
 namespace {
 
-KLFLOW_INLINE vf tanhv(vf x) { return 1.0f - 2.0f / (expv(x + x) + 1.0f); }
+struct Tanh {
+  vf value, slope;  // tanh x and its derivative, both without cancellation where they are small
+};
+KLFLOW_INLINE Tanh tanhv(vf x) {
+  x = maximum(splat(-20.0f), x);  // further out it is 1 to the last place; NaN stays
+  x = x > 20.0f ? splat(20.0f) : x;
+  const vf e = exp2v(x * (2.0f * kLog2E)), d = 2.0f / (e + 1.0f);
+  return {1.0f - d, d * d * e};
+}
 
 // What q is: the target alone, the target and a uniform share, or a row of soft targets.
 enum class Target { kHard, kSmoothed, kSoft };
@@ -95,7 +103,8 @@ class RowLoss {
     const float* x = block_of(logits, start, n, buffer_);
     if (p_.softcap <= 0.0f) return x;
     const float inverse = 1.0f / p_.softcap;
-    for_vectors(n, [&](int64_t i, int m) { store(buffer_ + i, tanhv(load_n(x + i, m, 0.0f) * inverse) * p_.softcap); });
+    for_vectors(
+        n, [&](int64_t i, int m) { store(buffer_ + i, tanhv(load_n(x + i, m, 0.0f) * inverse).value * p_.softcap); });
     return buffer_;
   }
 
@@ -133,7 +142,7 @@ class RowLoss {
     if (kTarget != Target::kSoft) row_of<T>(p_.grad, row)[token] = from_float<T>(own);
   }
 
-  // grad_j = scale ((hard + 2 z_loss lse) p_j - hard [j = k]), p_j = kept_j exp(shift of its block - lse).
+  // grad_j = scale ((hard + 2 z_loss lse) p_j - hard [j = k]), p_j = kept_j factor(shift of its block).
   void write_kept_gradient(int64_t row, int64_t token, float row_weight, float hard, const StreamingSum& z_sum,
                            const float* kept, const float* shifts) {
     const float scale = p_.dloss.data[row * p_.dloss.stride] * row_weight;
@@ -157,11 +166,11 @@ class RowLoss {
     for_vectors(p_.vocab, [&](int64_t i, int m) {
       vf x = load_n(logits + i, m, 0.0f), slope = splat(1.0f);
       if (inverse > 0.0f) {
-        const vf tanh = tanhv(x * inverse);
-        x = tanh * p_.softcap;
-        slope = 1.0f - tanh * tanh;
+        const Tanh tanh = tanhv(x * inverse);
+        x = tanh.value * p_.softcap;
+        slope = tanh.slope;
       }
-      vf g = exp_of_sum(x - lse) * a;
+      vf g = exp2v((x - lse) * kLog2E) * a;
       if constexpr (kDense) g -= dense_qw(soft, i, m) * scale;
       store_n(grad + i, g * slope, m);
     });

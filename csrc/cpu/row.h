@@ -41,16 +41,18 @@ KLFLOW_INLINE void store_n(T* p, vf v, int n) {
     store_tail(p, v, n);
 }
 
-// sum_j exp(z_j) = total * exp(shift) over the blocks seen so far. The shift is not the exact maximum: it only has to
-// stay within a safe distance of it, so one pass per block is enough except when a block raises the maximum by a lot.
+// sum_j exp(z_j) = total * 2^shift over the blocks seen so far, in units of log 2 inside. The shift is not the exact
+// maximum: it only has to stay within a safe distance of it, so one pass per block is enough except when a block raises
+// the maximum by a lot.
 class StreamingSum {
  public:
-  // Of scale * z. kept, if not null, takes exp(scale * z - shift) of the block: multiplied by factor(shift, lse) it is
-  // exp(scale * z - lse).
+  // Of scale * z. kept, if not null, takes exp(scale * z) 2^-shift() of the block: times factor(shift), exp(scale * z -
+  // lse).
   template <class T>
   void add(const T* z, int64_t n, float scale, float* kept = nullptr) {
+    const float units = scale * kLog2E;
     if (shift_ == -kInf) {
-      const float top = block_max(z, n, scale);
+      const float top = block_max(z, n, units);
       if (top == -kInf) {  // nothing above -infinity yet, or only NaN
         for_vectors(n, [&](int64_t i, int m) {
           const vf v = load_n(z + i, m, -kInf);
@@ -63,51 +65,51 @@ class StreamingSum {
       shift_ = top;
     }
     float top;
-    double sum = block_sum(z, n, scale, kept, top);
-    if (top > shift_ + 40.0f) {
-      total_ *= std::exp(static_cast<double>(shift_) - top);
-      shift_ = top;
-      sum = block_sum(z, n, scale, kept, top);
+    double sum = block_sum(z, n, units, kept, top);
+    if (top > 57.0f) {
+      const float raised = shift_ + top;
+      total_ *= std::exp2(static_cast<double>(shift_) - raised);
+      shift_ = raised;
+      sum = block_sum(z, n, units, kept, top);
     }
     total_ += sum;
   }
   float shift() const { return shift_; }  // of the block that was added last
-  float lse() const { return total_ == 0.0 ? shift_ : static_cast<float>(shift_ + std::log(total_)); }
-  // exp(shift - lse) of a block that had this shift; without rounding lse first.
-  float factor(float shift) const {
-    return shift == -kInf ? 1.0f : static_cast<float>(std::exp(static_cast<double>(shift) - shift_) / total_);
+  float lse() const { return total_ == 0.0 ? shift_ : static_cast<float>(kLn2 * shift_ + std::log(total_)); }
+  float factor(float shift) const {  // 2^shift / exp(lse), of a block that had this shift
+    return shift == -kInf ? 1.0f : static_cast<float>(std::exp2(static_cast<double>(shift) - shift_) / total_);
   }
 
  private:
   template <class T>
-  static float block_max(const T* z, int64_t n, float scale) {
+  static float block_max(const T* z, int64_t n, float units) {
     vf top = splat(-kInf);
-    for_vectors(n, [&](int64_t i, int m) { top = maximum(load_n(z + i, m, -kInf) * scale, top); });
+    for_vectors(n, [&](int64_t i, int m) { top = maximum(load_n(z + i, m, -kInf) * units, top); });
     return max_lanes(top);
   }
   template <class T>
-  double block_sum(const T* z, int64_t n, float scale, float* kept, float& top) const {
-    return kept != nullptr ? block_sum<true, T>(z, n, scale, kept, top) : block_sum<false, T>(z, n, scale, kept, top);
+  double block_sum(const T* z, int64_t n, float units, float* kept, float& top) const {
+    return kept != nullptr ? block_sum<true, T>(z, n, units, kept, top) : block_sum<false, T>(z, n, units, kept, top);
   }
   template <bool kKeep, class T>
-  double block_sum(const T* z, int64_t n, float scale, float* kept, float& top_out) const {
+  double block_sum(const T* z, int64_t n, float units, float* kept, float& top_out) const {  // top: above the shift
     // Four chains hide the latency of the additions; the split depends on the column alone.
     vf sums[4] = {}, tops[4] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
     int64_t i = 0;
     for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const vf v = load(z + i + j * kLanes) * scale;
+        const vf v = load(z + i + j * kLanes) * units - shift_;
         tops[j] = maximum(v, tops[j]);
-        const vf e = exp_of_sum(v - shift_);
+        const vf e = exp2v(v);
         if constexpr (kKeep) store(kept + i + j * kLanes, e);
         sums[j] += e;
       }
     }
     for_vectors(n - i, [&](int64_t k, int m) {
-      const vf v = load_n(z + i + k, m, -kInf) * scale;
+      const vf v = load_n(z + i + k, m, -kInf) * units - shift_;
       tops[0] = maximum(v, tops[0]);
-      const vf e = exp_of_sum(v - shift_);  // 0 in the lanes past the end
+      const vf e = exp2v(v);  // 0 in the lanes past the end
       if constexpr (kKeep) store_n(kept + i + k, e, m);
       sums[0] += e;
     });
@@ -287,7 +289,6 @@ class NoiseRows {
   NoiseRows(const NoiseRows&) = delete;
 
   void add(const PhiloxKey& key, int64_t token, float t, T* out) {
-    constexpr double kLn2 = 0.69314718055994531;
     float* y = scratch_row(vocab_, turn_);
     turn_ ^= 1;
     auto write_pending = [&](int64_t columns) { pending_.advance(columns); };
