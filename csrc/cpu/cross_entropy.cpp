@@ -16,7 +16,7 @@ struct Tanh {
 KLFLOW_INLINE Tanh tanhv(vf x) {
   x = maximum(splat(-20.0f), x);  // further out it is 1 to the last place; NaN stays
   x = x > 20.0f ? splat(20.0f) : x;
-  const vf e = exp2v(x * (2.0f * kLog2E)), d = 2.0f / (e + 1.0f);
+  const vf e = expv(x + x), d = 2.0f / (e + 1.0f);
   return {1.0f - d, d * d * e};
 }
 
@@ -170,7 +170,7 @@ class RowLoss {
         x = tanh.value * p_.softcap;
         slope = tanh.slope;
       }
-      vf g = exp2v((x - lse) * kLog2E) * a;
+      vf g = expv(x - lse) * a;
       if constexpr (kDense) g -= dense_qw(soft, i, m) * scale;
       store_n(grad + i, g * slope, m);
     });

@@ -181,8 +181,8 @@ T* row_of(const Rows& rows, int64_t row) {
 
 // Scratch rows of this thread, kept between calls (fresh ones would cost page faults): row `index` of rows this long.
 inline float* scratch_row(int64_t columns, int index = 0) {
-  thread_local std::unique_ptr<float[]> buffers[3];
-  thread_local int64_t sizes[3] = {0, 0, 0};
+  thread_local std::unique_ptr<float[]> buffers[4];
+  thread_local int64_t sizes[4] = {};
   const int64_t wanted = columns + 2 * kNoiseColumns;
   if (sizes[index] < wanted) {
     buffers[index].reset(new float[wanted]);

@@ -317,6 +317,7 @@ KLFLOW_INLINE vf exp2v(vf x) {
 }
 
 constexpr float kLog2E = 1.4426950408889634f;
+KLFLOW_INLINE vf expv(vf x) { return exp2v(x * kLog2E); }  // x <= 87, as exp2v
 constexpr double kLn2 = 0.69314718055994531;
 
 // ---- Philox words of kLanes consecutive counters, in column order (4 kLanes columns)

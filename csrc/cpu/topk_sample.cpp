@@ -1,8 +1,8 @@
-// token ~ softmax(top-k of logits / temperature), restricted to the smallest set of mass >= top_p: a threshold queue
-// that reads the row once, then a Gumbel-max draw over the few candidates with the noise contract's accurate small-E
-// tail. topk_renoise appends the re-noising of the drawn token. Never built: sorted rows, probabilities, x_0.
-#include <vector>
-
+// token ~ softmax(top-k of logits / temperature), restricted to the smallest set of mass >= top_p. One read of the row
+// keeps the maxima of groups of kDepth columns; the k-th largest maximum bounds the k-th logit from below, and only the
+// blocks that reach it are visited again, while in cache: few candidates remain. Then a Gumbel-max draw over the k kept
+// with the noise contract's accurate small-E tail. topk_renoise appends the re-noising of the drawn token. Never built:
+// sorted rows, probabilities, x_0.
 #include "dispatch.h"
 #include "row.h"
 
@@ -10,168 +10,378 @@ namespace klflow::KLFLOW_ISA {
 
 namespace {
 
-struct Candidate {
-  float logit;
-  int32_t column;
+// ---- keys: integers in the order of the logits, of the logits' width; a row is compared without being converted
+typedef int16_t vs __attribute__((vector_size(4 * kLanes)));
+typedef int16_t vs_half __attribute__((vector_size(2 * kLanes)));
+
+template <class T>
+struct Keys;
+template <>
+struct Keys<float> {
+  using Key = int32_t;
+  using Vector = vi;
+  static constexpr Key kInfinity = 0x7f800000;
 };
-// The order of the queue: larger logits first, ties to the lower column. Unique, so the result is too.
-KLFLOW_INLINE bool before(const Candidate& a, const Candidate& b) {
-  return a.logit > b.logit || (a.logit == b.logit && a.column < b.column);
+template <>
+struct Keys<bf16> {
+  using Key = int16_t;
+  using Vector = vs;
+  static constexpr Key kInfinity = 0x7f80;
+};
+template <>
+struct Keys<fp16> {
+  using Key = int16_t;
+  using Vector = vs;
+  static constexpr Key kInfinity = 0x7c00;
+};
+
+// Its own inverse. -0 is -1, one below +0.
+template <class Key, class V>
+KLFLOW_INLINE V ordered(V bits) {
+  return bits ^ ((bits >> (8 * sizeof(Key) - 1)) & std::numeric_limits<Key>::max());
 }
 
-class TopK {
- public:
-  TopK(int64_t k, int64_t vocab) : k_(k), room_(std::min(vocab, std::max<int64_t>(4 * k, k + 512))) {
-    queue_.resize(room_ + kBlock + kLanes);
-  }
+// One bit per lane of a comparison.
+KLFLOW_INLINE uint64_t bits_of(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask));
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(reinterpret_cast<__m128>(mask));
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint64_t>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+KLFLOW_INLINE uint64_t bits_of(vs mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi16_mask(reinterpret_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+  const __m256i m = reinterpret_cast<__m256i>(mask);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+  return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8(_mm_packs_epi16(reinterpret_cast<__m128i>(mask), __m128i{}));
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < 2 * kLanes; ++i) bits |= static_cast<uint64_t>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+template <class F>
+KLFLOW_INLINE void for_bits(uint64_t bits, F&& f) {
+  for (; bits != 0; bits &= bits - 1) f(__builtin_ctzll(bits));
+}
 
-  // The k best of the row, unordered; false where the row holds a NaN or nothing finite at the top.
-  template <class T>
-  bool select(const T* row, int64_t vocab) {
-    size_ = 0;
-    threshold_ = -kInf;
-    filled_ = false;
-    float buffer[kBlock + kLanes];
-    for (int64_t start = 0; start < vocab; start += kBlock) {
-      const int64_t n = std::min(kBlock, vocab - start);
-      if (!add_block(block_of(row, start, n, buffer), start, n)) return false;
-      if (size_ >= room_) shrink();
+// How many of n keys, a multiple of kLanes, are at least t.
+int64_t count_at_least(const int32_t* keys, int64_t n, int32_t t) {
+  vi count = {};
+  for (int64_t i = 0; i < n; i += kLanes) count -= load_raw<vi>(keys + i) >= t;
+  int64_t total = 0;
+  for (int i = 0; i < kLanes; ++i) total += count[i];
+  return total;
+}
+
+// A t that k to k + slack of n keys reach or, where ties prevent that, the k-th largest key: by bisection in [low,
+// high], low being reached by k keys and high by fewer than k or by none above it.
+int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k, int64_t slack, int64_t low, int64_t high) {
+  ++high;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    const int64_t count = count_at_least(keys, n, static_cast<int32_t>(middle));
+    if (count >= k)
+      low = middle;
+    else
+      high = middle;
+    if (count >= k && count <= k + slack) break;
+  }
+  return static_cast<int32_t>(low);
+}
+
+constexpr int kDraw = kChains * kLanes;  // columns drawn at a time
+
+// Words of the columns' counters.
+KLFLOW_INLINE void philox_at(const PhiloxKey& key, const int32_t* columns, vu (&words)[kChains]) {
+#pragma GCC unroll 2
+  for (int odd = 0; odd < 2; ++odd) {  // even and odd columns: a counter fills a 64-bit lane
+    vu64 column[kChains], c0[kChains], c1[kChains], c2[kChains], c3[kChains];
+    each_chain([&](int i) {
+      const vu64 pair = load_raw<vu64>(columns + i * kLanes);
+      column[i] = odd ? pair >> 32 : pair & 0xffffffffull;
+      c0[i] = column[i] >> 2;
+      c1[i] = vu64{} + key.row;
+      c2[i] = vu64{} + key.step;
+      c3[i] = vu64{} + key.stream;
+    });
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      vu64 p0[kChains], p1[kChains];
+      each_chain([&](int i) { p0[i] = multiply_low(c0[i], kPhiloxM0); });
+      each_chain([&](int i) { p1[i] = multiply_low(c2[i], kPhiloxM1); });
+      each_chain([&](int i) { c0[i] = (p1[i] >> 32) ^ c1[i] ^ key.round_keys[2 * round]; });
+      each_chain([&](int i) { c2[i] = (p0[i] >> 32) ^ c3[i] ^ key.round_keys[2 * round + 1]; });
+      each_chain([&](int i) { c1[i] = p1[i], c3[i] = p0[i]; });
     }
-    if (size_ > k_) shrink();
-    float top = -kInf;
-    for (int64_t i = 0; i < size_; ++i) top = std::max(top, queue_[i].logit);
-    return top > -kInf && top < kInf;
+    each_chain([&](int i) {
+      const vu64 bit0 = -(column[i] & 1), bit1 = -(column[i] >> 1 & 1);
+      const vu64 first = c0[i] ^ ((c0[i] ^ c1[i]) & bit0), second = c2[i] ^ ((c2[i] ^ c3[i]) & bit0);
+      const vu64 word = first ^ ((first ^ second) & bit1);
+      words[i] = odd ? words[i] | reinterpret_cast<vu>(word << 32) : reinterpret_cast<vu>(word & 0xffffffffull);
+    });
   }
-  Candidate* begin() { return queue_.data(); }
-  int64_t size() const { return size_; }
+}
 
- private:
-  bool add_block(const float* z, int64_t start, int64_t n) {
-    vi nan = {};
-    int64_t size = size_;
-    Candidate* queue = queue_.data();
-    const float threshold = threshold_;
-    const bool all = !filled_;  // until k are held, everything is a candidate
-    auto append = [&](int64_t i, int m) {
-      const vf v = load_n(z + i, m, -kInf);
-      nan |= v != v;
-      const vi above = v > threshold;
-      if (!all && !any(above)) return;
-      for (int lane = 0; lane < m; ++lane) {
-        queue[size] = {v[lane], static_cast<int32_t>(start + i + lane)};
-        size += all || above[lane] ? 1 : 0;
-      }
-    };
-    if (all) {
-      for_vectors(n, append);
-    } else {
-      int64_t i = 0;
-      for (; i + 4 * kLanes <= n; i += 4 * kLanes) {  // mostly nothing is above: test four vectors at once
-        const vf a = load(z + i), b = load(z + i + kLanes), c = load(z + i + 2 * kLanes), d = load(z + i + 3 * kLanes);
-        const vi interesting = ~((a <= threshold) & (b <= threshold) & (c <= threshold) & (d <= threshold));
-        if (!any(interesting)) continue;  // a NaN is never <=, so it is seen below
-        for (int j = 0; j < 4; ++j) append(i + j * kLanes, kLanes);
-      }
-      if (i < n) for_vectors(n - i, [&](int64_t j, int m) { append(i + j, m); });
-    }
-    size_ = size;
-    return !any(nan);
-  }
-
-  void shrink() {
-    Candidate* queue = queue_.data();
-    if (size_ <= k_) return;
-    std::nth_element(queue, queue + k_ - 1, queue + size_, before);
-    size_ = k_;
-    threshold_ = queue[k_ - 1].logit;  // later columns lose ties, so only larger logits enter from here on
-    filled_ = true;
-  }
-
-  int64_t k_, room_, size_ = 0;
-  float threshold_ = -kInf;
-  bool filled_ = false;
-  std::vector<Candidate> queue_;
-};
-
+template <class T>
 class Draw {
  public:
-  explicit Draw(const TopkSampleParams& p) : p_(p), top_(p.k, p.vocab) {}
+  explicit Draw(const TopkSampleParams& p) : p_(p) {
+    const int64_t size = (p.vocab / kTail + 1) * kTail;
+    columns_ = reinterpret_cast<int32_t*>(scratch_row(4 * size, 3));
+    keys_ = columns_ + size;
+    logits_ = reinterpret_cast<float*>(keys_ + size);
+    scores_ = logits_ + size;
+    maxima_ = reinterpret_cast<int32_t*>(logits_);
+    values_ = reinterpret_cast<T*>(scores_);
+  }
 
   // The drawn token of a row, -1 where there is none; its log-probability in log_prob.
-  template <class T>
   int64_t run(int64_t row, float& log_prob) {
     log_prob = kNaN;
     if (p_.given.flags != nullptr && p_.given.flags[row * p_.given.stride]) {
       log_prob = 0.0f;
       return token_at(p_.given.known, row);
     }
-    if (!top_.select(row_of<T>(p_.logits, row), p_.vocab)) return -1;
-    Candidate* candidates = top_.begin();
-    int64_t n = top_.size();
-    if (n == 1) {
-      log_prob = 0.0f;
-      return candidates[0].column;
-    }
-    const float inverse = 1.0f / p_.temperature;
-    const Candidate best = *std::min_element(candidates, candidates + n, before);
+    row_ = row_of<T>(p_.logits, row);
+    if (!select()) return -1;
+    log_prob = 0.0f;
+    if (p_.k == 1) return columns_[0];
     double total = 0.0;
-    auto mass = [&](const Candidate& c) { return std::exp(static_cast<double>(c.logit - best.logit) * inverse); };
+    int64_t n = p_.k;
     if (p_.top_p < 1.0f) {
-      std::sort(candidates, candidates + n, before);
-      for (int64_t i = 0; i < n; ++i) total += mass(candidates[i]);
-      double kept = 0.0;
-      int64_t keep = 0;
-      while (keep < n && kept < p_.top_p * total) kept += mass(candidates[keep++]);
-      n = std::max<int64_t>(keep, 1);
-      total = keep > 0 ? kept : mass(candidates[0]);
+      std::sort(columns_, columns_ + n, [&](int32_t a, int32_t b) {
+        const int32_t key_a = key(a), key_b = key(b);
+        return key_a > key_b || (key_a == key_b && a < b);
+      });
+      load_logits(n);
+      n = nucleus(total);
     } else {
-      std::sort(candidates, candidates + n, [](const Candidate& a, const Candidate& b) { return a.column < b.column; });
-      for (int64_t i = 0; i < n; ++i) total += mass(candidates[i]);
+      load_logits(n);
     }
-    return choose(row, candidates, n, best.logit, inverse, total, log_prob);
+    const int64_t winner = choose(row, n, total);
+    log_prob = static_cast<float>(scaled(winner) - std::log(total));
+    return columns_[winner];
   }
 
  private:
-  int64_t choose(int64_t row, const Candidate* candidates, int64_t n, float top, float inverse, double total,
-                 float& log_prob) const {
-    const PhiloxKey key = philox_key(p_.rng, row, kTokenDrawHigh);
-    const uint32_t k0 = static_cast<uint32_t>(key.round_keys[0]), k1 = static_cast<uint32_t>(key.round_keys[1]);
-    float best_score = -kInf;
-    int64_t best = -1;
-    float best_logit = 0.0f;
-    uint32_t counter = ~0u;
-    Words4 high{}, low{};
-    for (int64_t i = 0; i < n; ++i) {
-      const int32_t column = candidates[i].column;
-      if (static_cast<uint32_t>(column) / 4 != counter) {
-        counter = static_cast<uint32_t>(column) / 4;
-        high = philox(counter, key.row, key.step, kTokenDrawHigh, k0, k1);
-        low = philox(counter, key.row, key.step, kTokenDrawLow, k0, k1);
+  using Key = typename Keys<T>::Key;
+  using Vector = typename Keys<T>::Vector;
+  static constexpr Key kInfinity = Keys<T>::kInfinity;
+  static constexpr Key kLowest = ~kInfinity;  // of -infinity
+  static constexpr int kKeys = sizeof(Vector) / sizeof(Key);
+  static constexpr int kDepth = 16;                   // columns of a group: one lane of this many vectors
+  static constexpr int64_t kGroups = kKeys * kDepth;  // columns of a block of kKeys groups
+  static constexpr int64_t kTail = std::max<int64_t>(kGroups, 2 * kDraw);
+  static_assert(kGroups % 64 == 0);
+
+  int32_t key(int64_t column) const {
+    Key bits;
+    std::memcpy(&bits, row_ + column, sizeof(bits));
+    const int32_t key = ordered<Key>(bits);
+    return key == -1 ? 0 : key;
+  }
+  // Columns [begin, begin + kGroups) of the row, or a copy of the last ones that continues with -infinity.
+  const Key* block(int64_t begin) const {
+    return begin + kGroups <= p_.vocab ? reinterpret_cast<const Key*>(row_) + begin : tail_;
+  }
+  double scaled(int64_t i) const { return (static_cast<double>(logits_[i]) - top_) / p_.temperature; }
+
+  // Fills columns_ with the k best of the row, in ascending order; false where it holds a NaN or nothing finite on top.
+  bool select() {
+    const int64_t vocab = p_.vocab, k = p_.k, ragged = vocab % kGroups;
+    std::memcpy(tail_, row_ + vocab - ragged, ragged * sizeof(Key));
+    std::fill(tail_ + ragged, tail_ + kGroups, static_cast<Key>(kInfinity | std::numeric_limits<Key>::min()));
+
+    Vector magnitude = {};
+    int64_t groups = 0;
+    vi lowest = vi{} + std::numeric_limits<int32_t>::max(), highest = ~lowest;
+    for (int64_t begin = 0; begin < vocab; begin += kGroups) {
+      const Key* z = block(begin);
+      Vector best = Vector{} + std::numeric_limits<Key>::min();
+#pragma GCC unroll 16
+      for (int j = 0; j < kDepth; ++j) {
+        const Vector bits = load_raw<Vector>(z + j * kKeys), absolute = bits & std::numeric_limits<Key>::max();
+        const Vector keys = ordered<Key>(bits);
+        magnitude = magnitude > absolute ? magnitude : absolute;
+        best = best > keys ? best : keys;
       }
-      const float e = token_exponential(high.w[column % 4], low.w[column % 4]);
-      const float score = (candidates[i].logit - top) * inverse - std::log(e);
-      if (score > best_score || (score == best_score && column < best)) {
-        best_score = score;
-        best = column;
-        best_logit = candidates[i].logit;
+      vi maxima[kKeys / kLanes];
+      if constexpr (sizeof(Key) == 4) {
+        maxima[0] = best;
+      } else {
+        vs_half halves[2];
+        std::memcpy(halves, &best, sizeof(best));
+        for (int i = 0; i < 2; ++i) maxima[i] = __builtin_convertvector(halves[i], vi);
+      }
+      for (const vi& m : maxima) {
+        lowest = lowest < m ? lowest : m;
+        highest = highest > m ? highest : m;
+        std::memcpy(maxima_ + groups, &m, sizeof(m));
+        groups += kLanes;
       }
     }
-    log_prob = static_cast<float>(static_cast<double>(best_logit - top) * inverse - std::log(total));
-    return best;
+    if (any_lane(magnitude > kInfinity)) return false;
+    int32_t low = lowest[0], high = highest[0];
+    for (int i = 1; i < kLanes; ++i) low = std::min(low, lowest[i]), high = std::max(high, highest[i]);
+    if (high == kInfinity || high == kLowest) return false;
+
+    int32_t bound = kLowest;
+    if (2 * k <= groups) bound = kth_largest(maxima_, groups, k, k / 4, low, high);
+    if (bound == 0) bound = -1;  // -0 is as good as +0
+    const int64_t n = collect(static_cast<Key>(bound));
+    if (n > k) keep_k(n, bound, std::max(high, 0));
+    return true;
   }
 
+  // Candidates: the columns whose keys reach the bound, in ascending order.
+  int64_t collect(Key bound) {
+    const int64_t vocab = p_.vocab;
+    int64_t n = 0;
+    const int32_t* maxima = maxima_;
+    for (int64_t begin = 0; begin < vocab; begin += kGroups, maxima += kKeys) {
+      vi reached = load_raw<vi>(maxima) >= bound;
+      if constexpr (kKeys > kLanes) reached |= load_raw<vi>(maxima + kLanes) >= bound;
+      if (!any(reached)) continue;
+      const Key* z = block(begin);
+      const int64_t columns = std::min(kGroups, vocab - begin);
+      for (int64_t i = 0; i < columns; i += 64) {
+        uint64_t hits = 0;
+#pragma GCC unroll 16
+        for (int j = 0; j < 64; j += kKeys) hits |= bits_of(ordered<Key>(load_raw<Vector>(z + i + j)) >= bound) << j;
+        if (columns - i < 64) hits &= (1ull << (columns - i)) - 1;
+        for_bits(hits, [&](int j) {
+          columns_[n] = static_cast<int32_t>(begin + i + j);
+          keys_[n++] = key(begin + i + j);
+        });
+      }
+    }
+    return n;
+  }
+
+  // Of n > k candidates in [low, high], the k largest: ties to the lower column.
+  void keep_k(int64_t n, int32_t low, int32_t high) {
+    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+    std::fill(keys_ + n, keys_ + padded, std::numeric_limits<int32_t>::min());
+    const int32_t kth = kth_largest(keys_, padded, p_.k, 0, low, high);
+    int64_t ties = p_.k - count_at_least(keys_, padded, kth + 1), kept = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const bool tie = keys_[i] == kth;
+      columns_[kept] = columns_[i];
+      kept += (keys_[i] > kth) | (tie & (ties > 0));
+      ties -= tie;
+    }
+  }
+
+  // logits_ and top_ of n columns; what follows up to a multiple of kDraw has no mass.
+  void load_logits(int64_t n) {
+    for (int64_t i = 0; i < n; ++i) values_[i] = row_[columns_[i]];
+    vf top = splat(-kInf);
+    for_vectors(n, [&](int64_t i, int m) {
+      const vf z = load_n(values_ + i, m, -kInf);
+      top = maximum(z, top);
+      store(logits_ + i, z);
+    });
+    top_ = max_lanes(top);
+    pad(n);
+  }
+  void pad(int64_t n) {
+    const int64_t padded = (n + kDraw - 1) / kDraw * kDraw;
+    std::fill(columns_ + n, columns_ + padded, 0);
+    std::fill(logits_ + n, logits_ + padded, -kInf);
+  }
+
+  // The length of the shortest prefix of the sorted candidates with mass >= top_p; its mass in total.
+  int64_t nucleus(double& total) {
+    double all = 0.0;
+    for (int64_t i = 0; i < p_.k; ++i) all += std::exp(scaled(i));
+    int64_t n = 0;
+    while (n == 0 || (n < p_.k && total < p_.top_p * all)) total += std::exp(scaled(n++));
+    pad(n);
+    return n;
+  }
+
+  // The index of the candidate of the best score, logit / temperature - log E, ties to the lower column; their mass in
+  // total where that is 0. Scores from the high words alone, in float32, leave out all but a few candidates.
+  int64_t choose(int64_t row, int64_t n, double& total) {
+    constexpr float kMargin = 1e-4f;  // far above the error of these scores
+    const PhiloxKey key = philox_key(p_.rng, row, kTokenDrawHigh);
+    const bool add = total == 0.0;
+    vf best = splat(-kInf);
+    for (int64_t i = 0; i < n; i += kDraw) {
+      vu words[kChains];
+      philox_at(key, columns_ + i, words);
+      vf v[kChains], e[kChains], score[kChains], mass = {};
+      each_chain([&](int c) { v[c] = simplex_uniformv(words[c]), e[c] = 1.0f - v[c]; });
+      vf rounded[kChains];
+      each_chain([&](int c) { rounded[c] = 1.0f - e[c]; });
+      log2_chains(e);
+      each_chain([&](int c) { e[c] *= v[c] / -rounded[c]; });  // E / ln 2 = -log1p(-v) / ln 2, whatever 1 - v loses
+      log2_chains(e);
+      each_chain([&](int c) {
+        const vf z = (load(logits_ + i + c * kLanes) - top_) / p_.temperature;
+        mass += expv(z);
+        score[c] = z - e[c] * 0.69314718f;
+        const vi unsure = reinterpret_cast<vi>(words[c] >> 20) == 0;  // where the low word counts
+        best = maximum(unsure ? splat(-kInf) : score[c], best);
+        store(scores_ + i + c * kLanes, unsure ? splat(kInf) : score[c]);
+      });
+      if (add) total += sum_lanes(mass);
+    }
+    const float enough = max_lanes(best) - kMargin;
+    int64_t winner = -1, close = 0;
+    auto for_close = [&](auto&& f) {
+      for (int64_t i = 0; i < n; i += kLanes)
+        for_bits(bits_of(load(scores_ + i) >= enough), [&](int lane) {
+          if (i + lane < n) f(i + lane);
+        });
+    };
+    for_close([&](int64_t i) { winner = i, ++close; });
+    if (close == 1) return winner;
+    double best_score = -kInf;
+    for_close([&](int64_t i) {
+      const double score = scaled(i) - std::log(static_cast<double>(exponential(key, columns_[i])));
+      if (score > best_score || (score == best_score && columns_[i] < columns_[winner])) best_score = score, winner = i;
+    });
+    return winner;
+  }
+
+  static float exponential(const PhiloxKey& key, uint32_t column) {
+    const uint32_t k0 = static_cast<uint32_t>(key.round_keys[0]), k1 = static_cast<uint32_t>(key.round_keys[1]);
+    return token_exponential(philox(column / 4, key.row, key.step, kTokenDrawHigh, k0, k1).w[column % 4],
+                             philox(column / 4, key.row, key.step, kTokenDrawLow, k0, k1).w[column % 4]);
+  }
+
+  // Whether any lane of a comparison holds.
+  static bool any_lane(Vector mask) { return bits_of(mask) != 0; }
+
   const TopkSampleParams& p_;
-  TopK top_;
+  const T* row_ = nullptr;
+  float top_ = 0.0f;  // the largest logit
+  int32_t *columns_, *keys_, *maxima_;
+  float *logits_, *scores_;  // maxima_ lies in logits_, values_ in scores_: each is done before the other is written
+  T* values_;
+  Key tail_[kGroups];
 };
 
 }  // namespace
 
 void topk_sample(const TopkSampleParams& p, int64_t begin, int64_t end) {
   for_dtype(p.logits.dtype, [&](auto* type) {
-    Draw draw(p);
+    Draw<element<decltype(type)>> draw(p);
     for (int64_t row = begin; row < end; ++row) {
       float log_prob;
-      p.token[row] = draw.run<element<decltype(type)>>(row, log_prob);
+      p.token[row] = draw.run(row, log_prob);
       if (p.log_prob != nullptr) p.log_prob[row] = log_prob;
     }
   });
@@ -182,11 +392,11 @@ void topk_renoise(const TopkRenoiseParams& p, int64_t begin, int64_t end) {
   for_dtype(s.logits.dtype, [&](auto* in_type) {
     for_dtype(p.out.dtype, [&](auto* out_type) {
       using Out = element<decltype(out_type)>;
-      Draw draw(s);
+      Draw<element<decltype(in_type)>> draw(s);
       NoiseRows<Out> noise(s.rows, s.vocab, p.c, false);
       for (int64_t row = begin; row < end; ++row) {
         float log_prob;
-        const int64_t token = draw.run<element<decltype(in_type)>>(row, log_prob);
+        const int64_t token = draw.run(row, log_prob);
         s.token[row] = token;
         if (s.log_prob != nullptr) s.log_prob[row] = log_prob;
         Out* out = row_of<Out>(p.out, row);
