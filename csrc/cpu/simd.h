@@ -175,7 +175,25 @@ KLFLOW_INLINE float max_lanes(vf v) {
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
   return best;
 }
-KLFLOW_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }  // b where either is a NaN
+// One instruction each, which the compiler does not find by itself; b where either is a NaN.
+#if defined(__AVX512F__)
+KLFLOW_INLINE vf maximum(vf a, vf b) {
+  return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+KLFLOW_INLINE vf minimum(vf a, vf b) {
+  return reinterpret_cast<vf>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+#elif defined(__AVX2__)
+KLFLOW_INLINE vf maximum(vf a, vf b) {
+  return reinterpret_cast<vf>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+}
+KLFLOW_INLINE vf minimum(vf a, vf b) {
+  return reinterpret_cast<vf>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+}
+#else
+KLFLOW_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
+KLFLOW_INLINE vf minimum(vf a, vf b) { return a < b ? a : b; }
+#endif
 KLFLOW_INLINE bool any(vi mask) {
 #if defined(__AVX512F__)
   return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
@@ -213,8 +231,7 @@ KLFLOW_INLINE vf scale_by_power(vf p, vf n) {
 }
 
 KLFLOW_INLINE vf expv(vf x) {  // any x: 0 below -104, infinity above 89, NaN stays
-  x = x < -104.0f ? splat(-104.0f) : x;
-  x = x > 89.0f ? splat(89.0f) : x;
+  x = minimum(splat(89.0f), maximum(splat(-104.0f), x));
   const vf n = round_even(x * 1.4426950408889634f);
   const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in n * part
   vf p = splat(0.0013836846136895651f);
