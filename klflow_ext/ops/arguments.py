@@ -90,19 +90,23 @@ def token_rows(name, value, shape, rows, vocab, device, where=None, ignore_index
     """
     check_tensor(name, value, INTEGERS, device)
     flat = broadcast(name, value, shape, rows)
-    if device.type != "cpu" and looks_at_values(device) and rows:
-        bad = (flat < 0) | (flat >= vocab)
-        if where is not None:
-            bad &= where
-        if ignore_index is not None:
-            bad &= flat != ignore_index
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise IndexError(
-                f"{name}: row {row} holds {flat[row].item()}, allowed is 0 to V - 1 = {vocab - 1}"
-                + ("" if ignore_index is None else f" or ignore_index = {ignore_index}")
-            )
+    if device.type != "cpu" and looks_at_values(device):
+        check_tokens(name, flat, vocab, where, ignore_index)
     return flat
+
+
+def check_tokens(name, flat, vocab, where=None, ignore_index=None):
+    bad = (flat < 0) | (flat >= vocab)
+    if where is not None:
+        bad &= where
+    if ignore_index is not None:
+        bad &= flat != ignore_index
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"{name}: row {row} holds {flat[row].item()}, allowed is 0 to V - 1 = {vocab - 1}"
+            + ("" if ignore_index is None else f" or ignore_index = {ignore_index}")
+        )
 
 
 def row_flags(name, value, shape, rows, device):

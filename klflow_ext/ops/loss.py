@@ -52,6 +52,11 @@ def loss_arguments(
     return tokens, (weight, row_weight, ignore_index, smoothing, z_loss, 0.0 if softcap is None else float(softcap))
 
 
+def check_reduction(reduction):
+    if reduction not in ("mean", "sum", "none"):
+        fail(ValueError, "reduction", repr(reduction), "'mean', 'sum' or 'none'")
+
+
 def mean_divisor(tokens, weight, row_weight, ignore_index, *_):
     """What reduction="mean" divides by: the sum over kept rows of weight[target] row_weight."""
     if tokens.dim() == 2:
@@ -95,8 +100,7 @@ def cross_entropy(
     Returns: loss (float32), or (loss, lse). Gradients flow to logits only.
     Errors: IndexError for a target outside [0, V) (on CUDA the row's loss is NaN; KLFLOW_CHECK=1 checks there too).
     """
-    if reduction not in ("mean", "sum", "none"):
-        fail(ValueError, "reduction", repr(reduction), "'mean', 'sum' or 'none'")
+    check_reduction(reduction)
     flat, tokens, options = _flat_arguments(
         logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap
     )
