@@ -14,6 +14,7 @@
 #include <cmath>
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 
@@ -107,16 +108,19 @@ float gap(double beta, int64_t vocab) {  // c = log(V / beta - V + 1)
   return static_cast<float>(std::log(vocab / beta - vocab + 1.0));
 }
 
-// On the CPU a bad target is an error before any work; on CUDA a check would synchronise, so the kernel answers NaN.
+// On the CPU a bad target is an error before any work (Python's IndexError); on CUDA a check would synchronise, so the
+// kernel answers NaN.
 void check_targets(const Tokens& target, int64_t rows, int64_t vocab, const char* name, const Given* only,
                    const int64_t* ignore_index) {
   for (int64_t row = 0; row < rows; ++row) {
     if (only != nullptr && !only->flags[row * only->stride]) continue;
     const int64_t value = target.is_int32 ? static_cast<const int32_t*>(target.data)[row * target.stride]
                                           : static_cast<const int64_t*>(target.data)[row * target.stride];
-    const bool ignored = ignore_index != nullptr && value == *ignore_index;
-    check(ignored || (value >= 0 && value < vocab), name, ": row ", row, " holds ", value, ", outside [0, ", vocab,
-          ")");
+    if ((value >= 0 && value < vocab) || (ignore_index != nullptr && value == *ignore_index)) continue;
+    std::ostringstream message;
+    message << name << ": row " << row << " holds " << value << ", allowed is 0 to V - 1 = " << vocab - 1;
+    if (ignore_index != nullptr) message << " or ignore_index = " << *ignore_index;
+    throw std::out_of_range(message.str());
   }
 }
 
@@ -214,15 +218,21 @@ CrossEntropyParams cross_entropy_params(const Tensor& logits, const Tensor& targ
   return p;
 }
 
+void cross_entropy_out(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor row_weight,
+                       int64_t ignore_index, double label_smoothing, double z_loss, double softcap, Tensor loss,
+                       Tensor lse) {
+  CrossEntropyParams p =
+      cross_entropy_params(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, lse);
+  p.loss = vector_of(loss, p.rows, "loss");
+  if (p.rows > 0) KLFLOW_RUN(cross_entropy, p, logits);
+}
+
 std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor row_weight,
                                          int64_t ignore_index, double label_smoothing, double z_loss, double softcap) {
   const int64_t rows = logits.size(0);
   Tensor loss = torch::stable::new_empty(logits, {&rows, 1}, ScalarType::Float);
   Tensor lse = torch::stable::new_empty(logits, {&rows, 1}, ScalarType::Float);
-  CrossEntropyParams p =
-      cross_entropy_params(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, lse);
-  p.loss = vector_of(loss, rows, "loss");
-  if (rows > 0) KLFLOW_RUN(cross_entropy, p, logits);
+  cross_entropy_out(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, loss, lse);
   return {loss, lse};
 }
 
@@ -325,6 +335,9 @@ STABLE_TORCH_LIBRARY(klflow, m) {
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap) -> (Tensor loss, Tensor lse)");
   m.def(
+      "cross_entropy_out(Tensor logits, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, "
+      "float label_smoothing, float z_loss, float softcap, Tensor(a!) loss, Tensor(b!) lse) -> ()");
+  m.def(
       "cross_entropy_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, Tensor dloss, Tensor(a!) loss, Tensor(b!) lse, "
       "Tensor(c!) grad) -> ()");
@@ -348,6 +361,7 @@ STABLE_TORCH_LIBRARY(klflow, m) {
   m.impl("logit_interpolate", TORCH_BOX(&klflow::logit_interpolate));           \
   m.impl("logit_interpolate_out", TORCH_BOX(&klflow::logit_interpolate_out));   \
   m.impl("cross_entropy", TORCH_BOX(&klflow::cross_entropy));                   \
+  m.impl("cross_entropy_out", TORCH_BOX(&klflow::cross_entropy_out));           \
   m.impl("cross_entropy_grad", TORCH_BOX(&klflow::cross_entropy_grad));         \
   m.impl("cross_entropy_backward", TORCH_BOX(&klflow::cross_entropy_backward)); \
   m.impl("topk_sample", TORCH_BOX(&klflow::topk_sample));                       \

@@ -217,6 +217,22 @@ def cross_entropy_grad(
     return loss.detach(), lse.detach(), grad if out is None else out.copy_(grad)
 
 
+def linear_cross_entropy(
+    hidden, weight, target, *, bias=None, class_weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
+    softcap=None, row_weight=None, reduction="mean", return_lse=False, chunk_rows=None,
+):  # fmt: skip
+    """The cross-entropy of logits = hidden @ weight.T + bias; the options are those of `cross_entropy`.
+
+    Equivalent to, for hidden (rows, D), weight (V, D), bias (V,):
+        result = cross_entropy(hidden @ weight.T + bias, target, weight=class_weight)
+    """
+    return cross_entropy(
+        torch.nn.functional.linear(hidden, weight, bias), target, weight=class_weight, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, row_weight=row_weight, reduction=reduction,
+        return_lse=return_lse,
+    )  # fmt: skip
+
+
 def _draw(logits, k, rng, temperature, top_p, row_offset):
     """(token, log_prob) of flattened rows."""
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32

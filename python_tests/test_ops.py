@@ -476,6 +476,7 @@ def test_opcheck(device):
         (klflow.logit_interpolate, (grad_logits, target, t, 0.01, False)),
         (klflow.logit_interpolate_out, (logits, target, t, 0.01, False, new())),
         (klflow.cross_entropy, (grad_logits, target, *options)),
+        (klflow.cross_entropy_out, (logits, target, *options, rows.clone(), rows.clone())),
         (klflow.cross_entropy_grad, (logits, target, *options, t, rows.clone(), rows.clone(), new())),
         (klflow.cross_entropy_backward, (logits, target, lse, *options, t, None, new())),
         (klflow.topk_sample, (logits, 5, rng, 1.0, 0.9, 0, token.clone(), rows.clone())),

@@ -15,7 +15,7 @@ struct Tanh {
 };
 KLFLOW_INLINE Tanh tanhv(vf x) {
   x = maximum(splat(-20.0f), x);  // further out it is 1 to the last place; NaN stays
-  x = x > 20.0f ? splat(20.0f) : x;
+  x = minimum(splat(20.0f), x);
   const vf e = expv(x + x), d = 2.0f / (e + 1.0f);
   return {1.0f - d, d * d * e};
 }

@@ -61,6 +61,8 @@ def looks_at_values(device):
 
 
 def broadcast(name, value, shape, rows):
+    if value.shape == shape:
+        return value if len(shape) == 1 else value.reshape(rows)
     try:
         return value.expand(shape).reshape(rows)
     except RuntimeError:
@@ -82,22 +84,29 @@ def row_scalars(name, value, shape, rows, device, low=None, high=None):
 
 
 def token_rows(name, value, shape, rows, vocab, device, where=None, ignore_index=None):
-    """Token ids that broadcast to the rows, as (rows,); those that count must lie in [0, V)."""
+    """Token ids that broadcast to the rows, as (rows,); those that count must lie in [0, V).
+
+    The CPU operators check that themselves, with the same error; here it would cost more than a row's work.
+    """
     check_tensor(name, value, INTEGERS, device)
     flat = broadcast(name, value, shape, rows)
-    if looks_at_values(device) and rows:
-        bad = (flat < 0) | (flat >= vocab)
-        if where is not None:
-            bad &= where
-        if ignore_index is not None:
-            bad &= flat != ignore_index
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise IndexError(
-                f"{name}: row {row} holds {flat[row].item()}, allowed is 0 to V - 1 = {vocab - 1}"
-                + ("" if ignore_index is None else f" or ignore_index = {ignore_index}")
-            )
+    if device.type != "cpu" and looks_at_values(device):
+        check_tokens(name, flat, vocab, where, ignore_index)
     return flat
+
+
+def check_tokens(name, flat, vocab, where=None, ignore_index=None):
+    bad = (flat < 0) | (flat >= vocab)
+    if where is not None:
+        bad &= where
+    if ignore_index is not None:
+        bad &= flat != ignore_index
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"{name}: row {row} holds {flat[row].item()}, allowed is 0 to V - 1 = {vocab - 1}"
+            + ("" if ignore_index is None else f" or ignore_index = {ignore_index}")
+        )
 
 
 def row_flags(name, value, shape, rows, device):
@@ -139,8 +148,12 @@ def check_row_offset(row_offset):
 
 def as_rows(tensor, vocab):
     """(rows, V) with unit stride along V: a view where the strides allow it, else a copy."""
-    flat = tensor.reshape(-1, vocab)
+    flat = tensor if tensor.dim() == 2 else tensor.reshape(-1, vocab)
     return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def needs_grad(*tensors):
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def output(name, out, shape, dtype, device):

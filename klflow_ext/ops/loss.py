@@ -10,6 +10,7 @@ from klflow_ext.ops.arguments import (
     check_tensor,
     check_vocab,
     fail,
+    needs_grad,
     output,
     register_fake_mutation,
     row_scalars,
@@ -19,11 +20,10 @@ from klflow_ext.ops.arguments import (
 _klflow = torch.ops.klflow
 
 
-def _loss_arguments(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap):
-    """Flattened and checked arguments of the cross-entropy operators, and the divisor of reduction='mean'."""
-    check_tensor("logits", logits, FLOATS)
-    vocab = check_vocab("logits", logits)
-    shape, device = logits.shape[:-1], logits.device
+def loss_arguments(
+    shape, vocab, device, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, weight_name="weight"
+):  # fmt: skip
+    """(tokens (rows,) or soft targets (rows, V), the options that follow them in the cross-entropy operators), checked."""
     rows = shape.numel()
     check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1, "an integer")
     smoothing = check_scalar("label_smoothing", label_smoothing, 0, 1, "a number in [0, 1]")
@@ -31,34 +31,53 @@ def _loss_arguments(logits, target, weight, row_weight, ignore_index, label_smoo
     if softcap is not None:
         check_scalar("softcap", softcap, 0, float("inf"), "None or a positive finite number", True, True)
     if weight is not None:
-        check_tensor("weight", weight, FLOATS, device)
+        check_tensor(weight_name, weight, FLOATS, device)
         if weight.shape != (vocab,):
-            fail(ValueError, "weight", f"shape {tuple(weight.shape)}", f"({vocab},)")
-        weight = weight.float().contiguous()
+            fail(ValueError, weight_name, f"shape {tuple(weight.shape)}", f"({vocab},)")
+        weight = weight.detach().float().contiguous()
     if row_weight is not None:
-        row_weight = row_scalars("row_weight", row_weight, shape, rows, device)
+        row_weight = row_scalars("row_weight", row_weight, shape, rows, device).detach()
     if isinstance(target, torch.Tensor) and target.dtype in FLOATS:
         check_tensor("target", target, FLOATS, device)
-        if target.shape != logits.shape:
+        if target.shape != (*shape, vocab):
             fail(
                 ValueError,
                 "target",
                 f"shape {tuple(target.shape)} of soft targets",
-                f"that of logits, {tuple(logits.shape)}",
+                f"that of logits, {(*shape, vocab)}",
             )
         tokens = as_rows(target.detach(), vocab)
-        per_row = torch.ones(rows, device=device) if row_weight is None else row_weight
     else:
         tokens = token_rows("target", target, shape, rows, vocab, device, ignore_index=ignore_index)
-        kept = tokens != ignore_index
-        if weight is None:
-            per_row = kept.float()
-        else:
-            per_row = torch.where(kept, weight[tokens.clamp(0, vocab - 1).long()], 0.0)
-        if row_weight is not None:
-            per_row = torch.where(kept, per_row * row_weight, 0.0)
-    options = (weight, row_weight, ignore_index, smoothing, z_loss, 0.0 if softcap is None else float(softcap))
-    return as_rows(logits, vocab), tokens, options, per_row.sum()
+    return tokens, (weight, row_weight, ignore_index, smoothing, z_loss, 0.0 if softcap is None else float(softcap))
+
+
+def check_reduction(reduction):
+    if reduction not in ("mean", "sum", "none"):
+        fail(ValueError, "reduction", repr(reduction), "'mean', 'sum' or 'none'")
+
+
+def mean_divisor(tokens, weight, row_weight, ignore_index, *_):
+    """What reduction="mean" divides by: the sum over kept rows of weight[target] row_weight."""
+    if tokens.dim() == 2:
+        return torch.ones(len(tokens), device=tokens.device).sum() if row_weight is None else row_weight.sum()
+    kept = tokens != ignore_index
+    if weight is None and row_weight is None:
+        return kept.count_nonzero()
+    per_row = 1.0 if weight is None else weight[tokens.clamp(0, len(weight) - 1).long()]
+    if row_weight is not None:
+        per_row = per_row * row_weight
+    return torch.where(kept, per_row, 0.0).sum()
+
+
+def _flat_arguments(logits, target, *options):
+    check_tensor("logits", logits, FLOATS)
+    vocab = check_vocab("logits", logits)
+    return as_rows(logits, vocab), *loss_arguments(logits.shape[:-1], vocab, logits.device, target, *options)
+
+
+def _new_rows(flat):
+    return flat.new_empty(flat.shape[0], dtype=torch.float32)
 
 
 def cross_entropy(
@@ -81,12 +100,14 @@ def cross_entropy(
     Returns: loss (float32), or (loss, lse). Gradients flow to logits only.
     Errors: IndexError for a target outside [0, V) (on CUDA the row's loss is NaN; KLFLOW_CHECK=1 checks there too).
     """
-    if reduction not in ("mean", "sum", "none"):
-        fail(ValueError, "reduction", repr(reduction), "'mean', 'sum' or 'none'")
-    flat, tokens, options, divisor = _loss_arguments(
+    check_reduction(reduction)
+    flat, tokens, options = _flat_arguments(
         logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap
     )
-    if inplace_backward and not torch.compiler.is_compiling():  # the compiler plans its own memory
+    if not needs_grad(flat):  # the differentiable operator alone costs as much as a short row
+        loss, lse = _new_rows(flat), _new_rows(flat)
+        _klflow.cross_entropy_out(flat, tokens, *options, loss, lse)
+    elif inplace_backward and not torch.compiler.is_compiling():  # the compiler plans its own memory
         loss, lse = _InplaceCrossEntropy.apply(flat, tokens, *options)
     else:
         loss, lse = _klflow.cross_entropy(flat, tokens, *options)
@@ -94,7 +115,7 @@ def cross_entropy(
     if reduction == "none":
         loss = loss.reshape(shape)
     else:
-        loss = loss.sum() if reduction == "sum" else loss.sum() / divisor
+        loss = loss.sum() if reduction == "sum" else loss.sum() / mean_divisor(tokens, *options)
     return (loss, lse.reshape(shape)) if return_lse else loss
 
 
@@ -108,19 +129,19 @@ def cross_entropy_grad(
     out: where the gradient goes, of the dtype of logits; may be logits itself.
     Returns: (loss (*rows), lse (*rows), grad (*rows, V)), loss and lse in float32.
     """
-    flat, tokens, options, divisor = _loss_arguments(
+    flat, tokens, options = _flat_arguments(
         logits.detach() if isinstance(logits, torch.Tensor) else logits,
         target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap,
     )  # fmt: skip
     shape, rows, device = logits.shape[:-1], flat.shape[0], logits.device
     if dloss is None:
-        upstream = (1.0 / divisor).reshape(1).expand(rows)
+        upstream = (1.0 / mean_divisor(tokens, *options)).expand(rows)
     else:
         upstream = row_scalars("dloss", dloss, shape, rows, device)
     grad, flat_grad = output("out", out, logits.shape, logits.dtype, device)
     if grad.dtype != logits.dtype:
         fail(TypeError, "out", grad.dtype, f"the dtype of logits, {logits.dtype}")
-    loss, lse = torch.empty(rows, device=device), torch.empty(rows, device=device)
+    loss, lse = _new_rows(flat), _new_rows(flat)
     _klflow.cross_entropy_grad(flat, tokens, *options, upstream, loss, lse, flat_grad)
     return loss.reshape(shape), lse.reshape(shape), grad
 
@@ -128,7 +149,7 @@ def cross_entropy_grad(
 # ---- fake kernels and gradients
 
 
-for _name in ("cross_entropy_grad", "cross_entropy_backward"):
+for _name in ("cross_entropy_out", "cross_entropy_grad", "cross_entropy_backward"):
     register_fake_mutation(_name)
 
 

@@ -12,6 +12,7 @@ from klflow_ext.ops.arguments import (
     check_tensor,
     check_vocab,
     fail,
+    needs_grad,
     output,
     register_fake_mutation,
     rng_state,
@@ -84,9 +85,9 @@ def logit_interpolate(log_x0, log_x1, t, *, beta=0.01, log=False, out=None):
         end = as_rows(log_x1, vocab)
     times = row_scalars("t", t, shape, rows, device, 0, 1)
     start = as_rows(log_x0, vocab)
-    if out is None:
+    if out is None and needs_grad(start, end, times):
         return _klflow.logit_interpolate(start, end, times, beta, bool(log)).reshape(log_x0.shape)
-    result, flat = output("out", out, log_x0.shape, None, device)
+    result, flat = output("out", out, log_x0.shape, log_x0.dtype, device)
     _klflow.logit_interpolate_out(start, end, times, beta, bool(log), flat)
     return result
 

@@ -1,0 +1,282 @@
+"""The loss from hidden states: the output layer and its cross-entropy, a chunk of rows at a time."""
+
+import math
+
+import torch
+
+from klflow_ext.ops.arguments import (
+    FLOATS,
+    check_int,
+    check_tensor,
+    check_tokens,
+    fail,
+    looks_at_values,
+    needs_grad,
+)
+from klflow_ext.ops.loss import check_reduction, loss_arguments, mean_divisor
+
+_klflow = torch.ops.klflow
+
+# Logits held at a time: enough rows for an efficient matrix product (333 of V = 50,259 in float32), and the same for any V.
+LOGIT_BYTES = 2**26
+LEAST_ROWS = 16
+
+
+def linear_cross_entropy(
+    hidden, weight, target, *, bias=None, class_weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
+    softcap=None, row_weight=None, reduction="mean", return_lse=False, chunk_rows=None,
+):  # fmt: skip
+    """cross_entropy(hidden @ weight.T + bias, target) without the logits: those of a chunk of rows exist at a time.
+
+    Where the result is one number, its gradients are made in the forward pass, from the same logits; the backward pass
+    only scales them. With reduction="none" or return_lse=True the backward pass makes each chunk's logits again.
+
+    Args:
+        hidden: (*rows, D). weight: (V, D), as nn.Linear holds it. bias: (V,). All of one dtype, which the logits have too;
+            under autocast its dtype, as for a matrix product. Gradients of weight and bias are summed in float32.
+        target: token ids of shape rows, or soft targets (*rows, V).
+        class_weight: (V,), the `weight` of `cross_entropy`, where the other options are described.
+        chunk_rows: rows at a time; None: as many as have 64 MB of logits, but at least 16.
+
+    Returns: loss (float32), or (loss, lse). Gradients flow to hidden, weight and bias.
+    Errors: as `cross_entropy`.
+    """
+    check_reduction(reduction)
+    check_tensor("hidden", hidden, FLOATS)
+    if hidden.dim() < 1:
+        fail(ValueError, "hidden", "shape ()", "(*rows, D)")
+    *shape, width = hidden.shape
+    device, dtypes = hidden.device, (hidden.dtype,)
+    if torch.is_autocast_enabled(device.type):
+        hidden, dtypes = hidden.to(torch.get_autocast_dtype(device.type)), FLOATS
+    check_tensor("weight", weight, dtypes, device)
+    if weight.dim() != 2 or weight.shape[1] != width or not 2 <= weight.shape[0] <= 2**30:
+        fail(ValueError, "weight", f"shape {tuple(weight.shape)}", f"(V, {width}), V in [2, 2^30]")
+    vocab = weight.shape[0]
+    if bias is not None:
+        check_tensor("bias", bias, dtypes, device)
+        if bias.shape != (vocab,):
+            fail(ValueError, "bias", f"shape {tuple(bias.shape)}", f"({vocab},)")
+    tokens, options = loss_arguments(
+        torch.Size(shape), vocab, device, target, class_weight, row_weight, ignore_index, label_smoothing, z_loss, softcap,
+        "class_weight",
+    )  # fmt: skip
+    flat = hidden.reshape(-1, width)
+    rows = flat.shape[0]
+    if chunk_rows is None:
+        most = max(LEAST_ROWS, LOGIT_BYTES // (_logit_size(flat) * vocab))
+        chunk_rows = max(1, -(-rows // max(1, -(-rows // most))))  # chunks of one size
+    else:
+        check_int("chunk_rows", chunk_rows, 1, 2**30, "None or an integer in [1, 2^30]")
+    arguments = (flat, weight, bias, tokens, *options, chunk_rows)
+    wanted = [x is not None and needs_grad(x) for x in (flat, weight, bias)]
+    if reduction == "none" or return_lse or not any(wanted):
+        loss, lse = _loss_rows(*arguments)
+        if reduction == "none":
+            loss = loss.reshape(shape)
+            return (loss, lse.reshape(shape)) if return_lse else loss
+        loss = loss.sum()
+    elif torch.compiler.is_compiling():
+        loss = _loss_and_gradients(*arguments, *wanted)[0]
+    else:
+        loss = _LinearCrossEntropy.apply(*arguments)
+    if reduction == "mean":
+        divisor = mean_divisor(tokens, *options)
+        empty = divisor == 0  # then NaN, but with gradients of zero, as in torch
+        loss = torch.where(empty, math.nan, loss / torch.where(empty, 1, divisor))
+    return (loss, lse.reshape(shape)) if return_lse else loss
+
+
+# ---- chunks. Below, `options` are those of the cross-entropy operators with chunk_rows behind them.
+
+
+def _logit_size(hidden):
+    """Bytes of a logit: of its dtype, and on a CPU of the float32 copy that sums a 16-bit gradient of weight."""
+    return hidden.element_size() + (0 if hidden.is_cuda or hidden.dtype == torch.float32 else 4)
+
+
+def _chunks(hidden, weight, bias, target, class_weight, row_weight, *scalars):
+    """(slice of rows, logits, target, options) of every chunk, all logits in one buffer; `out` products know no autocast."""
+    *scalars, chunk_rows = scalars
+    rows = hidden.shape[0]
+    buffer = hidden.new_empty(min(chunk_rows, rows), weight.shape[0])
+    for start in range(0, rows, chunk_rows):
+        part = slice(start, min(start + chunk_rows, rows))
+        logits = buffer[: part.stop - start]
+        if bias is None:
+            torch.mm(hidden[part], weight.t(), out=logits)
+        else:
+            torch.addmm(bias, hidden[part], weight.t(), out=logits)
+        yield part, logits, target[part], (class_weight, None if row_weight is None else row_weight[part], *scalars)
+
+
+class _Gradients:
+    """Gradients of hidden (in its dtype), weight and bias (in float32) from those of the logits; empty if not wanted."""
+
+    def __init__(self, hidden, weight, wanted):
+        self.inputs, self.wanted, self.wide = (hidden, weight), wanted, None
+        new = hidden.new_empty if hidden.shape[0] else hidden.new_zeros
+        shapes = (hidden.shape, weight.shape, weight.shape[:1])
+        dtypes = (hidden.dtype, torch.float32, torch.float32)
+        self.sums = [new(s if w else (0,), dtype=d) for s, d, w in zip(shapes, dtypes, wanted, strict=True)]
+
+    def add(self, part, dlogits):
+        (hidden, weight), (dhidden, dweight, dbias) = self.inputs, self.sums
+        hidden, beta = hidden[part], 0 if part.start == 0 else 1
+        if self.wanted[0]:
+            torch.mm(dlogits, weight, out=dhidden[part])
+        if self.wanted[1]:
+            if dlogits.dtype == torch.float32:
+                dweight.addmm_(dlogits.t(), hidden, beta=beta)
+            elif dlogits.is_cuda:
+                torch.addmm(dweight, dlogits.t(), hidden, out_dtype=torch.float32, beta=beta, out=dweight)
+            else:
+                if self.wide is None:
+                    self.wide = torch.empty_like(dlogits, dtype=torch.float32)
+                wide = self.wide[: len(dlogits)].copy_(dlogits)
+                dweight.addmm_(wide.t(), hidden.float(), beta=beta)
+        if self.wanted[2]:
+            columns = dlogits.sum(0, dtype=torch.float32)
+            dbias.copy_(columns) if beta == 0 else dbias.add_(columns)
+
+
+def _as_hidden(hidden, weight, bias):
+    """weight and bias in the dtype of hidden, which may be autocast's."""
+    return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+
+
+def _new_rows(hidden):
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+
+def _check_target(target, weight, ignore_index):
+    """Before any chunk's work, which would count rows from the chunk's first."""
+    if target.dim() == 1 and looks_at_values(target.device):
+        check_tokens("target", target, weight.shape[0], ignore_index=ignore_index)
+
+
+def _forward(hidden, weight, bias, target, *options):
+    _check_target(target, weight, options[2])
+    loss, lse = _new_rows(hidden), _new_rows(hidden)
+    for part, logits, tokens, chunk in _chunks(hidden, *_as_hidden(hidden, weight, bias), target, *options):
+        _klflow.cross_entropy_out(logits, tokens, *chunk, loss[part], lse[part])
+    return loss, lse
+
+
+def _forward_grad(hidden, weight, bias, target, *options):
+    *options, want_hidden, want_weight, want_bias = options
+    _check_target(target, weight, options[2])
+    weight, bias = _as_hidden(hidden, weight, bias)
+    gradients = _Gradients(hidden, weight, (want_hidden, want_weight, want_bias))
+    loss, lse, one = _new_rows(hidden), _new_rows(hidden), hidden.new_ones(1, dtype=torch.float32)
+    for part, logits, tokens, chunk in _chunks(hidden, weight, bias, target, *options):
+        upstream = one.expand(len(logits))  # not yet the mean's, in which small float16 gradients would vanish
+        _klflow.cross_entropy_grad(logits, tokens, *chunk, upstream, loss[part], lse[part], logits)
+        gradients.add(part, logits)
+    return loss.sum(), lse, *gradients.sums
+
+
+def _backward(lse, dloss, dlse, hidden, weight, bias, target, *options):
+    *options, want_hidden, want_weight, want_bias = options
+    weight, bias = _as_hidden(hidden, weight, bias)
+    gradients = _Gradients(hidden, weight, (want_hidden, want_weight, want_bias))
+    for part, logits, tokens, chunk in _chunks(hidden, weight, bias, target, *options):
+        slopes = dloss[part], None if dlse is None else dlse[part]
+        _klflow.cross_entropy_backward(logits, tokens, lse[part], *chunk, *slopes, logits)
+        gradients.add(part, logits)
+    return tuple(gradients.sums)
+
+
+# ---- operators, fake kernels and gradients
+
+_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, Tensor? row_weight, "
+    "int ignore_index, float label_smoothing, float z_loss, float softcap, SymInt chunk_rows"
+)
+_WANTED = "bool want_hidden, bool want_weight, bool want_bias"
+
+
+def _operator(name, function, schema):
+    return torch.library.custom_op(f"klflow::{name}", function, mutates_args=(), schema=schema)
+
+
+_loss_rows = _operator("linear_cross_entropy", _forward, f"({_INPUTS}) -> (Tensor loss, Tensor lse)")
+_loss_and_gradients = _operator(
+    "linear_cross_entropy_grad",
+    _forward_grad,
+    f"({_INPUTS}, {_WANTED}) -> (Tensor loss, Tensor lse, Tensor dhidden, Tensor dweight, Tensor dbias)",
+)
+_gradients_again = _operator(
+    "linear_cross_entropy_backward",
+    _backward,
+    f"(Tensor lse, Tensor dloss, Tensor? dlse, {_INPUTS}, {_WANTED}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+)
+
+
+@_loss_rows.register_fake
+def _(hidden, *_):
+    return _new_rows(hidden), _new_rows(hidden)
+
+
+@_loss_and_gradients.register_fake
+def _(hidden, weight, *options):
+    return hidden.new_empty((), dtype=torch.float32), _new_rows(hidden), *_Gradients(hidden, weight, options[-3:]).sums
+
+
+@_gradients_again.register_fake
+def _(lse, dloss, dlse, hidden, weight, *options):
+    return tuple(_Gradients(hidden, weight, options[-3:]).sums)
+
+
+def _as_inputs(ctx, gradients):
+    """What a backward pass returns: the gradients in the dtypes of their inputs, None for every other input."""
+    wanted = ctx.needs_input_grad
+    found = [g.to(d) if w else None for g, d, w in zip(gradients, ctx.dtypes, wanted, strict=False)]
+    return (*found, *[None] * (len(wanted) - 3))
+
+
+def _save_dtypes(ctx, inputs):
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+
+
+def _save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6], output[1])
+    ctx.scalars = inputs[6:]
+    _save_dtypes(ctx, inputs)
+
+
+def _gradients_from_inputs(ctx, dloss, dlse):
+    *inputs, lse = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:3]
+    return _as_inputs(ctx, _gradients_again(lse, dloss, dlse, *inputs, *ctx.scalars, *wanted))
+
+
+def _save_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*output[2:])
+    _save_dtypes(ctx, inputs)
+
+
+def _scaled_gradients(ctx, dloss, *_):
+    return _as_inputs(ctx, [g.float() * dloss for g in ctx.saved_tensors])
+
+
+_loss_rows.register_autograd(_gradients_from_inputs, setup_context=_save_inputs)
+_loss_and_gradients.register_autograd(_scaled_gradients, setup_context=_save_gradients)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """linear_cross_entropy_grad whose backward pass scales the gradients where they are; a second one makes them again."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        loss, lse, *ctx.gradients = _forward_grad(*inputs, *ctx.needs_input_grad[:3])
+        _save_inputs(ctx, inputs, (loss, lse))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            return _gradients_from_inputs(ctx, dloss.expand(ctx.saved_tensors[-1].shape), None)
+        return _as_inputs(ctx, [g.float().mul_(dloss) for g in gradients])
