@@ -13,8 +13,8 @@ __device__ __forceinline__ float exact_noise(const Words4& words, int64_t column
   return -logf(simplex_uniform(word_at(words, column)));
 }
 
-// s = c t / (1 - t), with which the row's token has e^s times its own noise. Beyond kMostGain the row is onehot(token), as
-// e^s E_k may be no float32.
+// s = c t / (1 - t), with which the row's token has e^s times its own noise. Beyond kMostGain the row is onehot(token),
+// as e^s E_k may be no float32.
 constexpr float kMostGain = 80.0f;
 __device__ __forceinline__ float gain_of(float t, float c) { return c * t / (1.0f - t); }
 
@@ -46,5 +46,8 @@ struct Evidence {
     return -vocab * logf(static_cast<float>((sum - e + stay * e) / sum));
   }
 };
+
+// exp(z - shift).
+__device__ __forceinline__ float mass_of(float z, float shift) { return ex2_approx((z - shift) * 1.4426950408889634f); }
 
 }  // namespace klflow::cuda

@@ -12,10 +12,7 @@ __global__ void __launch_bounds__(kThreads, 2) gather_rows_kernel(GatherRowsPara
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const float rest = p.rest[row];
     weighted_sum<T, kAligned>(
-        p.weight, p.width, p.top,
-        [&](int64_t i) {
-          return Weighted{p.ids[row * p.top + i], p.q[row * p.top + i]};
-        },
+        p.weight, p.width, p.top, [&](int64_t i) { return Weighted{p.ids[row * p.top + i], p.q[row * p.top + i]}; },
         [&](int64_t column, float sum) { store(p.out, row, column, sum + rest * p.mean[column]); });
   }
 }

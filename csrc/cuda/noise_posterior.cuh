@@ -3,10 +3,10 @@
 // waits in shared memory as float32 (rows too long to keep are made again); there it becomes z_j = log q_j + const.
 // Selection: the top-th largest of the maxima of small groups of columns bounds the top-th z from below; the few z
 // above that bound are queued, and a radix descent over them (over the row, where they overflow the queue) finds the
-// top-th z exactly, and how many of its equals belong. Then each thread counts what is selected of a contiguous piece of
-// the row, and prefix sums give every entry its place in ascending order of column, ties going to the lower column.
-// Never materialised: x_t, evidence, q. Bytes: 8 top a row written; log_prior stays in L2. Bound: instructions, about 42
-// an element, 24 of them the noise.
+// top-th z exactly, and how many of its equals belong. Then each thread counts what is selected of a contiguous piece
+// of the row, and prefix sums give every entry its place in ascending order of column, ties going to the lower column.
+// Never materialised: x_t, evidence, q. Bytes: 8 top a row written; log_prior stays in L2. Bound: instructions, about
+// 42 an element, 24 of them the noise.
 #pragma once
 
 #include "evidence.cuh"
@@ -22,8 +22,8 @@ constexpr float kBinsPerNat = 16.0f;   // of the groups' maxima, below the large
 
 // Shared memory after the partial results; the kept slice follows.
 struct PosteriorShared {
-  uint32_t counts[kDigits][kBins];  // of each radix digit; before that, the last: of the groups' maxima
-  uint32_t queue[kQueuedZ];         // falling bits of z
+  uint32_t counts[kDigits * kBins];  // of each radix digit; before that, the last: of the groups' maxima
+  uint32_t queue[kQueuedZ];          // falling bits of z
   uint32_t queued;
   uint32_t unused[3];
 };
@@ -57,8 +57,8 @@ struct Masses {
   }
 };
 
-// The bin of kBins in which a running count reaches k, what is left of k within it, and what it holds; of this block, or
-// (clustered) of the sum over the cluster's blocks. The same in every thread.
+// The bin of kBins in which a running count reaches k, what is left of k within it, and what it holds; of this block,
+// or (clustered) of the sum over the cluster's blocks. The same in every thread.
 struct Bin {
   uint32_t index, left, count;
 };
@@ -93,8 +93,7 @@ __device__ __forceinline__ Bin find_bin(uint32_t* counts, uint32_t k) {
     before += own[i];
   }
   const int source = __ffs(__ballot_sync(~0u, bin.left > 0)) - 1;
-  return {__shfl_sync(~0u, bin.index, source), __shfl_sync(~0u, bin.left, source),
-          __shfl_sync(~0u, bin.count, source)};
+  return {__shfl_sync(~0u, bin.index, source), __shfl_sync(~0u, bin.left, source), __shfl_sync(~0u, bin.count, source)};
 }
 
 // The sum of the values of all threads before this one, in order of the cluster's blocks and their threads.
@@ -131,19 +130,22 @@ __device__ __forceinline__ void store_plain_row(const NoisePosteriorParams& p, i
     p.q[row * p.top + i] = !valid ? not_a_number() : id == token ? 1.0f : 0.0f;
   }
   if (threadIdx.x != 0) return;
-  p.rest[row] = valid ? 0.0f : not_a_number();
+  p.rest[row] = !valid ? not_a_number() : p.top > 0 ? 0.0f : 1.0f;
   if (p.stats != nullptr)
     for (int i = 0; i < 3; ++i) p.stats[3 * row + i] = !valid ? not_a_number() : i == 1 ? 0.0f : 1.0f;
 }
 
-__global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePosteriorParams p, bool keep) {
+template <bool kKeep>
+__global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePosteriorParams p, bool) {
   PosteriorShared& s = *reinterpret_cast<PosteriorShared*>(shared_memory() + kPartialBytes);
-  float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kPosteriorBytes) : nullptr;
-  const Slice slice = slice_of(p.vocab);  // columns below are of the slice
+  float* kept = reinterpret_cast<float*>(shared_memory() + kPosteriorBytes);  // nothing is there unless kKeep
+  const Slice slice = slice_of(p.vocab);                                      // columns below are of the slice
   const int size = slice.size, stride = kQuad * kThreads;
   const int first = kQuad * static_cast<int>(threadIdx.x);
   const float* log_prior = p.log_prior + slice.begin;
-  const bool aligned = (reinterpret_cast<uintptr_t>(log_prior) & 15) == 0, narrow = p.vocab <= kNarrow;
+  const bool narrow = kKeep && p.vocab <= kNarrow;
+  const int in_words =
+      (reinterpret_cast<uintptr_t>(log_prior) & 15) == 0 ? size : 0;  // columns read 16 bytes at a time
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const int64_t token = token_at(p.target, row);
     const float t = scalar_at(p.t, row, 0.0f), gain = gain_of(t, p.c);
@@ -155,8 +157,9 @@ __global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePoste
     const NoiseKey key = noise_key(p.rng, row);
     store_round_keys(key);
     const int own_column = static_cast<int>(token) - slice.begin;
+    auto holds_own = [&](int column) { return static_cast<uint32_t>(own_column - column) < kQuad; };
     const float own_noise = exact_noise(row_noise_words(key, static_cast<int>(token)), token);
-    auto noise_at = [&](int column, float(&noise)[kQuad]) {
+    auto noise_at = [&](int column, float (&noise)[kQuad]) {
       const Words4 words = row_noise_words(key, slice.begin + column);
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) noise[i] = exponential_noise(words.w[i]);
@@ -174,8 +177,8 @@ __global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePoste
       for (int column = first; column < size; column += stride) {
         float noise[kQuad];
         noise_at(column, noise);
-        if (keep) store_quad(kept + column, noise);
-        if (column / kQuad == own_column / kQuad || column + kQuad > size) {
+        if (kKeep) store_quad(kept + column, noise);
+        if (holds_own(column) || column + kQuad > size) {
 #pragma unroll
           for (int i = 0; i < kQuad; ++i) noise[i] = column + i < size && column + i != own_column ? noise[i] : 0.0f;
         }
@@ -184,56 +187,66 @@ __global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePoste
       sum += partial;
     }
     sum = row_sum(sum);
+    if (is_leader() && p.stats != nullptr) p.stats[3 * row] = static_cast<float>(sum);
     const Evidence evidence(sum, own_noise, gain, p.vocab);
     const float own_z = p.log_prior[token] + evidence.own;
 
-    // z, -infinity beyond the row.
-    auto z_at = [&](int column, float(&z)[kQuad]) {
-      if (keep)
+    // z from what is kept of the noise (narrow rows: of z), with own_value in the row's token and -infinity beyond the
+    // row.
+    auto z_at = [&](int column, float own_value, float (&z)[kQuad]) {
+      if (kKeep)
         load_quad(kept + column, z);
       else
         noise_at(column, z);
-      const bool whole = column + kQuad <= size;
-      float prior[kQuad];
-      if (whole && aligned) {
-        load_quad(log_prior + column, prior);
-      } else {
+      if (!narrow) {
+        float prior[kQuad];
+        if (column + kQuad <= in_words) {
+          load_quad(log_prior + column, prior);
+        } else {
 #pragma unroll
-        for (int i = 0; i < kQuad; ++i) prior[i] = column + i < size ? log_prior[column + i] : -infinity();
+          for (int i = 0; i < kQuad; ++i) prior[i] = column + i < size ? log_prior[column + i] : -infinity();
+        }
+#pragma unroll
+        for (int i = 0; i < kQuad; ++i) z[i] = evidence.posterior(z[i], prior[i]);
       }
+      if (holds_own(column) || column + kQuad > size) {
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) z[i] = narrow ? z[i] + prior[i] : evidence.posterior(z[i], prior[i]);
-      if (column / kQuad == own_column / kQuad || !whole) {
-#pragma unroll
-        for (int i = 0; i < kQuad; ++i) z[i] = column + i == own_column ? own_z : column + i < size ? z[i] : -infinity();
+        for (int i = 0; i < kQuad; ++i)
+          z[i] = column + i == own_column ? own_value : column + i < size ? z[i] : -infinity();
       }
     };
-    auto load_z = [&](int column, float(&z)[kQuad]) {
-      if (keep)
+    auto load_z = [&](int column, float (&z)[kQuad]) {
+      if (kKeep)
         load_quad(kept + column, z);
       else
-        z_at(column, z);
+        z_at(column, own_z, z);
     };
     if (narrow) {
       for (int column = static_cast<int>(threadIdx.x); column < size; column += kThreads)
-        kept[column] = evidence.narrow(kept[column]);
+        kept[column] = evidence.narrow(kept[column]) + log_prior[column];
       __syncthreads();
     }
-    float maxima[2] = {-infinity(), -infinity()};
-    bool bad = false;
+    float maxima[2] = {-infinity(), -infinity()};  // of all but the row's token
+    bool bad = !(own_z < infinity());
     for (int column = first; column < size; column += stride) {
       float z[kQuad];
-      z_at(column, z);
-      if (keep) store_quad(kept + column, z);
+      z_at(column, -infinity(), z);
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) {
         bad |= !(z[i] < infinity());
-        if (column + i != own_column) maxima[i / 2] = fmaxf(maxima[i / 2], z[i]);
+        maxima[i / 2] = fmaxf(maxima[i / 2], z[i]);
       }
+      if (!kKeep) continue;
+      if (holds_own(column)) {
+#pragma unroll
+        for (int i = 0; i < kQuad; ++i) z[i] = column + i == own_column ? own_z : z[i];
+      }
+      store_quad(kept + column, z);
     }
-    for (int i = static_cast<int>(threadIdx.x); i < kDigits * kBins; i += kThreads) s.counts[i / kBins][i % kBins] = 0;
+#pragma unroll
+    for (int i = 0; i < kDigits * kBins / kThreads; ++i) s.counts[kThreads * i + threadIdx.x] = 0;
     if (threadIdx.x == 0) s.queued = 0;
-    const float most = row_max(bad ? infinity() : fmaxf(maxima[0], maxima[1]));  // of all but the row's token
+    const float most = row_max(bad ? infinity() : fmaxf(maxima[0], maxima[1]));
     if (!(most < infinity())) {  // the prior is no distribution
       store_plain_row(p, row, token, false);
       continue;
@@ -246,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePoste
     if (p.top > 0) {
       float bound = -infinity();
       if (p.top <= kGroups) {
-        uint32_t* counts = s.counts[kDigits - 1];
+        uint32_t* counts = s.counts + (kDigits - 1) * kBins;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float place = (most - maxima[i]) * kBinsPerNat;
@@ -256,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePoste
         const uint32_t bin = find_bin<false>(counts, static_cast<uint32_t>(p.top)).index;
         if (bin < kBins - 1) bound = most - (static_cast<float>(bin) + 1.001f) / kBinsPerNat;
         bound = row_max(bound);
-        for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) counts[i] = 0;
+        if (threadIdx.x < kBins) counts[threadIdx.x] = 0;
       }
       for (int column = first; column < size; column += stride) {
         float z[kQuad];
@@ -277,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePoste
       for (int digit = 0; digit < kDigits; ++digit) {
         const int low = 24 - 8 * digit;
         auto count = [&](uint32_t bits) {
-          if (digit == 0 || bits >> (low + 8) == prefix) atomicAdd(&s.counts[digit][bits >> low & 255], 1u);
+          if (digit == 0 || bits >> (low + 8) == prefix) atomicAdd(&s.counts[digit * kBins + (bits >> low & 255)], 1u);
         };
         if (queued <= kQueuedZ) {
           for (uint32_t i = threadIdx.x; i < queued; i += kThreads) count(s.queue[i]);
@@ -294,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePoste
           klflow_cluster_sync();
         else
           __syncthreads();
-        const Bin bin = find_bin<true>(s.counts[digit], wanted);
+        const Bin bin = find_bin<true>(s.counts + digit * kBins, wanted);
         prefix = prefix << 8 | bin.index;
         wanted = bin.left;
         equals = bin.count;
@@ -310,11 +323,12 @@ __global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePoste
     const int begin = piece * static_cast<int>(threadIdx.x), end = begin + piece < size ? begin + piece : size;
     float selected = 0.0f, rest = 0.0f;
     uint32_t above = 0, equal = 0;
+#pragma unroll 1  // registers
     for (int column = begin; column < end; column += kQuad) {
       float z[kQuad], mass[kQuad];
       load_z(column, z);
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) mass[i] = __expf(z[i] - shift);
+      for (int i = 0; i < kQuad; ++i) mass[i] = mass_of(z[i], shift);
       if (fmaxf(fmaxf(z[0], z[1]), fmaxf(z[2], z[3])) >= last) {
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) {
@@ -331,17 +345,15 @@ __global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePoste
         rest += (mass[0] + mass[1]) + (mass[2] + mass[3]);
       }
     }
-    const double last_mass = equals > 0 ? __expf(last - shift) : 0.0;
-    Masses masses = row_reduce(Masses{selected, rest}, [](Masses a, Masses b) {
-      return Masses{a.selected + b.selected, a.rest + b.rest};
-    });
+    const double last_mass = equals > 0 ? mass_of(last, shift) : 0.0;
+    Masses masses = row_reduce(Masses{selected, rest},
+                               [](Masses a, Masses b) { return Masses{a.selected + b.selected, a.rest + b.rest}; });
     masses.selected += last_mass * wanted;
     masses.rest += last_mass * (equals - wanted);
     const double total = masses.selected + masses.rest;
     if (is_leader()) {
       p.rest[row] = static_cast<float>(masses.rest / total);
       if (p.stats != nullptr) {
-        p.stats[3 * row] = static_cast<float>(sum);
         p.stats[3 * row + 1] = shift;
         p.stats[3 * row + 2] = static_cast<float>(total);
       }
@@ -361,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePoste
           if (!(z[i] >= last) || column + i >= size) continue;
           if (z[i] == last && equals_before++ >= wanted) continue;
           ids[place] = slice.begin + column + i;
-          q[place++] = expf(z[i] - shift) * inverse;
+          q[place++] = mass_of(z[i], shift) * inverse;
         }
       }
     }

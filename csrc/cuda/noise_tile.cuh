@@ -1,7 +1,7 @@
-// A tile of the rows that noise_embedding multiplies by the weight, straight from the noise contract: y (and its sum) or
-// the posterior q (NoiseTileParams in common/params.h). A warp makes a row of the tile, so that narrow tiles leave no
-// thread idle and no barrier is needed. Never materialised: more of a row than the tile; x_0, l_t, evidence. Bytes: one
-// write of the tile, which stays in L2. Bound: instructions, about 28 an element.
+// A tile of the rows that noise_embedding multiplies by the weight, straight from the noise contract: y (and its sum)
+// or the posterior q (NoiseTileParams in common/params.h). A warp makes a row of the tile, so that narrow tiles leave
+// no thread idle and no barrier is needed. Never materialised: more of a row than the tile; x_0, l_t, evidence. Bytes:
+// one write of the tile, which stays in L2. Bound: instructions, about 28 an element.
 #pragma once
 
 #include "evidence.cuh"
@@ -70,11 +70,11 @@ __global__ void __launch_bounds__(kThreads, 2) noise_tile_kernel(NoiseTileParams
       const Evidence evidence(stats[0], own_noise, gain, p.vocab);
       const float shift = stats[1], inverse = 1.0f / stats[2];
       const float* log_prior = p.log_prior + first;
-      const float own_q = own >= 0 && own < p.columns ? __expf(log_prior[own] + evidence.own - shift) * inverse : 0.0f;
+      const float own_q = own >= 0 && own < p.columns ? mass_of(log_prior[own] + evidence.own, shift) * inverse : 0.0f;
       if (p.vocab <= kNarrow) {
         for (int column = lane; column < p.columns; column += 32) {
           const float noise = exact_noise(words_of(column), column);
-          const float q = __expf(log_prior[column] + evidence.narrow(noise) - shift) * inverse;
+          const float q = mass_of(log_prior[column] + evidence.narrow(noise), shift) * inverse;
           out[column] = from_float<Out>(column == own ? own_q : q);
         }
       } else {
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, 2) noise_tile_kernel(NoiseTileParams
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const float z = evidence.posterior(exponential_noise(words.w[i]), prior.element[4 * half + i]);
-              v[4 * half + i] = __expf(z - shift) * inverse;
+              v[4 * half + i] = mass_of(z, shift) * inverse;
             }
           }
 #pragma unroll

@@ -1,6 +1,6 @@
-// The gradient of gather_rows (ScatterRowsParams in common/params.h): a block per token, so that no sum needs atomics and
-// every row of dweight is written once. Never materialised: a dense (rows x V) q. Bytes: a row of dout for each pair,
-// from L2 where dout fits it, and one write of dweight.
+// The gradient of gather_rows (ScatterRowsParams in common/params.h): a block per token, so that no sum needs atomics
+// and every row of dweight is written once. Never materialised: a dense (rows x V) q. Bytes: a row of dout for each
+// pair, from L2 where dout fits it, and one write of dweight.
 #pragma once
 
 #include "weighted_sum.cuh"

@@ -1,7 +1,7 @@
 // Sums of rows, each with its own weight: what gather_rows and scatter_rows share. A block makes one sum: its threads
 // stand in groups, each wide enough for 8 columns a thread (up to 4,096 columns at once), and a group adds every
-// groups-th row of the list in order, several loads in flight; then the groups' sums are added in order. So the order of
-// every sum depends on the width and the list alone.
+// groups-th row of the list in order, several loads in flight; then the groups' sums are added in order. So the order
+// of every sum depends on the width and the list alone.
 #pragma once
 
 #include "row.cuh"
@@ -9,7 +9,6 @@
 namespace klflow::cuda {
 
 constexpr int kListed = 1024;  // rows of the list in shared memory at a time
-constexpr int kInFlight = 4;   // loads of a thread
 
 struct Weighted {
   int32_t row;
@@ -20,11 +19,12 @@ struct WeightedShared {
   float partial[kThreads * kVector];  // of each group
 };
 
-// write(column, sum of item(i).weight * rows[item(i).row][column] over i < count), the columns over the block's threads.
-// kAligned: every row begins at a multiple of 16 bytes, and the width is a multiple of 8.
+// write(column, sum of item(i).weight * rows[item(i).row][column] over i < count), the columns over the block's
+// threads. kAligned: every row begins at a multiple of 16 bytes, and the width is a multiple of 8.
 template <class T, bool kAligned, class Item, class Write>
 __device__ __forceinline__ void weighted_sum(const Rows& rows, int64_t width, int64_t count, Item&& item,
                                              Write&& write) {
+  constexpr int kInFlight = kAligned ? 4 : 1;  // loads of a thread; the shifts of unaligned ones take its registers
   WeightedShared& s = *reinterpret_cast<WeightedShared*>(shared_memory());
   for (int64_t first = 0; first < width; first += kThreads * kVector) {
     const int columns = static_cast<int>(width - first < kThreads * kVector ? width - first : kThreads * kVector);
@@ -40,7 +40,8 @@ __device__ __forceinline__ void weighted_sum(const Rows& rows, int64_t width, in
       __syncthreads();
       auto load_row = [&](int32_t row) {
         const T* address = base + row * rows.stride;
-        return kAligned ? load_aligned(address + column) : load_vector<T>(address, column, columns, from_float<T>(0.0f));
+        return kAligned ? load_aligned(address + column)
+                        : load_vector<T>(address, column, columns, from_float<T>(0.0f));
       };
       auto add = [&](const Vector<T>& row, float weight) {
 #pragma unroll
