@@ -318,8 +318,8 @@ const float* log_prior_of(const Tensor& t, int64_t vocab) { return vector_of(t, 
 
 template <class T>
 T* matrix_of(const Tensor& t, int64_t rows, int64_t columns, ScalarType dtype, const char* name) {
-  check(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.scalar_type() == dtype && t.is_contiguous(), name,
-        ": must be contiguous of shape (", rows, ", ", columns, ") and the declared dtype");
+  check(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.scalar_type() == dtype && t.is_contiguous(),
+        name, ": must be contiguous of shape (", rows, ", ", columns, ") and the declared dtype");
   return static_cast<T*>(t.data_ptr());
 }
 

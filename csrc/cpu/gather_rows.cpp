@@ -1,5 +1,5 @@
-// out_n = sum_i q_ni weight[ids_ni] + rest_n mean: each row's sum stays in registers over a block of the width. Bound by
-// reading rows * top rows of the weight, mostly from cache: the frequent tokens recur.
+// out_n = sum_i q_ni weight[ids_ni] + rest_n mean: each row's sum stays in registers over a block of the width. Bound
+// by reading rows * top rows of the weight, mostly from cache: the frequent tokens recur.
 #include "dispatch.h"
 #include "row.h"
 

@@ -1,6 +1,6 @@
-// The posterior of each token given its own noisy row, straight from the noise: E is made once into the thread's scratch
-// row, summed, and read again, block by block, for the evidence, its softmax sum and the `top` largest. Never built:
-// x_t, the evidence, q over V.
+// The posterior of each token given its own noisy row, straight from the noise: E is made once into the thread's
+// scratch row, summed, and read again, block by block, for the evidence, its softmax sum and the `top` largest. Never
+// built: x_t, the evidence, q over V.
 #include <vector>
 
 #include "dispatch.h"
@@ -10,12 +10,14 @@ namespace klflow::KLFLOW_ISA {
 
 namespace {
 
-// The `top` largest of a row that arrives in blocks of ascending columns, kept in column order: what passes the threshold
-// is appended, and a full queue is cut back to the `top` best, ties to the lower column.
+// The `top` largest of a row that arrives in blocks of ascending columns, kept in column order: what passes the
+// threshold is appended, and a full queue is cut back to the `top` best, ties to the lower column.
 class Selection {
  public:
   Selection(int64_t top, int64_t vocab)
-      : top_(top), room_(std::min(vocab, std::max<int64_t>(4 * top, 2048))), z_(room_ + kBlock + kLanes),
+      : top_(top),
+        room_(std::min(vocab, std::max<int64_t>(4 * top, 2048))),
+        z_(room_ + kBlock + kLanes),
         column_(room_ + kBlock + kLanes) {}
 
   void clear() {
