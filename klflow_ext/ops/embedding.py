@@ -220,10 +220,16 @@ def _dense_backward(
 
 
 def _mean(prior, weight):
-    """prior @ weight in float32."""
-    if weight.dtype == torch.float32:
-        return prior @ weight
-    return sum(p @ w.float() for p, w in zip(prior.split(4096), weight.split(4096), strict=True))
+    """prior @ weight in float32: gather_rows of all tokens, in groups that it handles in parallel."""
+    vocab, width, device = *weight.shape, weight.device
+    groups = (vocab + 511) // 512
+    ids = torch.arange(groups * 512, dtype=torch.int32, device=device).clamp_(max=vocab - 1).view(groups, 512)
+    share = torch.zeros(groups * 512, device=device)
+    share[:vocab] = prior
+    nothing = torch.zeros(max(groups, width), device=device)
+    sums = torch.empty(groups, width, device=device)
+    _klflow.gather_rows(ids, share.view(groups, 512), nothing[:groups], weight, nothing[:width], sums)
+    return sums.sum(0)
 
 
 def _group_by_token(ids, vocab):
