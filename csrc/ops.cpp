@@ -10,6 +10,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <dlfcn.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -318,8 +321,8 @@ const float* log_prior_of(const Tensor& t, int64_t vocab) { return vector_of(t, 
 
 template <class T>
 T* matrix_of(const Tensor& t, int64_t rows, int64_t columns, ScalarType dtype, const char* name) {
-  check(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.scalar_type() == dtype && t.is_contiguous(), name,
-        ": must be contiguous of shape (", rows, ", ", columns, ") and the declared dtype");
+  check(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.scalar_type() == dtype && t.is_contiguous(),
+        name, ": must be contiguous of shape (", rows, ", ", columns, ") and the declared dtype");
   return static_cast<T*>(t.data_ptr());
 }
 
@@ -393,6 +396,16 @@ void gather_rows(Tensor ids, Tensor q, Tensor rest, Tensor weight, Tensor mean, 
   if (p.rows > 0) KLFLOW_RUN(gather_rows, p, out);
 }
 
+// First touches of a fresh CPU tensor cost several times the arithmetic on it with small pages.
+void prefer_huge_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.numel() * sizeof(float);
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (t.is_contiguous() && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 void scatter_rows(Tensor order, Tensor starts, Tensor q, Tensor prior, Tensor g, Tensor dout, Tensor dweight) {
   check(q.dim() == 2 && dweight.dim() == 2, "q, dweight: must have two axes");
   ScatterRowsParams p{};
@@ -411,6 +424,7 @@ void scatter_rows(Tensor order, Tensor starts, Tensor q, Tensor prior, Tensor g,
   p.dout = rows_of(dout, rows, p.width, "dout");
   p.dweight = rows_of(dweight, p.vocab, p.width, "dweight");
   check(p.dweight.dtype == kFloat32, "dweight: dtype must be float32");
+  if (dweight.is_cpu()) prefer_huge_pages(dweight);
   KLFLOW_RUN(scatter_rows, p, dweight);
 }
 

@@ -140,7 +140,9 @@ def _posterior_rows(target, t, rng, log_prior, beta, given, row_offset):
     pull = torch.expm1(s) * e.gather(1, k)
     total = e.sum(-1, keepdim=True)
     evidence = -vocab * torch.log1p(torch.expm1(-s) * e / (total + pull))
-    evidence = evidence.scatter(1, k, vocab * torch.log1p(pull / total))  # the same for the target, without cancellation
+    evidence = evidence.scatter(
+        1, k, vocab * torch.log1p(pull / total)
+    )  # the same for the target, without cancellation
     log_q = (log_prior.to(work) + evidence).log_softmax(-1)
     log_q = torch.where(certain, torch.full_like(log_q, -math.inf).scatter(1, k, 0.0), log_q)
     return _onehot_rows(log_q, given, target, target.shape, log=True)
@@ -171,7 +173,8 @@ def noise_posterior(target, t, rng, log_prior, *, top=512, beta=0.01, given=None
 
 
 def noise_embedding(target, t, weight, rng, *, beta=0.01, given=None, row_offset=0, log_prior=None, top=512):
-    """x_t @ weight; with log_prior q @ weight, where entries of q beyond the `top` largest share prior @ weight.
+    """x_t @ weight; with log_prior q @ weight, where the entries of q beyond the `top` largest are those of the prior, scaled
+    to the mass that is left.
 
     Equivalent to, in the dtype of weight:
         if log_prior is None:
@@ -181,7 +184,9 @@ def noise_embedding(target, t, weight, rng, *, beta=0.01, given=None, row_offset
             result = q @ weight
         else:
             ids, q, rest = noise_posterior(target, t, rng, log_prior, top=top, ...)
-            result = (q[..., None] * weight[ids]).sum(-2) + rest[..., None] * (log_prior.exp() @ weight)
+            others = log_prior.exp().expand(*rest.shape, -1).scatter(-1, ids.long(), 0.0)
+            others = rest[..., None] * others / others.sum(-1, keepdim=True)
+            result = others.scatter(-1, ids.long(), q) @ weight
     """
     vocab, width = weight.shape
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -193,8 +198,9 @@ def noise_embedding(target, t, weight, rng, *, beta=0.01, given=None, row_offset
         out = _posterior_rows(target, t, rng, log_prior.to(work), **options).exp() @ matrix
     else:
         ids, q, rest = noise_posterior(target, t, rng, log_prior.to(work), top=min(top, vocab), **options)
-        full = torch.zeros(*target.shape, vocab, dtype=work, device=weight.device).scatter(-1, ids.long(), q)
-        out = full @ matrix + rest[..., None] * (log_prior.to(work).exp() @ matrix)
+        others = log_prior.to(work).softmax(0).expand(*target.shape, vocab).scatter(-1, ids.long(), 0.0)
+        others = rest[..., None] * others / others.sum(-1, keepdim=True).clamp_min(1e-30)
+        out = others.scatter(-1, ids.long(), q) @ matrix
     return out.reshape(*target.shape, width).to(weight.dtype)
 
 

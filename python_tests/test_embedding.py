@@ -174,12 +174,21 @@ def test_broadcasting_and_layouts(device):
     for weight in (room[:, 1 : 1 + width], weight_of(width, vocab, device).T):
         for form in FORMS:
             out = embed(ops, form, target, t, weight, seeds)
-            same = embed(ops, form, target.reshape(-1).long(), t.expand(3, 4).reshape(-1), weight.contiguous(), seeds.reshape(12, 2))
+            same = embed(
+                ops,
+                form,
+                target.reshape(-1).long(),
+                t.expand(3, 4).reshape(-1),
+                weight.contiguous(),
+                seeds.reshape(12, 2),
+            )
             assert out.shape == (3, 4, width)
             torch.testing.assert_close(out.reshape(12, width), same)
     ids, q, rest = ops.noise_posterior(target, t, seeds, log_prior, top=9)
     assert ids.shape == q.shape == (3, 4, 9) and rest.shape == (3, 4)
-    empty = ops.noise_embedding(target[:0], 0.1, weight_of(vocab, width, device).requires_grad_(), 0, log_prior=log_prior, top=9)
+    empty = ops.noise_embedding(
+        target[:0], 0.1, weight_of(vocab, width, device).requires_grad_(), 0, log_prior=log_prior, top=9
+    )
     assert empty.shape == (0, 4, width)
 
 
@@ -232,7 +241,7 @@ def test_the_sparse_form_is_near_the_exact_one(device):
     target = torch.multinomial(log_prior.exp().cpu(), rows, True, generator=torch.Generator().manual_seed(1)).to(device)
     for t in (0.02, 0.1, 0.2):
         exact = ops.noise_embedding(target, t, weight, 7, log_prior=log_prior, top=None)
-        for top, allowed in ((128, 0.05), (512, 0.03)):
+        for top, allowed in ((128, 0.04), (512, 0.015)):
             sparse = ops.noise_embedding(target, t, weight, 7, log_prior=log_prior, top=top)
             assert (sparse - exact).norm() / exact.norm() < allowed
 
@@ -270,8 +279,14 @@ def test_opcheck(device):
     empty = {"dtype": torch.float32, "device": device}
     for op, args in [
         (klflow.noise_tile, (target, t, rng, given, None, None, 0.01, 0, 64, 8, total, torch.empty(6, 20, **empty))),
-        (klflow.noise_tile, (target, t, rng, None, log_prior, stats, 0.01, 0, 64, 8, None, torch.empty(6, 20, **empty))),
-        (klflow.noise_posterior, (target, t, rng, given, log_prior, 0.01, 0, ids.clone(), q.clone(), rest.clone(), stats)),
+        (
+            klflow.noise_tile,
+            (target, t, rng, None, log_prior, stats, 0.01, 0, 64, 8, None, torch.empty(6, 20, **empty)),
+        ),
+        (
+            klflow.noise_posterior,
+            (target, t, rng, given, log_prior, 0.01, 0, ids.clone(), q.clone(), rest.clone(), stats),
+        ),
         (klflow.gather_rows, (ids, q, rest, plain, plain[0].clone(), torch.empty(6, 8, **empty))),
         (klflow.scatter_rows, (order, starts, q, log_prior.exp(), plain[0].clone(), dout, torch.empty(64, 8, **empty))),
         (klflow.noise_embedding, (target, t, rng, given, weight, None, 0.01, 0)),

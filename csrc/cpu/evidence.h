@@ -22,8 +22,8 @@ KLFLOW_INLINE void exponentials(const PhiloxKey& key, int64_t column, vf (&e)[2 
   }
 }
 
-// s = c t / (1 - t), the log-ratio that moves u towards the target. From 80 on (and at t = 1) the row is onehot(target):
-// every other token's posterior is below the smallest float32.
+// s = c t / (1 - t), the log-ratio that moves u towards the target. From 80 on (and at t = 1) the row is
+// onehot(target): every other token's posterior is below the smallest float32.
 struct Pull {
   Pull(float t, float c) : s(static_cast<double>(c) * t / (1.0 - t)), certain(!(s < 80.0)) {}
   double s;
@@ -61,7 +61,8 @@ inline float own_evidence(double s, double own, double sum, int64_t vocab) {
 }
 
 // z = log_prior + e over n columns of E; the target's own is for the caller to put right.
-KLFLOW_INLINE void evidence_block(const Evidence& evidence, const float* e, const float* log_prior, int64_t n, float* z) {
+KLFLOW_INLINE void evidence_block(const Evidence& evidence, const float* e, const float* log_prior, int64_t n,
+                                  float* z) {
   for_vectors(n, [&](int64_t i, int m) {
     const vf noise = load_n(e + i, m, 0.0f);
     vf v = evidence(noise);

@@ -1,6 +1,6 @@
-// The posterior of each token given its own noisy row, straight from the noise: E is made once into the thread's scratch
-// row, summed, and read again, block by block, for the evidence, its softmax sum and the `top` largest. Never built:
-// x_t, the evidence, q over V.
+// The posterior of each token given its own noisy row, straight from the noise: E is made once into the thread's
+// scratch row, summed, and read again, block by block, for the evidence, its softmax sum and the `top` largest. Never
+// built: x_t, the evidence, q over V.
 #include <vector>
 
 #include "dispatch.h"
@@ -10,13 +10,19 @@ namespace klflow::KLFLOW_ISA {
 
 namespace {
 
-// The `top` largest of a row that arrives in blocks of ascending columns, kept in column order: what passes the threshold
-// is appended, and a full queue is cut back to the `top` best, ties to the lower column.
+KLFLOW_INLINE void store_raw(int32_t* p, vi v) { std::memcpy(p, &v, sizeof(v)); }
+
+// The `top` largest of a row that arrives in blocks of ascending columns, kept in column order: what passes the
+// threshold is appended, and a full queue is cut back to the `top` best, ties to the lower column.
 class Selection {
  public:
   Selection(int64_t top, int64_t vocab)
-      : top_(top), room_(std::min(vocab, std::max<int64_t>(4 * top, 2048))), z_(room_ + kBlock + kLanes),
-        column_(room_ + kBlock + kLanes) {}
+      : top_(top),
+        room_(std::min(vocab, std::max<int64_t>(4 * top, 2048))),
+        z_(room_ + kBlock + kLanes),
+        column_(room_ + kBlock + kLanes) {
+    for (int i = 0; i < kLanes; ++i) lane_[i] = i;
+  }
 
   void clear() {
     size_ = 0;
@@ -25,18 +31,26 @@ class Selection {
   }
   void add(const float* z, int64_t start, int64_t n) {
     if (filled_) {
+      const vf bound = splat(threshold_);
       int64_t i = 0;
       for (; i + 4 * kLanes <= n; i += 4 * kLanes) {  // mostly nothing is above: test four vectors at once
-        const vf a = load(z + i), b = load(z + i + kLanes), c = load(z + i + 2 * kLanes), d = load(z + i + 3 * kLanes);
-        if (!any((a > threshold_) | (b > threshold_) | (c > threshold_) | (d > threshold_))) continue;
-        for (int j = 0; j < 4; ++j) append(load(z + i + j * kLanes), start + i + j * kLanes);
+        const vi above = (load(z + i) > bound) | (load(z + i + kLanes) > bound) | (load(z + i + 2 * kLanes) > bound) |
+                         (load(z + i + 3 * kLanes) > bound);
+        if (!any(above)) continue;
+        for (int j = 0; j < 4; ++j) {
+          const vf v = load(z + i + j * kLanes);
+          append(v, lane_ + static_cast<int32_t>(start + i + j * kLanes), v > bound);
+        }
       }
-      for_vectors(n - i, [&](int64_t j, int m) { append(load_n(z + i + j, m, -kInf), start + i + j); });
+      for_vectors(n - i, [&](int64_t j, int m) {
+        const vf v = load_n(z + i + j, m, -kInf);
+        append(v, lane_ + static_cast<int32_t>(start + i + j), v > bound);
+      });
     } else {  // until `top` are held, everything is a candidate
-      for (int64_t i = 0; i < n; ++i) {
-        z_[size_ + i] = z[i];
-        column_[size_ + i] = static_cast<int32_t>(start + i);
-      }
+      for_vectors(n, [&](int64_t i, int m) {
+        store(z_.data() + size_ + i, load_n(z + i, m, -kInf));
+        store_raw(column_.data() + size_ + i, lane_ + static_cast<int32_t>(start + i));
+      });
       size_ += n;
     }
     if (size_ >= room_) cut();
@@ -47,34 +61,84 @@ class Selection {
   const int32_t* column() const { return column_.data(); }
 
  private:
-  void append(vf v, int64_t start) {
-    const vi above = v > threshold_;
+  // The lanes of v that are taken, in order.
+  KLFLOW_INLINE void append(vf v, vi column, vi taken) {
+#if defined(__AVX512F__)
+    const __mmask16 mask = _mm512_movepi32_mask(reinterpret_cast<__m512i>(taken));
+    store(z_.data() + size_, reinterpret_cast<vf>(_mm512_maskz_compress_ps(mask, reinterpret_cast<__m512>(v))));
+    store_raw(column_.data() + size_,
+              reinterpret_cast<vi>(_mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(column))));
+    size_ += __builtin_popcount(mask);
+#else
     for (int lane = 0; lane < kLanes; ++lane) {
       z_[size_] = v[lane];
-      column_[size_] = static_cast<int32_t>(start + lane);
-      size_ -= above[lane];
+      column_[size_] = column[lane];
+      size_ -= taken[lane];
     }
+#endif
   }
+
+  int64_t count(float bound, int64_t vectors) const {  // of entries >= bound
+    vi total = {};
+    for (int64_t i = 0; i < vectors; ++i) total -= load(z_.data() + i * kLanes) >= bound;
+    int64_t sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += total[lane];
+    return sum;
+  }
+
+  // Keeps the `top` best. Their bound is found by bisection over the ordered bit patterns of float32, counting a few
+  // thousand entries in each step: 32 steps at most, fewer where a bound with exactly `top` entries is met.
   void cut() {
     if (size_ <= top_) return;
-    std::vector<float> sorted(z_.begin(), z_.begin() + size_);
-    std::nth_element(sorted.begin(), sorted.begin() + top_ - 1, sorted.end(), std::greater<float>());
-    threshold_ = sorted[top_ - 1];
-    int64_t ties = top_;
-    for (int64_t i = 0; i < size_; ++i) ties -= z_[i] > threshold_;
-    int64_t kept = 0;
-    for (int64_t i = 0; i < size_; ++i) {
-      if (!(z_[i] > threshold_ || (z_[i] == threshold_ && ties-- > 0))) continue;
-      z_[kept] = z_[i];
-      column_[kept++] = column_[i];
+    store(z_.data() + size_, splat(-kInf));
+    const int64_t vectors = (size_ + kLanes - 1) / kLanes;
+    vf best = splat(-kInf);
+    for (int64_t i = 0; i < vectors; ++i) best = maximum(load(z_.data() + i * kLanes), best);
+    int64_t low = order_of(threshold_), high = order_of(max_lanes(best)), kept = size_;
+    while (low < high) {  // at least `top` entries are >= low, fewer are > high
+      const int64_t middle = low + (high - low + 1) / 2;
+      const int64_t n = count(from_order(middle), vectors);
+      if (n >= top_) low = middle, kept = n;
+      if (n == top_) break;
+      if (n < top_) high = middle - 1;
     }
-    size_ = kept;
+    threshold_ = from_order(low);
+    const vf bound = splat(threshold_);
+    int64_t ties = kept - top_;  // the last of the entries equal to the bound go
+    const int64_t size = size_;
+    size_ = 0;
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const vf v = load(z_.data() + i);
+      append(v, load_raw<vi>(column_.data() + i), v >= bound);
+    }
+    if (size_ > kept) size_ = kept;  // lanes past the end
+    for (int64_t i = size_ - 1; ties > 0 && i >= 0; --i) {
+      if (z_[i] != threshold_) continue;
+      std::copy(z_.begin() + i + 1, z_.begin() + size_, z_.begin() + i);
+      std::copy(column_.begin() + i + 1, column_.begin() + size_, column_.begin() + i);
+      --size_, --ties;
+    }
     filled_ = true;
+  }
+
+  // Float32 as integers of the same order.
+  static int32_t order_of(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits < 0 ? bits ^ 0x7fffffff : bits;
+  }
+  static float from_order(int64_t order) {
+    int32_t bits = static_cast<int32_t>(order);
+    if (bits < 0) bits ^= 0x7fffffff;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
   }
 
   int64_t top_, room_, size_ = 0;
   float threshold_ = -kInf;
   bool filled_ = false;
+  vi lane_;  // 0, 1, 2, ...
   std::vector<float> z_;
   std::vector<int32_t> column_;
 };

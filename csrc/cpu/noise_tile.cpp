@@ -51,9 +51,7 @@ void posterior_tile(const NoiseTileParams& p, int64_t row, const PhiloxKey& key,
   evidence_block(Evidence(s, noise + std::expm1(s) * own, p.vocab), q, p.log_prior + p.column, p.columns, q);
   if (token >= p.column && token < p.column + p.columns)
     q[token - p.column] = p.log_prior[token] + own_evidence(s, own, noise, p.vocab);
-  for_vectors(p.columns, [&](int64_t i, int m) {
-    store_n(q + i, expv(load_n(q + i, m, -kInf) - shift) * scale, m);
-  });
+  for_vectors(p.columns, [&](int64_t i, int m) { store_n(q + i, expv(load_n(q + i, m, -kInf) - shift) * scale, m); });
 }
 
 }  // namespace

@@ -29,7 +29,9 @@ TILE = {"cpu": (512, 2048), "cuda": (2048, 4096)}
 def _log_prior(log_prior, vocab, device):
     check_tensor("log_prior", log_prior, (*FLOATS, torch.float64), device)
     if log_prior.shape != (vocab,) or vocab < 2:
-        fail(ValueError, "log_prior", f"shape {tuple(log_prior.shape)}", "one log-probability for each of V >= 2 tokens")
+        fail(
+            ValueError, "log_prior", f"shape {tuple(log_prior.shape)}", "one log-probability for each of V >= 2 tokens"
+        )
     if looks_at_values(device) and not log_prior.max() < float("inf"):  # NaN too
         fail(ValueError, "log_prior", f"a maximum of {log_prior.max().item()}", "numbers below infinity")
     return log_prior.detach().float().contiguous()
@@ -86,14 +88,15 @@ def noise_embedding(target, t, weight, rng, *, beta=0.01, given=None, row_offset
     """Noisy rows as embeddings, x_t @ weight, or their posteriors, q @ weight; x_t and q are never built.
 
     Without log_prior: x_t of `noise_interpolate(target, t, rng)` times the weight. With it: q of `noise_posterior`, either
-    all of it (top=None) or its `top` largest entries, gathered, and the rest of the mass times the prior's mean embedding,
-    sum_i q_i weight[ids_i] + rest (prior @ weight): a hundred times less arithmetic. The backward pass makes the noise
-    again where it needs it. A given row is exactly weight[target].
+    all of it (top=None) or its `top` largest entries, gathered, and the rest of the mass times the mean embedding of the
+    other tokens under the prior: sum_i q_i weight[ids_i] + rest (sum_{j not in ids} prior_j weight_j) / (1 - prior[ids].sum()),
+    a hundred times less arithmetic, and exact at t = 0. The backward pass of the dense products makes the noise again. A
+    given row is exactly weight[target].
 
     Args:
         target, t, rng, beta, given, row_offset: as in `noise_interpolate`.
         weight: (V, D), as torch.nn.Embedding holds it; float32, bfloat16 or float16.
-        log_prior: None or (V,) log-probabilities of the tokens; they sum to 1 where top is not None.
+        log_prior: None or (V,) log-probabilities of the tokens up to a constant.
         top: with log_prior, the entries kept of each row (from V on all of them), or None for the dense product.
 
     Returns: (*rows, D) in the dtype of weight, sums in float32. Differentiable in weight only.
@@ -114,8 +117,9 @@ def noise_embedding(target, t, weight, rng, *, beta=0.01, given=None, row_offset
     if log_prior is None or top is None:
         out, _ = _dense(*noise, weight, log_prior, *options)
     else:
+        prior = log_prior.softmax(0)
         ids, q, rest = _posterior(noise, options, log_prior, min(top, vocab))
-        out = _sparse(ids, q, rest, weight, log_prior.exp())
+        out = _sparse(ids, *_shares(ids, q, rest, prior), weight, prior)
     return out.reshape(*target.shape, width)
 
 
@@ -216,10 +220,16 @@ def _dense_backward(
 
 
 def _mean(prior, weight):
-    """prior @ weight in float32."""
-    if weight.dtype == torch.float32:
-        return prior @ weight
-    return sum(p @ w.float() for p, w in zip(prior.split(4096), weight.split(4096), strict=True))
+    """prior @ weight in float32: gather_rows of all tokens, in groups that it handles in parallel."""
+    vocab, width, device = *weight.shape, weight.device
+    groups = (vocab + 511) // 512
+    ids = torch.arange(groups * 512, dtype=torch.int32, device=device).clamp_(max=vocab - 1).view(groups, 512)
+    share = torch.zeros(groups * 512, device=device)
+    share[:vocab] = prior
+    nothing = torch.zeros(max(groups, width), device=device)
+    sums = torch.empty(groups, width, device=device)
+    _klflow.gather_rows(ids, share.view(groups, 512), nothing[:groups], weight, nothing[:width], sums)
+    return sums.sum(0)
 
 
 def _group_by_token(ids, vocab):
@@ -232,6 +242,15 @@ def _group_by_token(ids, vocab):
     tokens, order = ids.reshape(-1).sort(stable=True)
     starts = torch.searchsorted(tokens, torch.arange(vocab + 1, dtype=torch.int32, device=ids.device))
     return order.int(), starts
+
+
+def _shares(ids, q, rest, prior):
+    """(a, b) with sum_i q_i weight[ids_i] + rest (mean of the others) = sum_i a_i weight[ids_i] + b (prior @ weight)."""
+    own = prior[ids]
+    others = prior.double().sum() - own.double().sum(-1)
+    # Mass that rounding alone leaves over is not shared out.
+    b = torch.where((rest > 1e-7) & (others > 1e-6), rest / others, 0.0).float()
+    return q.addcmul(own, b[:, None], value=-1), b
 
 
 @torch.library.custom_op("klflow::embed_rows", mutates_args=())
