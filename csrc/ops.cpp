@@ -10,13 +10,18 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <dlfcn.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "common/params.h"
 #include "common/philox.h"
@@ -322,6 +327,138 @@ void euler_step(Tensor log_x, Tensor logits, Tensor rate, double temperature, do
   if (p.rows > 0) KLFLOW_RUN(euler_step, p, logits);
 }
 
+const float* log_prior_of(const Tensor& t, int64_t vocab) { return vector_of(t, vocab, "log_prior"); }
+
+template <class T>
+T* matrix_of(const Tensor& t, int64_t rows, int64_t columns, ScalarType dtype, const char* name) {
+  check(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.scalar_type() == dtype && t.is_contiguous(),
+        name, ": must be contiguous of shape (", rows, ", ", columns, ") and the declared dtype");
+  return static_cast<T*>(t.data_ptr());
+}
+
+void noise_tile(Tensor target, Tensor t, Tensor rng, OptionalTensor given, OptionalTensor log_prior,
+                OptionalTensor stats, double beta, int64_t row_offset, int64_t vocab, int64_t column,
+                OptionalTensor sum, Tensor out) {
+  check(out.dim() == 2, "out: must have two axes");
+  NoiseTileParams p{};
+  p.rows = out.size(0);
+  p.vocab = vocab;
+  p.column = column;
+  p.columns = out.size(1);
+  check(column >= 0 && column % 4 == 0 && column + p.columns <= vocab, "column: ", column,
+        " is not a multiple of 4 whose tile ends within V = ", vocab);
+  p.target = tokens_of(target, p.rows, "target");
+  p.t = scalars_of(t, p.rows, "t");
+  p.rng = rng_of(rng, p.rows, row_offset);
+  p.given = given_of(given, std::nullopt, p.rows);
+  p.c = gap(beta, vocab);
+  check(log_prior.has_value() == stats.has_value() && log_prior.has_value() != sum.has_value(),
+        "needed are either log_prior and stats, or sum");
+  if (log_prior.has_value()) {
+    p.log_prior = log_prior_of(*log_prior, vocab);
+    p.stats = matrix_of<float>(*stats, p.rows, 3, ScalarType::Float, "stats");
+  } else {
+    check(sum->dim() == 1 && sum->size(0) == p.rows && sum->scalar_type() == ScalarType::Double && sum->is_contiguous(),
+          "sum: must be contiguous float64 of shape (", p.rows, ",)");
+    p.sum = static_cast<double*>(sum->data_ptr());
+  }
+  p.out = rows_of(out, p.rows, p.columns, "out");
+  if (p.rows == 0 || p.columns == 0) return;
+  if (out.is_cpu()) check_targets(p.target, p.rows, vocab, "target", nullptr, nullptr);
+  KLFLOW_RUN(noise_tile, p, out);
+}
+
+void noise_posterior(Tensor target, Tensor t, Tensor rng, OptionalTensor given, Tensor log_prior, double beta,
+                     int64_t row_offset, Tensor ids, Tensor q, Tensor rest, OptionalTensor stats) {
+  check(ids.dim() == 2 && log_prior.dim() == 1, "ids: must have two axes, log_prior one");
+  NoisePosteriorParams p{};
+  p.rows = ids.size(0);
+  p.vocab = log_prior.size(0);
+  p.top = ids.size(1);
+  check(p.top <= p.vocab, "ids: more columns than V = ", p.vocab);
+  p.target = tokens_of(target, p.rows, "target");
+  p.t = scalars_of(t, p.rows, "t");
+  p.rng = rng_of(rng, p.rows, row_offset);
+  p.given = given_of(given, std::nullopt, p.rows);
+  p.c = gap(beta, p.vocab);
+  p.log_prior = log_prior_of(log_prior, p.vocab);
+  p.ids = matrix_of<int32_t>(ids, p.rows, p.top, ScalarType::Int, "ids");
+  p.q = matrix_of<float>(q, p.rows, p.top, ScalarType::Float, "q");
+  p.rest = vector_of(rest, p.rows, "rest");
+  if (stats.has_value()) p.stats = matrix_of<float>(*stats, p.rows, 3, ScalarType::Float, "stats");
+  if (p.rows == 0) return;
+  if (ids.is_cpu()) check_targets(p.target, p.rows, p.vocab, "target", nullptr, nullptr);
+  KLFLOW_RUN(noise_posterior, p, ids);
+}
+
+void gather_rows(Tensor ids, Tensor q, Tensor rest, Tensor weight, Tensor mean, Tensor out) {
+  check(ids.dim() == 2 && weight.dim() == 2, "ids, weight: must have two axes");
+  GatherRowsParams p{};
+  p.rows = ids.size(0);
+  p.top = ids.size(1);
+  p.width = weight.size(1);
+  p.ids = matrix_of<int32_t>(ids, p.rows, p.top, ScalarType::Int, "ids");
+  p.q = matrix_of<float>(q, p.rows, p.top, ScalarType::Float, "q");
+  p.rest = vector_of(rest, p.rows, "rest");
+  p.mean = vector_of(mean, p.width, "mean");
+  p.weight = rows_of(weight, weight.size(0), p.width, "weight");
+  p.out = rows_of(out, p.rows, p.width, "out");
+  if (p.rows > 0) KLFLOW_RUN(gather_rows, p, out);
+}
+
+// First touches of a fresh CPU tensor cost several times the arithmetic on it with small pages.
+void prefer_huge_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.numel() * sizeof(float);
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (t.is_contiguous() && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+void scatter_rows(Tensor order, Tensor starts, Tensor q, Tensor prior, Tensor g, Tensor dout, Tensor dweight) {
+  check(q.dim() == 2 && dweight.dim() == 2, "q, dweight: must have two axes");
+  ScatterRowsParams p{};
+  const int64_t rows = q.size(0);
+  p.top = q.size(1);
+  p.pairs = rows * p.top;
+  p.vocab = dweight.size(0);
+  p.width = dweight.size(1);
+  check(order.dim() == 1 && order.size(0) == p.pairs && order.scalar_type() == ScalarType::Int && order.is_contiguous(),
+        "order: must be contiguous int32 of shape (", p.pairs, ",)");
+  p.order = static_cast<const int32_t*>(order.data_ptr());
+  p.starts = token_vector_of(starts, p.vocab + 1, "starts");
+  p.q = matrix_of<float>(q, rows, p.top, ScalarType::Float, "q");
+  p.prior = vector_of(prior, p.vocab, "prior");
+  p.g = vector_of(g, p.width, "g");
+  p.dout = rows_of(dout, rows, p.width, "dout");
+  p.dweight = rows_of(dweight, p.vocab, p.width, "dweight");
+  check(p.dweight.dtype == kFloat32, "dweight: dtype must be float32");
+  if (dweight.is_cpu()) prefer_huge_pages(dweight);
+  KLFLOW_RUN(scatter_rows, p, dweight);
+}
+
+// order: the pairs n * top + i sorted by ids_ni, stable; starts: where each token's group begins. A counting sort; on
+// CUDA torch.sort serves.
+void group_by_token(Tensor ids, int64_t vocab, Tensor order, Tensor starts) {
+  check(ids.dim() == 2, "ids: must have two axes");
+  const int64_t pairs = ids.size(0) * ids.size(1);
+  const int32_t* id = matrix_of<int32_t>(ids, ids.size(0), ids.size(1), ScalarType::Int, "ids");
+  check(order.dim() == 1 && order.size(0) == pairs && order.scalar_type() == ScalarType::Int && order.is_contiguous(),
+        "order: must be contiguous int32 of shape (", pairs, ",)");
+  check(pairs < int64_t{1} << 31, "ids: ", pairs, " entries, allowed are fewer than 2^31");
+  int32_t* out = static_cast<int32_t*>(order.data_ptr());
+  int64_t* start = token_vector_of(starts, vocab + 1, "starts");
+  std::vector<int32_t> next(vocab + 1);
+  for (int64_t i = 0; i < pairs; ++i) {
+    check(id[i] >= 0 && id[i] < vocab, "ids: holds ", id[i], ", outside [0, ", vocab, ")");
+    ++next[id[i] + 1];
+  }
+  for (int64_t v = 0; v < vocab; ++v) next[v + 1] += next[v];
+  std::copy(next.begin(), next.end(), start);
+  for (int64_t i = 0; i < pairs; ++i) out[next[id[i]]++] = static_cast<int32_t>(i);
+}
+
 }  // namespace
 }  // namespace klflow
 
@@ -354,6 +491,17 @@ STABLE_TORCH_LIBRARY(klflow, m) {
   m.def(
       "euler_step(Tensor log_x, Tensor logits, Tensor rate, float temperature, float beta, Tensor? given, "
       "Tensor? known, Tensor(a!) log_x_next, Tensor(b!) x_next) -> ()");
+  m.def(
+      "noise_tile(Tensor target, Tensor t, Tensor rng, Tensor? given, Tensor? log_prior, Tensor? stats, float beta, "
+      "int row_offset, int vocab, int column, Tensor(a!)? sum, Tensor(b!) out) -> ()");
+  m.def(
+      "noise_posterior(Tensor target, Tensor t, Tensor rng, Tensor? given, Tensor log_prior, float beta, "
+      "int row_offset, Tensor(a!) ids, Tensor(b!) q, Tensor(c!) rest, Tensor(d!)? stats) -> ()");
+  m.def("gather_rows(Tensor ids, Tensor q, Tensor rest, Tensor weight, Tensor mean, Tensor(a!) out) -> ()");
+  m.def(
+      "scatter_rows(Tensor order, Tensor starts, Tensor q, Tensor prior, Tensor g, Tensor dout, Tensor(a!) dweight) "
+      "-> ()");
+  m.def("group_by_token(Tensor ids, int vocab, Tensor(a!) order, Tensor(b!) starts) -> ()");
 }
 
 #define KLFLOW_IMPLEMENT(m)                                                     \
@@ -366,9 +514,16 @@ STABLE_TORCH_LIBRARY(klflow, m) {
   m.impl("cross_entropy_backward", TORCH_BOX(&klflow::cross_entropy_backward)); \
   m.impl("topk_sample", TORCH_BOX(&klflow::topk_sample));                       \
   m.impl("topk_renoise", TORCH_BOX(&klflow::topk_renoise));                     \
-  m.impl("euler_step", TORCH_BOX(&klflow::euler_step));
+  m.impl("euler_step", TORCH_BOX(&klflow::euler_step));                         \
+  m.impl("noise_tile", TORCH_BOX(&klflow::noise_tile));                         \
+  m.impl("noise_posterior", TORCH_BOX(&klflow::noise_posterior));               \
+  m.impl("gather_rows", TORCH_BOX(&klflow::gather_rows));                       \
+  m.impl("scatter_rows", TORCH_BOX(&klflow::scatter_rows));
 
-STABLE_TORCH_LIBRARY_IMPL(klflow, CPU, m){KLFLOW_IMPLEMENT(m)}
+STABLE_TORCH_LIBRARY_IMPL(klflow, CPU, m) {
+  KLFLOW_IMPLEMENT(m)
+  m.impl("group_by_token", TORCH_BOX(&klflow::group_by_token));
+}
 #ifdef KLFLOW_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(klflow, CUDA, m){KLFLOW_IMPLEMENT(m)}
 #endif

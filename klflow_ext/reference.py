@@ -127,6 +127,83 @@ def noise_interpolate(
     return x if out is None else out.copy_(x)
 
 
+def _posterior_rows(target, t, rng, log_prior, beta, given, row_offset):
+    """log q of flattened rows, in the dtype of log_prior (float64 or float32)."""
+    vocab, device = log_prior.shape[0], target.device
+    work = torch.float64 if log_prior.dtype == torch.float64 else torch.float32
+    e = simplex_noise(target.numel(), vocab, rng, row_offset, work, device)
+    t = _rows(t, target.shape, work, device)
+    k = target.reshape(-1, 1).long()
+    s = gap(vocab, beta) * t / (1 - t)
+    certain = ~(s < 80)  # t = 1 too: every other token's posterior is below the smallest float32
+    s = torch.where(certain, 0.0, s)
+    pull = torch.expm1(s) * e.gather(1, k)
+    total = e.sum(-1, keepdim=True)
+    evidence = -vocab * torch.log1p(torch.expm1(-s) * e / (total + pull))
+    evidence = evidence.scatter(
+        1, k, vocab * torch.log1p(pull / total)
+    )  # the same for the target, without cancellation
+    log_q = (log_prior.to(work) + evidence).log_softmax(-1)
+    log_q = torch.where(certain, torch.full_like(log_q, -math.inf).scatter(1, k, 0.0), log_q)
+    return _onehot_rows(log_q, given, target, target.shape, log=True)
+
+
+def noise_posterior(target, t, rng, log_prior, *, top=512, beta=0.01, given=None, row_offset=0):
+    """(ids, q, rest) of q = softmax(log_prior + e): its `top` largest entries by ascending id, and the others' mass.
+
+    e_j = -V log(1 - (1 - e^-s) u_j) is the log-likelihood of token j given x_t, with u = softmax(log x_t / (1 - t)) and
+    s = c t / (1 - t), c = log(V / beta - V + 1). A given row, and one at t = 1, is onehot(target).
+
+    Equivalent to, for target (rows,) and t < 1 (rows,) where nothing is given:
+        log_x = noise_interpolate(target, t, rng, vocab_size=V, beta=beta, row_offset=row_offset, log=True)
+        u = (log_x / (1 - t)[:, None]).softmax(-1)
+        s = gap(V, beta) * t / (1 - t)
+        full = (log_prior + -V * torch.log1p(torch.expm1(-s)[:, None] * u)).softmax(-1)
+        ids = full.argsort(dim=-1, descending=True, stable=True)[:, :top].sort(-1).values
+        q = full.gather(1, ids)
+        result = ids, q, 1 - q.sum(-1)
+    """
+    log_q = _posterior_rows(target, t, rng, log_prior, beta, given, row_offset)
+    ids = log_q.argsort(dim=-1, descending=True, stable=True)[:, :top].sort(-1).values
+    full = log_q.exp()
+    q = full.gather(1, ids)
+    rest = full.scatter(1, ids, 0.0).sum(-1)
+    shape = target.shape
+    return ids.int().reshape(*shape, top), q.reshape(*shape, top), rest.reshape(shape)
+
+
+def noise_embedding(target, t, weight, rng, *, beta=0.01, given=None, row_offset=0, log_prior=None, top=512):
+    """x_t @ weight; with log_prior q @ weight, where the entries of q beyond the `top` largest are those of the prior, scaled
+    to the mass that is left.
+
+    Equivalent to, in the dtype of weight:
+        if log_prior is None:
+            result = noise_interpolate(target, t, rng, vocab_size=len(weight), ...) @ weight
+        elif top is None:
+            ids, q, rest = noise_posterior(target, t, rng, log_prior, top=len(weight), ...)
+            result = q @ weight
+        else:
+            ids, q, rest = noise_posterior(target, t, rng, log_prior, top=top, ...)
+            others = log_prior.exp().expand(*rest.shape, -1).scatter(-1, ids.long(), 0.0)
+            others = rest[..., None] * others / others.sum(-1, keepdim=True)
+            result = others.scatter(-1, ids.long(), q) @ weight
+    """
+    vocab, width = weight.shape
+    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    options = {"beta": beta, "given": given, "row_offset": row_offset}
+    matrix = weight.to(work)
+    if log_prior is None:
+        out = noise_interpolate(target, t, rng, vocab_size=vocab, dtype=work, **options) @ matrix
+    elif top is None:
+        out = _posterior_rows(target, t, rng, log_prior.to(work), **options).exp() @ matrix
+    else:
+        ids, q, rest = noise_posterior(target, t, rng, log_prior.to(work), top=min(top, vocab), **options)
+        others = log_prior.to(work).softmax(0).expand(*target.shape, vocab).scatter(-1, ids.long(), 0.0)
+        others = rest[..., None] * others / others.sum(-1, keepdim=True).clamp_min(1e-30)
+        out = others.scatter(-1, ids.long(), q) @ matrix
+    return out.reshape(*target.shape, width).to(weight.dtype)
+
+
 def logit_interpolate(log_x0, log_x1, t, *, beta=0.01, log=False, out=None):
     """x_t = softmax((1 - t) log_x0 + t log_x1); an end point of weight 0 is not read, so it may be infinite there.
 

@@ -149,7 +149,8 @@ struct NoisePosteriorParams {
   int32_t* ids;            // (rows, top) contiguous
   float* q;                // (rows, top) contiguous
   float* rest;             // (rows,) contiguous
-  float* stats;            // (rows, 3) contiguous: S, shift = max_j z_j, total = sum_j exp(z_j - shift); or null
+  float* stats;  // (rows, 3) contiguous: sum_j E_j, shift = max_j z_j, total = sum_j exp(z_j - shift); or null. Not S:
+                 // e_k needs S / sum_j E_j to a part in V, so who reads the stats makes E_k again
 };
 
 // out_n = sum_i q_ni weight[ids_ni] + rest_n mean: the embedding of sparse rows.

@@ -12,7 +12,11 @@ namespace klflow {
   X(cross_entropy, CrossEntropyParams)         \
   X(topk_sample, TopkSampleParams)             \
   X(topk_renoise, TopkRenoiseParams)           \
-  X(euler_step, EulerStepParams)
+  X(euler_step, EulerStepParams)               \
+  X(noise_tile, NoiseTileParams)               \
+  X(noise_posterior, NoisePosteriorParams)     \
+  X(gather_rows, GatherRowsParams)             \
+  X(scatter_rows, ScatterRowsParams)
 
 #define KLFLOW_DECLARE(op, Params) void op(const Params& p, int64_t begin, int64_t end);
 namespace baseline {

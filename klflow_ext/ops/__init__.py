@@ -10,12 +10,13 @@ function of (seed, step, global row, column) alone, global row = flattened row +
 for any split of the batch. Conventions: c = log(V / beta - V + 1) is the logit gap of the smoothed target.
 """
 
+from klflow_ext.ops.embedding import noise_embedding, noise_posterior
 from klflow_ext.ops.linear import linear_cross_entropy
 from klflow_ext.ops.loss import cross_entropy, cross_entropy_grad
 from klflow_ext.ops.path import logit_interpolate, noise_interpolate
 from klflow_ext.ops.sample import euler_step, topk_renoise, topk_sample
 
 __all__ = [
-    "noise_interpolate", "logit_interpolate", "cross_entropy", "cross_entropy_grad", "linear_cross_entropy",
-    "topk_sample", "topk_renoise", "euler_step",
+    "noise_interpolate", "logit_interpolate", "noise_posterior", "noise_embedding", "cross_entropy", "cross_entropy_grad",
+    "linear_cross_entropy", "topk_sample", "topk_renoise", "euler_step",
 ]  # fmt: skip

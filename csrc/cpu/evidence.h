@@ -1,0 +1,77 @@
+// The evidence e_j of a noisy row (NoisePosteriorParams of common/params.h) from its noise, a vector at a time. E is in
+// units of ln 2 throughout (it comes from log2), which cancels in E_j / S.
+#pragma once
+
+#include "row.h"
+
+namespace klflow::KLFLOW_ISA {
+
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kSeries = 0.015625f;  // 2^-6: largest w for which four terms of -log(1 - w) are within 2e-8
+
+// E of columns [column, column + kNoiseColumns), column a multiple of 4.
+KLFLOW_INLINE void exponentials(const PhiloxKey& key, int64_t column, vf (&e)[2 * kChains]) {
+  vu words[2 * kChains];
+  philox_words(key, column, words);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    vf* v = e + half * kChains;
+    each_chain([&](int i) { v[i] = simplex_uniformv(words[half * kChains + i]); });
+    log2_chains(v);
+    each_chain([&](int i) { v[i] = -v[i]; });
+  }
+}
+
+// s = c t / (1 - t), the log-ratio that moves u towards the target. From 80 on (and at t = 1) the row is
+// onehot(target): every other token's posterior is below the smallest float32.
+struct Pull {
+  Pull(float t, float c) : s(static_cast<double>(c) * t / (1.0 - t)), certain(!(s < 80.0)) {}
+  double s;
+  bool certain;
+};
+
+struct Evidence {
+  double slope;      // (1 - e^-s) / S
+  float w, v_w;      // slope and V slope in float32: E to w and to the first term of e
+  bool needs_log1p;  // some w may be too large for the series (small V)
+  int64_t vocab;
+
+  Evidence(double s, double sum, int64_t vocab)
+      : slope(-std::expm1(-s) / sum),
+        w(static_cast<float>(slope)),
+        v_w(static_cast<float>(slope * vocab)),
+        needs_log1p(slope * 33.1 > kSeries),  // E <= 33 ln 2
+        vocab(vocab) {}
+
+  // e = -V log(1 - slope E) = V (w + w^2 / 2 + w^3 / 3 + ...).
+  KLFLOW_INLINE vf operator()(vf e) const {
+    const vf x = e * w;
+    vf p = x * 0.25f + 0.33333334f;
+    p = p * x + 0.5f;
+    p = p * x + 1.0f;
+    return (e * v_w) * p;
+  }
+  // The same for any w, one lane at a time.
+  float log1p(float e) const { return static_cast<float>(-vocab * std::log1p(-slope * e)); }
+};
+
+// e_k of the target: V log(S / sum_j E_j).
+inline float own_evidence(double s, double own, double sum, int64_t vocab) {
+  return static_cast<float>(vocab * std::log1p(std::expm1(s) * own / sum));
+}
+
+// z = log_prior + e over n columns of E; the target's own is for the caller to put right.
+KLFLOW_INLINE void evidence_block(const Evidence& evidence, const float* e, const float* log_prior, int64_t n,
+                                  float* z) {
+  for_vectors(n, [&](int64_t i, int m) {
+    const vf noise = load_n(e + i, m, 0.0f);
+    vf v = evidence(noise);
+    if (evidence.needs_log1p && any(noise * evidence.w > kSeries)) {
+      for (int lane = 0; lane < kLanes; ++lane)
+        if (noise[lane] * evidence.w > kSeries) v[lane] = evidence.log1p(noise[lane]);
+    }
+    store_n(z + i, load_n(log_prior + i, m, 0.0f) + v, m);
+  });
+}
+
+}  // namespace klflow::KLFLOW_ISA

@@ -1,0 +1,92 @@
+// Tiles of the noisy rows that noise_embedding multiplies by the weight: columns [column, column + columns) of y or q,
+// from in-kernel noise. Never built: the (rows x V) rows themselves.
+#include "dispatch.h"
+#include "evidence.h"
+
+namespace klflow::KLFLOW_ISA {
+
+namespace {
+
+// y_j = E_j^(1 - t) over the tile, in units of ln 2 (a factor that the division by the sum removes); returns their sum.
+double power_tile(const PhiloxKey& key, int64_t column, int64_t n, float one_minus_t, float* y) {
+  double total = 0.0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(n, begin + kBlock);
+    for (int64_t i = begin; i < end; i += kNoiseColumns) {
+      vf v[2 * kChains];
+      exponentials(key, column + i, v);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        vf* x = v + half * kChains;
+        log2_chains(x);
+        each_chain([&](int j) { x[j] *= one_minus_t; });
+        exp2_chains(x);
+        each_chain([&](int j) { store(y + i + (half * kChains + j) * kLanes, x[j]); });
+      }
+    }
+    vf sum = {};
+    for_vectors(end - begin, [&](int64_t i, int m) { sum += load_n(y + begin + i, m, 0.0f); });
+    total += static_cast<double>(sum_lanes(sum));
+  }
+  return total;
+}
+
+// E of one column, in units of ln 2.
+double exponential(const PhiloxKey& key, int64_t column) {
+  const Words4 words = philox(static_cast<uint32_t>(column / 4), key.row, key.step, key.stream,
+                              static_cast<uint32_t>(key.round_keys[0]), static_cast<uint32_t>(key.round_keys[1]));
+  return -std::log2(static_cast<double>(simplex_uniform(words.w[column % 4])));
+}
+
+// q_j = exp(z_j - shift) / total over the tile.
+void posterior_tile(const NoiseTileParams& p, int64_t row, const PhiloxKey& key, int64_t token, double s, float* q) {
+  const float* stats = p.stats + 3 * row;
+  const float shift = stats[1], scale = 1.0f / stats[2];
+  const double noise = stats[0] / static_cast<double>(kLn2), own = exponential(key, token);
+  for (int64_t i = 0; i < p.columns; i += kNoiseColumns) {
+    vf v[2 * kChains];
+    exponentials(key, p.column + i, v);
+    for (int j = 0; j < 2 * kChains; ++j) store(q + i + j * kLanes, v[j]);
+  }
+  evidence_block(Evidence(s, noise + std::expm1(s) * own, p.vocab), q, p.log_prior + p.column, p.columns, q);
+  if (token >= p.column && token < p.column + p.columns)
+    q[token - p.column] = p.log_prior[token] + own_evidence(s, own, noise, p.vocab);
+  for_vectors(p.columns, [&](int64_t i, int m) { store_n(q + i, expv(load_n(q + i, m, -kInf) - shift) * scale, m); });
+}
+
+}  // namespace
+
+void noise_tile(const NoiseTileParams& p, int64_t begin, int64_t end) {
+  for_dtype(p.out.dtype, [&](auto* type) {
+    using T = element<decltype(type)>;
+    for (int64_t row = begin; row < end; ++row) {
+      T* out = row_of<T>(p.out, row);
+      const int64_t token = token_at(p.target, row);
+      const bool mine = token >= p.column && token < p.column + p.columns;
+      const float t = p.t.data[row * p.t.stride];
+      const Pull pull(t, p.c);
+      if ((p.given.flags != nullptr && p.given.flags[row * p.given.stride]) || (p.sum == nullptr && pull.certain)) {
+        fill_row(out, p.columns, 0.0f);
+        if (mine) out[token - p.column] = from_float<T>(1.0f);
+        if (p.sum != nullptr && mine) p.sum[row] += 1.0;
+        continue;
+      }
+      const PhiloxKey key = philox_key(p.rng, row, kSimplexNoise);
+      float* y = scratch_row(p.columns);
+      if (p.sum == nullptr) {
+        posterior_tile(p, row, key, token, pull.s, y);
+      } else {
+        double sum = power_tile(key, p.column, p.columns, 1.0f - t, y);
+        if (mine) {
+          const double own = y[token - p.column], boost = static_cast<double>(t) * p.c;
+          sum += own * std::expm1(boost);
+          y[token - p.column] = static_cast<float>(own * std::exp(boost));
+        }
+        p.sum[row] += sum;
+      }
+      store_row(out, y, p.columns, 1.0f, 0.0f);
+    }
+  });
+}
+
+}  // namespace klflow::KLFLOW_ISA

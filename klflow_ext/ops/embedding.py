@@ -1,0 +1,326 @@
+"""The network's input: noisy rows, or their posteriors, as embeddings, with no (rows x V) tensor."""
+
+import torch
+from torch import Tensor
+
+from klflow_ext.ops.arguments import (
+    FLOATS,
+    INTEGERS,
+    check_beta,
+    check_int,
+    check_row_offset,
+    check_tensor,
+    fail,
+    looks_at_values,
+    register_fake_mutation,
+    rng_state,
+    row_flags,
+    row_scalars,
+    token_rows,
+)
+
+_klflow = torch.ops.klflow
+
+# Rows and columns of the tiles that the dense forms multiply: one tile of noise, of the weight and of the result stay in
+# a CPU's L3, or a GPU's L2, cache.
+TILE = {"cpu": (512, 2048), "cuda": (2048, 4096)}
+
+
+def _log_prior(log_prior, vocab, device):
+    check_tensor("log_prior", log_prior, (*FLOATS, torch.float64), device)
+    if log_prior.shape != (vocab,) or vocab < 2:
+        fail(
+            ValueError, "log_prior", f"shape {tuple(log_prior.shape)}", "one log-probability for each of V >= 2 tokens"
+        )
+    if looks_at_values(device) and not log_prior.max() < float("inf"):  # NaN too
+        fail(ValueError, "log_prior", f"a maximum of {log_prior.max().item()}", "numbers below infinity")
+    return log_prior.detach().float().contiguous()
+
+
+def _noise_arguments(target, t, rng, beta, given, row_offset, vocab):
+    """(target, t, rng, given) as flat rows, (beta, row_offset)."""
+    shape, rows, device = target.shape, target.numel(), target.device
+    return (
+        token_rows("target", target, shape, rows, vocab, device),
+        row_scalars("t", t, shape, rows, device, 0, 1).detach(),
+        rng_state(rng, shape, rows, device),
+        row_flags("given", given, shape, rows, device),
+    ), (check_beta(beta), check_row_offset(row_offset))
+
+
+def _posterior(noise, options, log_prior, top, stats=None):
+    rows, device = noise[0].shape[0], log_prior.device
+    ids = torch.empty(rows, top, dtype=torch.int32, device=device)
+    q, rest = torch.empty(rows, top, device=device), torch.empty(rows, device=device)
+    _klflow.noise_posterior(*noise, log_prior, *options, ids, q, rest, stats)
+    return ids, q, rest
+
+
+def noise_posterior(target, t, rng, log_prior, *, top=512, beta=0.01, given=None, row_offset=0):
+    """The largest entries of each token's posterior given its own noisy row x_t, straight from in-kernel noise.
+
+    q = softmax(log_prior + e), e_j = -V log(1 - (1 - e^-s) u_j), u = softmax(log x_t / (1 - t)), s = c t / (1 - t): the
+    exact posterior of a position with that prior, given x_t of `noise_interpolate(target, t, rng)` (DESIGN: posterior
+    input). x_t, e and q are never built. A given row, and one at t = 1, is onehot(target).
+
+    Args:
+        target, t, rng, beta, given, row_offset: as in `noise_interpolate`.
+        log_prior: (V,) log-probabilities of the tokens up to a constant; -inf for one that never occurs.
+        top: how many entries are kept, in [1, V].
+
+    Returns: (ids int32 (*rows, top) in ascending order, q float32 (*rows, top), rest float32 (*rows): the mass of the
+        others). Of equal entries the lower columns are kept. Not differentiable.
+    Errors: TypeError, ValueError; IndexError for a target outside [0, V) (on CUDA its q and rest are NaN; KLFLOW_CHECK=1
+        checks).
+    """
+    check_tensor("target", target, INTEGERS)
+    check_tensor("log_prior", log_prior, (*FLOATS, torch.float64), target.device)
+    vocab = log_prior.numel()
+    log_prior = _log_prior(log_prior, vocab, target.device)
+    check_int("top", top, 1, vocab, f"an integer in [1, V = {vocab}]")
+    noise, options = _noise_arguments(target, t, rng, beta, given, row_offset, vocab)
+    ids, q, rest = _posterior(noise, options, log_prior, top)
+    shape = target.shape
+    return ids.reshape(*shape, top), q.reshape(*shape, top), rest.reshape(shape)
+
+
+def noise_embedding(target, t, weight, rng, *, beta=0.01, given=None, row_offset=0, log_prior=None, top=512):
+    """Noisy rows as embeddings, x_t @ weight, or their posteriors, q @ weight; x_t and q are never built.
+
+    Without log_prior: x_t of `noise_interpolate(target, t, rng)` times the weight. With it: q of `noise_posterior`, either
+    all of it (top=None) or its `top` largest entries, gathered, and the rest of the mass times the mean embedding of the
+    other tokens under the prior: sum_i q_i weight[ids_i] + rest (sum_{j not in ids} prior_j weight_j) / (1 - prior[ids].sum()),
+    a hundred times less arithmetic, and exact at t = 0. The backward pass of the dense products makes the noise again. A
+    given row is exactly weight[target].
+
+    Args:
+        target, t, rng, beta, given, row_offset: as in `noise_interpolate`.
+        weight: (V, D), as torch.nn.Embedding holds it; float32, bfloat16 or float16.
+        log_prior: None or (V,) log-probabilities of the tokens up to a constant.
+        top: with log_prior, the entries kept of each row (from V on all of them), or None for the dense product.
+
+    Returns: (*rows, D) in the dtype of weight, sums in float32. Differentiable in weight only.
+    Errors: TypeError, ValueError; IndexError for a target outside [0, V).
+    """
+    check_tensor("target", target, INTEGERS)
+    check_tensor("weight", weight, FLOATS, target.device)
+    if weight.dim() != 2 or weight.shape[0] < 2 or weight.shape[1] < 1:
+        fail(ValueError, "weight", f"shape {tuple(weight.shape)}", "(V, D) with V >= 2 and D >= 1")
+    vocab, width = weight.shape
+    if log_prior is not None:
+        log_prior = _log_prior(log_prior, vocab, target.device)
+    if top is not None:
+        check_int("top", top, 1, 2**30, "None or an integer >= 1")
+    noise, options = _noise_arguments(target, t, rng, beta, given, row_offset, vocab)
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    if log_prior is None or top is None:
+        out, _ = _dense(*noise, weight, log_prior, *options)
+    else:
+        prior = log_prior.softmax(0)
+        ids, q, rest = _posterior(noise, options, log_prior, min(top, vocab))
+        out = _sparse(ids, *_shares(ids, q, rest, prior), weight, prior)
+    return out.reshape(*target.shape, width)
+
+
+# ---- the dense forms: tile by tile, the noise of a tile in one buffer that is used again
+
+
+def _tiles(rows, vocab, device):
+    """Row chunks and column tiles of the noise."""
+    height, breadth = TILE[device.type]
+    return [slice(i, min(i + height, rows)) for i in range(0, rows, height)], [
+        slice(j, min(j + breadth, vocab)) for j in range(0, vocab, breadth)
+    ]
+
+
+def _tile_dtype(weight_dtype, device):
+    """That of a tile. float16 would overflow: the target's unnormalised entry reaches V / beta."""
+    return torch.bfloat16 if device.type == "cuda" and weight_dtype == torch.bfloat16 else torch.float32
+
+
+def _add_product(out, a, b, first):
+    """out (float32) = or += a @ b."""
+    if a.dtype == torch.float32:
+        torch.mm(a, b.float(), out=out) if first else out.addmm_(a, b.float())
+    else:
+        product = torch.mm(a, b, out_dtype=torch.float32)
+        out.copy_(product) if first else out.add_(product)
+
+
+class _Noise:
+    """The rows' noise, from which any tile can be made."""
+
+    def __init__(self, target, t, rng, given, log_prior, stats, beta, row_offset, vocab, dtype):
+        self.rows = (target, t, rng, given)
+        self.log_prior, self.stats, self.beta, self.row_offset, self.vocab = log_prior, stats, beta, row_offset, vocab
+        height, breadth = TILE[target.device.type]
+        size = min(height, target.shape[0]) * min(breadth, vocab)
+        self.buffer = torch.empty(size, dtype=dtype, device=target.device)
+
+    def tile(self, rows, columns, total=None):
+        """(rows, columns) of y, whose sums are added to total, or of q."""
+        target, t, rng, given = self.rows
+        height, breadth = rows.stop - rows.start, columns.stop - columns.start
+        out = self.buffer[: height * breadth].view(height, breadth)
+        dense = self.log_prior is not None
+        _klflow.noise_tile(
+            target[rows], t[rows], rng if rng.dim() == 1 else rng[rows], None if given is None else given[rows],
+            self.log_prior, self.stats[rows] if dense else None, self.beta, self.row_offset + rows.start, self.vocab,
+            columns.start, None if dense else (self.scratch(height) if total is None else total[rows]), out,
+        )  # fmt: skip
+        return out
+
+    def scratch(self, rows):
+        return torch.zeros(rows, dtype=torch.float64, device=self.buffer.device)
+
+
+@torch.library.custom_op("klflow::noise_embedding", mutates_args=())
+def _dense(
+    target: Tensor, t: Tensor, rng: Tensor, given: Tensor | None, weight: Tensor, log_prior: Tensor | None, beta: float,
+    row_offset: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The embeddings and what the backward pass needs of the forward: the rows' sums, or their posterior's stats."""
+    rows, (vocab, width), device = target.shape[0], weight.shape, weight.device
+    if log_prior is None:
+        stats = torch.zeros(rows, dtype=torch.float64, device=device)
+    else:
+        stats = torch.empty(rows, 3, device=device)
+        _posterior((target, t, rng, given), (beta, row_offset), log_prior, 0, stats)
+    dtype = _tile_dtype(weight.dtype, device)
+    noise = _Noise(target, t, rng, given, log_prior, stats, beta, row_offset, vocab, dtype)
+    out = torch.empty(rows, width, dtype=weight.dtype, device=device)
+    row_chunks, column_tiles = _tiles(rows, vocab, device)
+    for chunk in row_chunks:
+        total = torch.empty(chunk.stop - chunk.start, width, device=device)
+        for columns in column_tiles:
+            _add_product(total, noise.tile(chunk, columns, stats), weight[columns], columns.start == 0)
+        out[chunk] = total if log_prior is not None else total.div_(stats[chunk, None])
+    return out, stats
+
+
+@torch.library.custom_op("klflow::noise_embedding_backward", mutates_args=())
+def _dense_backward(
+    dout: Tensor, stats: Tensor, target: Tensor, t: Tensor, rng: Tensor, given: Tensor | None, log_prior: Tensor | None,
+    beta: float, row_offset: int, vocab: int,
+) -> Tensor:  # fmt: skip
+    rows, width, device = target.shape[0], dout.shape[1], dout.device
+    dtype = _tile_dtype(dout.dtype, device)
+    noise = _Noise(target, t, rng, given, log_prior, stats, beta, row_offset, vocab, dtype)
+    scaled = (dout.float() if log_prior is not None else dout / stats[:, None]).to(dtype)
+    dweight = (torch.empty if rows else torch.zeros)(vocab, width, device=device)
+    row_chunks, column_tiles = _tiles(rows, vocab, device)
+    for columns in column_tiles:
+        for chunk in row_chunks:
+            _add_product(dweight[columns], noise.tile(chunk, columns).T, scaled[chunk], chunk.start == 0)
+    return dweight
+
+
+# ---- the sparse form
+
+
+def _mean(prior, weight):
+    """prior @ weight in float32: gather_rows of all tokens, in groups that it handles in parallel."""
+    vocab, width, device = *weight.shape, weight.device
+    groups = (vocab + 511) // 512
+    ids = torch.arange(groups * 512, dtype=torch.int32, device=device).clamp_(max=vocab - 1).view(groups, 512)
+    share = torch.zeros(groups * 512, device=device)
+    share[:vocab] = prior
+    nothing = torch.zeros(max(groups, width), device=device)
+    sums = torch.empty(groups, width, device=device)
+    _klflow.gather_rows(ids, share.view(groups, 512), nothing[:groups], weight, nothing[:width], sums)
+    return sums.sum(0)
+
+
+def _group_by_token(ids, vocab):
+    """(order, starts): positions in ids.reshape(-1) sorted by id, stable; where each id's group begins."""
+    if ids.device.type == "cpu":
+        order = torch.empty(ids.numel(), dtype=torch.int32)
+        starts = torch.empty(vocab + 1, dtype=torch.int64)
+        _klflow.group_by_token(ids, vocab, order, starts)
+        return order, starts
+    tokens, order = ids.reshape(-1).sort(stable=True)
+    starts = torch.searchsorted(tokens, torch.arange(vocab + 1, dtype=torch.int32, device=ids.device))
+    return order.int(), starts
+
+
+def _shares(ids, q, rest, prior):
+    """(a, b) with sum_i q_i weight[ids_i] + rest (mean of the others) = sum_i a_i weight[ids_i] + b (prior @ weight)."""
+    own = prior[ids]
+    others = prior.double().sum() - own.double().sum(-1)
+    # Mass that rounding alone leaves over is not shared out.
+    b = torch.where((rest > 1e-7) & (others > 1e-6), rest / others, 0.0).float()
+    return q.addcmul(own, b[:, None], value=-1), b
+
+
+@torch.library.custom_op("klflow::embed_rows", mutates_args=())
+def _sparse(ids: Tensor, q: Tensor, rest: Tensor, weight: Tensor, prior: Tensor) -> Tensor:
+    """sum_i q_i weight[ids_i] + rest (prior @ weight)."""
+    out = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
+    _klflow.gather_rows(ids, q, rest, weight, _mean(prior, weight), out)
+    return out
+
+
+@torch.library.custom_op("klflow::embed_rows_backward", mutates_args=())
+def _sparse_backward(dout: Tensor, ids: Tensor, q: Tensor, rest: Tensor, prior: Tensor) -> Tensor:
+    dout = dout.contiguous()
+    dweight = torch.empty(prior.shape[0], dout.shape[1], device=dout.device)
+    order, starts = _group_by_token(ids, prior.shape[0])
+    _klflow.scatter_rows(order, starts, q, prior, rest @ dout.float(), dout, dweight)
+    return dweight
+
+
+# ---- fake kernels and gradients
+
+for _name in ("noise_tile", "noise_posterior", "gather_rows", "scatter_rows", "group_by_token"):
+    register_fake_mutation(_name)
+
+
+@_dense.register_fake
+def _(target, t, rng, given, weight, log_prior, beta, row_offset):
+    rows = target.shape[0]
+    if log_prior is None:
+        stats = weight.new_empty(rows, dtype=torch.float64)
+    else:
+        stats = weight.new_empty((rows, 3), dtype=torch.float32)
+    return weight.new_empty((rows, weight.shape[1])), stats
+
+
+@_dense_backward.register_fake
+def _(dout, stats, target, t, rng, given, log_prior, beta, row_offset, vocab):
+    return dout.new_empty((vocab, dout.shape[1]), dtype=torch.float32)
+
+
+@_sparse.register_fake
+def _(ids, q, rest, weight, prior):
+    return weight.new_empty((ids.shape[0], weight.shape[1]))
+
+
+@_sparse_backward.register_fake
+def _(dout, ids, q, rest, prior):
+    return dout.new_empty((prior.shape[0], dout.shape[1]), dtype=torch.float32)
+
+
+def _setup_dense(ctx, inputs, output):
+    target, t, rng, given, weight, log_prior, beta, row_offset = inputs
+    ctx.save_for_backward(output[1], target, t, rng, given, log_prior)
+    ctx.options, ctx.dtype = (beta, row_offset, weight.shape[0]), weight.dtype
+
+
+def _backward_dense(ctx, dout, dstats):
+    dweight = _dense_backward(dout, *ctx.saved_tensors, *ctx.options).to(ctx.dtype)
+    return None, None, None, None, dweight, None, None, None
+
+
+def _setup_sparse(ctx, inputs, output):
+    ids, q, rest, weight, prior = inputs
+    ctx.save_for_backward(ids, q, rest, prior)
+    ctx.dtype = weight.dtype
+
+
+def _backward_sparse(ctx, dout):
+    return None, None, None, _sparse_backward(dout, *ctx.saved_tensors).to(ctx.dtype), None
+
+
+_dense.register_autograd(_backward_dense, setup_context=_setup_dense)
+_sparse.register_autograd(_backward_sparse, setup_context=_setup_sparse)
