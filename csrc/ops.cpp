@@ -93,8 +93,9 @@ int64_t* token_vector_of(const Tensor& t, int64_t rows, const char* name) {
 Rng rng_of(const Tensor& t, int64_t rows, int64_t row_offset) {
   check(t.scalar_type() == ScalarType::Long && t.is_contiguous(), "rng: must be contiguous int64");
   const bool shared = t.dim() == 1 && t.size(0) == 2;
-  check(shared || (t.dim() == 2 && t.size(0) == rows && t.size(1) == 2), "rng: shape must be (2,) or (", rows, ", 2)");
-  return {static_cast<const int64_t*>(t.data_ptr()), shared ? 0 : 2, row_offset};
+  check(shared || (t.dim() == 2 && t.size(0) == rows && (t.size(1) == 2 || t.size(1) == 3)),
+        "rng: shape must be (2,), (", rows, ", 2) or (", rows, ", 3)");
+  return {static_cast<const int64_t*>(t.data_ptr()), shared ? 0 : t.size(1), row_offset};
 }
 
 Given given_of(const OptionalTensor& flags, const OptionalTensor& known, int64_t rows) {

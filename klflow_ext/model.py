@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from klflow_ext import ops
 from klflow_ext.path import LogitPath
 
 
@@ -18,6 +19,8 @@ class DenoiserConfig:
 
     input: what a position feeds to the embedding matrix. "simplex": x_t itself, as the paper does. "posterior": the exact
         posterior of the token given its own noisy row and the unigram prior (ExactDenoiser for one position), in closed form.
+    top: how many entries of the posterior are embedded exactly, the others as their mean (`ops.noise_embedding`); None: all.
+        Below 4 top tokens the dense product is as fast, and is used.
     """
 
     vocab_size: int
@@ -26,12 +29,15 @@ class DenoiserConfig:
     n_embd: int = 256
     max_length: int = 256
     input: str = "posterior"
+    top: int | None = 512
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "max_length"):
             value, least = getattr(self, name), 2 if name == "vocab_size" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: got {value!r}, allowed is an integer >= {least}")
+        if self.top is not None and (isinstance(self.top, bool) or not isinstance(self.top, int) or self.top < 1):
+            raise ValueError(f"top: got {self.top!r}, allowed is None or an integer >= 1")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd: got {self.n_embd}, allowed is a multiple of 2 n_head = {2 * self.n_head}")
         if self.input not in ("simplex", "posterior"):
@@ -70,12 +76,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Denoiser(nn.Module):
-    """model(x_t, t) -> logits of p(k | x_t, t) for every position.
+    """model(x_t, t) -> logits of p(k | x_t, t) for every position: head(hidden(embed(x_t, t), t)).
+
+    embed_noise makes the same embedding from tokens, a time and a seed, and head is a plain matrix, so that training and
+    sampling (`LogitPath.loss`, `Sampler`) need no tensor of positions x V.
 
     Pre-norm transformer without biases: RMSNorm, RoPE, QK-norm, ReLU^2, the time as a prepended token. Output projections
     start at zero, so that the first prediction is uniform. The embedded input is centred and scaled: x_t @ W of a noisy row
-    averages V random rows (mean square near 1e-8 at V = 50k, below any eps), so (x_t - 1/V) @ W sqrt(V) is used, whose
-    entries have unit variance for pure noise.
+    averages V random rows (mean square near 1e-8 at V = 50k, below any eps), so (x_t @ W - mean W) sqrt(V) is used, whose
+    entries have unit variance for pure noise; the mean takes part as a number, not in the gradient.
 
     Args:
         config: see DenoiserConfig. path: the LogitPath that makes x_t (its c is part of the posterior input).
@@ -88,7 +97,7 @@ class Denoiser(nn.Module):
             raise ValueError(
                 f"path: its vocab_size is {path.vocab_size}, allowed is that of config, {config.vocab_size}"
             )
-        self.config, self.c = config, path.c
+        self.config, self.c, self.beta = config, path.c, path.beta
         d = config.n_embd
         self.embedding = nn.Parameter(torch.randn(config.vocab_size, d))
         self.time_in = nn.Linear(128, d, bias=False)
@@ -124,29 +133,64 @@ class Denoiser(nn.Module):
         q = (self.log_prior + evidence).softmax(-1)
         return torch.where(x.amax(-1, keepdim=True) >= 1, x, q)
 
-    def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """x (B, L, V) rows on the simplex, t a number, (B,) or (B, L), in [0, 1); returns logits (B, L, V).
-
-        Each row's posterior uses its own time; the time token carries the least of a sequence, that of its free rows.
-        """
+    def embed(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """Rows x (B, L, V) on the simplex at times t (a number, (B,) or (B, L)) as embeddings (B, L, D)."""
         b, length, vocab = x.shape
         if vocab != self.config.vocab_size or length > self.config.max_length:
             allowed = f"(B, L <= {self.config.max_length}, {self.config.vocab_size})"
             raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is {allowed}")
-        t = torch.as_tensor(t, dtype=torch.float32, device=x.device)
-        if t.shape not in ((), (b,), (b, length)):
-            raise ValueError(f"t: got shape {tuple(t.shape)}, allowed is a number, ({b},) or ({b}, {length})")
-        t = t if t.dim() == 2 else t.expand(b)
         x = x.to(self.embedding.dtype)
         if self.config.input == "posterior":
-            h = self.posterior(x, t) @ self.embedding
-        else:
-            h = (x - 1 / vocab) @ self.embedding * math.sqrt(vocab)
+            return self.posterior(x, self._times(t, b, length)) @ self.embedding
+        return self._centred(x @ self.embedding)
+
+    def embed_noise(
+        self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, row_offset: int = 0
+    ) -> Tensor:
+        """embed(x_t, t) of x_t = noise_interpolate(target, t, rng), whose rows are never built.
+
+        target (B, L); t a number, (B,) or (B, L); rng, given, row_offset as in `ops.noise_embedding`. With a posterior of
+        more than 4 top tokens, all but its `top` largest entries are embedded as their mean.
+        """
+        config = self.config
+        t = self._times(t, *target.shape)
+        options = {"beta": self.beta, "given": given, "row_offset": row_offset}
+        t = t.reshape(len(t), -1)
+        if config.input == "posterior":
+            top = config.top if config.top is not None and config.vocab_size > 4 * config.top else None
+            return ops.noise_embedding(target, t, self.embedding, rng, log_prior=self.log_prior, top=top, **options)
+        return self._centred(ops.noise_embedding(target, t, self.embedding, rng, **options))
+
+    def _centred(self, h: Tensor) -> Tensor:
+        vocab = self.config.vocab_size
+        return (h - self.embedding.detach().mean(0)) * math.sqrt(vocab)
+
+    def _times(self, t: Tensor | float, b: int, length: int) -> Tensor:
+        """t as (B,) or (B, L)."""
+        t = torch.as_tensor(t, dtype=torch.float32, device=self.embedding.device)
+        if t.shape not in ((), (b,), (b, length)):
+            raise ValueError(f"t: got shape {tuple(t.shape)}, allowed is a number, ({b},) or ({b}, {length})")
+        return t if t.dim() == 2 else t.expand(b)
+
+    def hidden(self, h: Tensor, t: Tensor | float) -> Tensor:
+        """Embeddings h (B, L, D) at times t to what the head reads, (B, L, D).
+
+        The time token carries the least time of a sequence, that of its free rows.
+        """
+        b, length, _ = h.shape
+        t = self._times(t, b, length)
         least = t.reshape(b, -1).amin(1) if length else t.expand(b)
-        phases = 1000 * least[:, None] * torch.exp(-math.log(10000) * torch.arange(64, device=x.device) / 64)
+        phases = 1000 * least[:, None] * torch.exp(-math.log(10000) * torch.arange(64, device=h.device) / 64)
         time = self.time_out(F.silu(self.time_in(torch.cat([phases.sin(), phases.cos()], -1))))
         h = torch.cat([_norm(time)[:, None], _norm(h)], 1)
         cos, sin = self.cos[: length + 1], self.sin[: length + 1]
         for block in self.blocks:
             h = block(h, cos, sin)
-        return self.head(_norm(h[:, 1:]))
+        return _norm(h[:, 1:])
+
+    def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """x (B, L, V) rows on the simplex, t a number, (B,) or (B, L), in [0, 1); returns logits (B, L, V).
+
+        Each row's posterior uses its own time.
+        """
+        return self.head(self.hidden(self.embed(x, t), t))

@@ -113,15 +113,18 @@ class LogitPath:
         Returns:
             (..., V) float32; x_t[j] is proportional to E_j^(1 - t) exp(t c [j = k]), E_j ~ Exp(1).
         """
-        t = torch.as_tensor(t, dtype=torch.float32, device=target.device)
-        padding = target == IGNORE
-        if bool(padding.any()):
-            t = torch.where(padding, torch.zeros((), device=target.device), t)
-            target = target.masked_fill(padding, 0)
-            given = None if given is None else given & ~padding
+        target, t, given = self._rows(target, t, given)
         return ops.noise_interpolate(
             target, t, rng, vocab_size=self.vocab_size, beta=self.beta, given=given, log=log, row_offset=row_offset
         )
+
+    @staticmethod
+    def _rows(target: Tensor, t: Tensor | float, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(target, t, given) with padding as rows of pure noise: nothing is known of them, at time 0."""
+        padding = target == IGNORE
+        t = torch.as_tensor(t, dtype=torch.float32, device=target.device)
+        t = torch.where(padding, torch.zeros((), device=target.device), t)
+        return target.masked_fill(padding, 0), t, None if given is None else given & ~padding
 
     def loss(
         self,
@@ -137,14 +140,19 @@ class LogitPath:
         """-log p(k | x_t, t), averaged over the rows that are neither given nor padding (the paper's equation 13).
 
         Args:
-            model: `model(x_t, t) -> logits`, (B, L, V) and (B,) to (B, L, V).
+            model: `model(x_t, t) -> logits`, (B, L, V) and (B,) to (B, L, V). One that has `embed_noise`, `hidden` and `head`
+                (Denoiser) is trained without any tensor of positions x V.
             target: (B, L) tokens; `IGNORE` marks padding.
             t: (B,) times in [0, 1].
             given: (B, L) bool, rows that the model sees in the clear.
             reduction: "mean", "sum" or "none" ((B, L), zero where a row has no loss).
         """
-        x = self.sample(target, t[:, None], rng, given=given, row_offset=row_offset)
         label = target if given is None else target.masked_fill(given, IGNORE)
+        if hasattr(model, "embed_noise"):
+            tokens, times, given = self._rows(target, t[:, None], given)
+            h = model.hidden(model.embed_noise(tokens, times, rng, given=given, row_offset=row_offset), t)
+            return ops.linear_cross_entropy(h, model.head.weight, label, ignore_index=IGNORE, reduction=reduction)
+        x = self.sample(target, t[:, None], rng, given=given, row_offset=row_offset)
         return ops.cross_entropy(model(x, t), label, ignore_index=IGNORE, reduction=reduction)
 
     def to_dict(self) -> dict:

@@ -38,22 +38,28 @@ def philox(counter, key):
     return c0, c1, c2, c3
 
 
-def state_of(rng):
-    """An int seed, torch.Generator or int64 tensor as (seed, step) pairs, (1, 2) or (rows, 2). A generator advances once."""
+def state_of(rng, shape=(), row_offset=0):
+    """An int seed, torch.Generator or int64 tensor as (seed, step) pairs, (1, 2) or (rows, 2); or, for rows of this shape
+    and a state for each of its sequences, (rows, 3) of (seed, step, row within the sequence). A generator advances once."""
     if isinstance(rng, torch.Generator):
         rng = int(torch.randint(2**63 - 1, (), generator=rng, device=rng.device))
     if isinstance(rng, int):
         rng = torch.tensor([rng - 2**64 if rng >= 2**63 else rng, 0])
-    return rng.reshape(-1, 2)
+    if len(shape) > 1 and rng.shape == (*shape[:-1], 2):
+        row = torch.arange(row_offset, row_offset + shape[-1], device=rng.device).expand(shape)
+        rng = torch.cat([rng[..., None, :].expand(*shape, 2), row[..., None]], -1)
+    return rng.reshape(-1, rng.shape[-1])
 
 
 def words(rows, vocab_size, rng, stream, row_offset=0, device=None):
     """(rows, V) words of one stream, as int64: key = seed, counter = (column // 4, row, step, stream), lane column % 4."""
-    pairs = state_of(rng).to(device).expand(rows, 2)
+    pairs = state_of(rng).to(device)
+    pairs = pairs.expand(rows, pairs.shape[1])
     mask = 0xFFFFFFFF
     column = torch.arange((vocab_size + 3) // 4, device=device)[None, :]
-    row = ((torch.arange(rows, device=device) + row_offset) & mask)[:, None]
-    seed, step = pairs[:, :1], pairs[:, 1:] & mask
+    own = pairs[:, 2] if pairs.shape[1] == 3 else torch.arange(rows, device=device) + row_offset
+    row = (own & mask)[:, None]
+    seed, step = pairs[:, :1], pairs[:, 1:2] & mask
     zero = torch.zeros(rows, column.shape[1], dtype=torch.int64, device=device)
     out = philox((zero + column, zero + row, zero + step, zero + stream), (seed & mask, (seed >> 32) & mask))
     return torch.stack(out, -1).reshape(rows, 4 * column.shape[1])[:, :vocab_size]
@@ -117,7 +123,7 @@ def noise_interpolate(
     dtype = dtype or (torch.float32 if out is None else out.dtype)
     shape, device = target.shape, target.device
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    e = simplex_noise(target.numel(), vocab_size, rng, row_offset, work, device)
+    e = simplex_noise(target.numel(), vocab_size, state_of(rng, shape, row_offset), row_offset, work, device)
     t = _rows(t, shape, work, device)
     k = target.reshape(-1, 1).long()
     l = (1 - t) * e.log()
@@ -131,7 +137,7 @@ def _posterior_rows(target, t, rng, log_prior, beta, given, row_offset):
     """log q of flattened rows, in the dtype of log_prior (float64 or float32)."""
     vocab, device = log_prior.shape[0], target.device
     work = torch.float64 if log_prior.dtype == torch.float64 else torch.float32
-    e = simplex_noise(target.numel(), vocab, rng, row_offset, work, device)
+    e = simplex_noise(target.numel(), vocab, state_of(rng, target.shape, row_offset), row_offset, work, device)
     t = _rows(t, target.shape, work, device)
     k = target.reshape(-1, 1).long()
     s = gap(vocab, beta) * t / (1 - t)
@@ -343,6 +349,7 @@ def topk_sample(logits, k, rng, *, temperature=1.0, top_p=1.0, row_offset=0):
         choice = score.argmax(-1, keepdim=True)
         result = order.gather(1, choice)[:, 0], log_p.gather(1, choice)[:, 0]
     """
+    rng = state_of(rng, logits.shape[:-1], row_offset)
     token, log_prob = _draw(logits.reshape(-1, logits.shape[-1]), k, rng, temperature, top_p, row_offset)
     return token.reshape(logits.shape[:-1]), log_prob.reshape(logits.shape[:-1])
 
@@ -371,7 +378,7 @@ def topk_renoise(
         result = token, x_next
     """
     shape, vocab = logits.shape[:-1], logits.shape[-1]
-    rng = state_of(rng)
+    rng = state_of(rng, shape, row_offset)
     token, _ = topk_sample(logits, k, rng, temperature=temperature, top_p=top_p, row_offset=row_offset)
     if given is not None:
         token = torch.where(given.expand(shape), known.long().expand(shape), token)

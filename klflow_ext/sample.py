@@ -1,7 +1,8 @@
 """Sampling: the paper's basic, sampling and hybrid schemes, for whole texts, prompts and holes.
 
-A scheme is a plain function `step(state, logits, move) -> state` registered by name; the Sampler runs the network, counts
-its passes, and keeps given tokens as they are. Every sequence has its own seed, so its tokens do not depend on the batch.
+A scheme is a plain function `step(state, prediction, move) -> state` registered by name; the Sampler runs the network,
+counts its passes, and keeps given tokens as they are. Every sequence has its own seed, so its tokens do not depend on the
+batch. With a Denoiser, a sampling step holds tokens and seeds: neither the noisy rows nor all logits exist at once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from klflow_ext import ops
+from klflow_ext.ops.linear import LOGIT_BYTES
 from klflow_ext.path import LogitPath
 
 
@@ -25,7 +27,7 @@ class Move:
     t: float
     t_next: float
     path: LogitPath
-    seeds: list[int]  # one per sequence
+    rng: Tensor  # (B, 2): (seed, step) of each sequence for this move; step 0 is the initial noise
     given: Tensor  # (B, L) bool
     known: Tensor  # (B, L) int64
     top_k: int
@@ -34,15 +36,54 @@ class Move:
     t_split: float
     euler: str
 
-    def rng(self, i: int) -> Tensor:
-        """The noise state of sequence i in this move; step 0 is the initial noise."""
-        return torch.tensor([self.seeds[i], self.index + 1], device=self.known.device)
-
 
 @dataclass
 class State:
-    x: Tensor  # (B, L, V): what the network reads
-    log_x: Tensor | None  # log x for the basic scheme; None once a row has been re-noised
+    """Where the sequences are: rows x (B, L, V) on the simplex, or tokens (B, L) and the noise that hides them.
+
+    x: None stands for noise_interpolate(tokens, t, rng), which is built only where it is asked for.
+    log_x: log x for the basic scheme; None once a row has been re-noised.
+    """
+
+    x: Tensor | None
+    log_x: Tensor | None = None
+    tokens: Tensor | None = None
+    t: float = 0.0
+    rng: Tensor | None = None
+
+
+class Prediction:
+    """What the network says of a state: its logits, or draws from them, for which they exist a few sequences at a time.
+
+    Args:
+        logits: (B, L, V), or None: those of hidden (B, L, D) @ weight.T, weight (V, D).
+    """
+
+    def __init__(self, logits: Tensor | None, hidden: Tensor | None = None, weight: Tensor | None = None):
+        self._logits, self.hidden, self.weight = logits, hidden, weight
+
+    @property
+    def is_dense(self) -> bool:
+        return self._logits is not None
+
+    @property
+    def logits(self) -> Tensor:
+        if self._logits is None:
+            self._logits = (self.hidden @ self.weight.T).float()
+        return self._logits
+
+    def draw(self, k: int, rng: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+        """(B, L) tokens of `ops.topk_sample`, rng (B, 2)."""
+        options = {"temperature": temperature, "top_p": top_p}
+        if self.is_dense:
+            return ops.topk_sample(self.logits, k, rng, **options)[0]
+        b, length, _ = self.hidden.shape
+        some = max(1, LOGIT_BYTES // (4 * length * self.weight.shape[0]))
+        parts = [
+            ops.topk_sample(self.hidden[i : i + some] @ self.weight.T, k, rng[i : i + some], **options)[0]
+            for i in range(0, b, some)
+        ]
+        return torch.cat(parts)
 
 
 @dataclass
@@ -55,7 +96,7 @@ class Samples:
     history: list[Tensor] = field(default_factory=list)
 
 
-Step = Callable[[State, Tensor, Move], State]
+Step = Callable[[State, Prediction, Move], State]
 _samplers: dict[str, Step] = {}
 
 
@@ -69,35 +110,46 @@ def register_sampler(name: str) -> Callable[[Step], Step]:
     return register
 
 
+def _log_rows(state: State, path: LogitPath, given: Tensor) -> Tensor:
+    if state.tokens is None:
+        return state.x.log()
+    options = {"vocab_size": path.vocab_size, "beta": path.beta, "given": given, "log": True}
+    return ops.noise_interpolate(state.tokens, state.t, state.rng, **options)
+
+
 @register_sampler("basic")
-def basic_step(state: State, logits: Tensor, move: Move) -> State:
+def basic_step(state: State, prediction: Prediction, move: Move) -> State:
     """Algorithm 1: the marginal ODE dl/dtau = c p - l, by the exact exponential step or the paper's Euler step."""
     rate = 1 - (1 - move.t_next) / (1 - move.t)  # 1 - e^-h
     if move.euler == "paper":
         rate = -torch.log1p(torch.tensor(-rate, dtype=torch.float64)).item()  # h
-    log_x = state.log_x if state.log_x is not None else state.x.log()
+    log_x = _log_rows(state, move.path, move.given) if state.log_x is None else state.log_x
+    out = torch.empty_like(log_x) if state.x is None else state.x
     log_x, x = ops.euler_step(
-        log_x, logits, rate, temperature=move.temperature, beta=move.path.beta, given=move.given, known=move.known,
-        inplace=state.log_x is not None,
+        log_x, prediction.logits, rate, temperature=move.temperature, beta=move.path.beta, given=move.given,
+        known=move.known, inplace=True, out=out,
     )  # fmt: skip
     return State(x, log_x)
 
 
 @register_sampler("sampling")
-def sampling_step(state: State, logits: Tensor, move: Move) -> State:
+def sampling_step(state: State, prediction: Prediction, move: Move) -> State:
     """Algorithm 2: draw every token from the top-k of p, re-noise it freshly to the next time."""
-    for i in range(len(logits)):  # one call a sequence: its noise depends on its own seed and positions alone
-        ops.topk_renoise(
-            logits[i], move.top_k, move.t_next, move.rng(i), temperature=move.temperature, top_p=move.top_p,
-            beta=move.path.beta, given=move.given[i], known=move.known[i], out=state.x[i],
+    options = {"temperature": move.temperature, "top_p": move.top_p}
+    if prediction.is_dense:
+        _, x = ops.topk_renoise(
+            prediction.logits, move.top_k, move.t_next, move.rng, beta=move.path.beta, given=move.given,
+            known=move.known, out=state.x, **options,
         )  # fmt: skip
-    return State(state.x, None)
+        return State(x)
+    drawn = prediction.draw(move.top_k, move.rng, **options)
+    return State(None, tokens=torch.where(move.given, move.known, drawn), t=move.t_next, rng=move.rng)
 
 
 @register_sampler("hybrid")
-def hybrid_step(state: State, logits: Tensor, move: Move) -> State:
+def hybrid_step(state: State, prediction: Prediction, move: Move) -> State:
     """basic while t < t_split, sampling from there."""
-    return (basic_step if move.t < move.t_split else sampling_step)(state, logits, move)
+    return (basic_step if move.t < move.t_split else sampling_step)(state, prediction, move)
 
 
 def _sequence_seed(seed: int, i: int) -> int:
@@ -109,7 +161,10 @@ def _sequence_seed(seed: int, i: int) -> int:
 
 
 class Sampler:
-    """Generates tokens with a denoiser `model(x_t, t) -> logits`, (B, L, V) and (B,) to (B, L, V)."""
+    """Generates tokens with a denoiser `model(x_t, t) -> logits`, (B, L, V) and (B,) to (B, L, V).
+
+    Of a model that has `embed_noise`, `hidden` and `head` (Denoiser), re-noised rows and logits are never built whole.
+    """
 
     def __init__(self, model: Callable[[Tensor, Tensor], Tensor], path: LogitPath, device: str | torch.device = "cpu"):
         self.model, self.path, self.device = model, path, torch.device(device)
@@ -192,40 +247,49 @@ class Sampler:
             raise ValueError(f"tokens: a given token lies outside [0, {vocab})")
         if tokens.numel() == 0 or bool(given.all()):
             return Samples(tokens.clone(), 0, time.perf_counter() - start)
-        log = method != "sampling"
-        state_rows = torch.empty(*tokens.shape, vocab, device=self.device)
-        for i, own in enumerate(seeds):
-            rng = torch.tensor([own, 0], device=self.device)
-            ops.noise_interpolate(
-                known[i], 0.0, rng, vocab_size=vocab, beta=self.path.beta, given=given[i], log=log, out=state_rows[i]
-            )
-        state = State(state_rows.exp(), state_rows) if log else State(state_rows, None)
+        own_seeds = torch.tensor(seeds, device=self.device)[:, None]
+
+        def rng(step: int) -> Tensor:
+            return torch.cat([own_seeds, torch.full_like(own_seeds, step)], 1)
+
+        state = State(None, tokens=known, t=0.0, rng=rng(0))
         grid = self.path.time_grid(steps - 1).tolist()
         history, nfe = [], 0
 
-        def predict(t: float) -> Tensor:
+        def predict(t: float) -> Prediction:
             nonlocal nfe
             nfe += 1
             if progress and time.perf_counter() - start > 2:
                 left = (time.perf_counter() - start) / nfe * (steps - nfe)
                 print(f"\rsampling: pass {nfe}/{steps}, {left:.0f} s left ", end="", flush=True)
-            logits = self.model(state.x, torch.full((len(tokens),), t, device=self.device)).float()
+            prediction = self._predict(state, t, given)
             if return_history:
-                history.append(torch.where(given, tokens, logits.argmax(-1)))
-            return logits
+                history.append(torch.where(given, tokens, prediction.draw(1, rng(0))))
+            return prediction
 
         for index in range(steps - 1):
             move = Move(
-                index, grid[index], grid[index + 1], self.path, seeds, given, known, top_k, top_p, temperature,
+                index, grid[index], grid[index + 1], self.path, rng(index + 1), given, known, top_k, top_p, temperature,
                 self.path.t_split if t_split is None else t_split, euler,
             )  # fmt: skip
-            state = _samplers[method](state, predict(grid[index]), move)
-        logits = predict(grid[-1])
-        drawn = torch.empty_like(known)
-        for i, own in enumerate(seeds):
-            rng = torch.tensor([own, steps], device=self.device)
-            k = 1 if final == "argmax" else top_k
-            drawn[i] = ops.topk_sample(logits[i], k, rng, temperature=temperature, top_p=top_p)[0]
+            prediction = predict(grid[index])
+            state = _samplers[method](state, prediction, move)
+        k = 1 if final == "argmax" else top_k
+        drawn = predict(grid[-1]).draw(k, rng(steps), temperature, top_p)
         if progress and time.perf_counter() - start > 2:
             print("\r" + " " * 50 + "\r", end="", flush=True)
         return Samples(torch.where(given, tokens, drawn), nfe, time.perf_counter() - start, history)
+
+    def _predict(self, state: State, t: float, given: Tensor) -> Prediction:
+        fused = hasattr(self.model, "embed_noise")
+        if fused and state.x is None:
+            h = self.model.embed_noise(state.tokens, state.t, state.rng, given=given)
+            return Prediction(None, self.model.hidden(h, t), self.model.head.weight)
+        if state.x is None:
+            state.x = ops.noise_interpolate(
+                state.tokens, state.t, state.rng, vocab_size=self.path.vocab_size, beta=self.path.beta, given=given
+            )
+        times = torch.full((len(given),), t, device=self.device)
+        if fused:
+            return Prediction(None, self.model.hidden(self.model.embed(state.x, t), t), self.model.head.weight)
+        return Prediction(self.model(state.x, times).float())

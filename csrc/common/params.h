@@ -31,11 +31,12 @@ struct Scalars {
   int64_t stride;
 };
 
-// The noise state (seed, step) of each row: int64 pairs; stride 0 is one pair for all rows, 2 one pair per row.
+// The noise state of each row, int64: (seed, step) with stride 0 for all rows or with stride 2 for each row, whose row of
+// the noise contract is the row of the call; or (seed, step, row) with stride 3.
 struct Rng {
   const int64_t* data;
   int64_t stride;
-  int64_t row_offset;  // added to the local row to give the global row of the noise contract
+  int64_t row_offset;  // added to the row of the call
 };
 
 // Rows that are known at every t: flags (bool) and their tokens. flags == null: no row is given.

@@ -6,21 +6,7 @@
 
 namespace klflow::KLFLOW_ISA {
 
-constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kSeries = 0.015625f;  // 2^-6: largest w for which four terms of -log(1 - w) are within 2e-8
-
-// E of columns [column, column + kNoiseColumns), column a multiple of 4.
-KLFLOW_INLINE void exponentials(const PhiloxKey& key, int64_t column, vf (&e)[2 * kChains]) {
-  vu words[2 * kChains];
-  philox_words(key, column, words);
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-    vf* v = e + half * kChains;
-    each_chain([&](int i) { v[i] = simplex_uniformv(words[half * kChains + i]); });
-    log2_chains(v);
-    each_chain([&](int i) { v[i] = -v[i]; });
-  }
-}
 
 // s = c t / (1 - t), the log-ratio that moves u towards the target. From 80 on (and at t = 1) the row is
 // onehot(target): every other token's posterior is below the smallest float32.

@@ -7,30 +7,6 @@ namespace klflow::KLFLOW_ISA {
 
 namespace {
 
-// y_j = E_j^(1 - t) over the tile, in units of ln 2 (a factor that the division by the sum removes); returns their sum.
-double power_tile(const PhiloxKey& key, int64_t column, int64_t n, float one_minus_t, float* y) {
-  double total = 0.0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(n, begin + kBlock);
-    for (int64_t i = begin; i < end; i += kNoiseColumns) {
-      vf v[2 * kChains];
-      exponentials(key, column + i, v);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        vf* x = v + half * kChains;
-        log2_chains(x);
-        each_chain([&](int j) { x[j] *= one_minus_t; });
-        exp2_chains(x);
-        each_chain([&](int j) { store(y + i + (half * kChains + j) * kLanes, x[j]); });
-      }
-    }
-    vf sum = {};
-    for_vectors(end - begin, [&](int64_t i, int m) { sum += load_n(y + begin + i, m, 0.0f); });
-    total += static_cast<double>(sum_lanes(sum));
-  }
-  return total;
-}
-
 // E of one column, in units of ln 2.
 double exponential(const PhiloxKey& key, int64_t column) {
   const Words4 words = philox(static_cast<uint32_t>(column / 4), key.row, key.step, key.stream,
@@ -42,7 +18,7 @@ double exponential(const PhiloxKey& key, int64_t column) {
 void posterior_tile(const NoiseTileParams& p, int64_t row, const PhiloxKey& key, int64_t token, double s, float* q) {
   const float* stats = p.stats + 3 * row;
   const float shift = stats[1], scale = 1.0f / stats[2];
-  const double noise = stats[0] / static_cast<double>(kLn2), own = exponential(key, token);
+  const double noise = stats[0] / kLn2, own = exponential(key, token);
   for (int64_t i = 0; i < p.columns; i += kNoiseColumns) {
     vf v[2 * kChains];
     exponentials(key, p.column + i, v);
@@ -76,7 +52,7 @@ void noise_tile(const NoiseTileParams& p, int64_t begin, int64_t end) {
       if (p.sum == nullptr) {
         posterior_tile(p, row, key, token, pull.s, y);
       } else {
-        double sum = power_tile(key, p.column, p.columns, 1.0f - t, y);
+        double sum = noise_row<false>(key, p.column, p.columns, 1.0f - t, y, [](int64_t) {});
         if (mine) {
           const double own = y[token - p.column], boost = static_cast<double>(t) * p.c;
           sum += own * std::expm1(boost);
@@ -84,7 +60,7 @@ void noise_tile(const NoiseTileParams& p, int64_t begin, int64_t end) {
         }
         p.sum[row] += sum;
       }
-      store_row(out, y, p.columns, 1.0f, 0.0f);
+      write_span(out, 0, p.columns, false, false, [&](int64_t i, int m) { return load_n(y + i, m, 0.0f); });
     }
   });
 }

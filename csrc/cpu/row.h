@@ -121,26 +121,36 @@ class StreamingSum {
   double total_ = 0.0;
 };
 
-// Fills y with the unnormalised noisy row E_j^(1 - t) (or, with kLog, with (1 - t) log2 E_j) and returns the sum of
-// E_j^(1 - t). E is in units of ln 2, a factor that the normalisation removes. y has room for kNoiseColumns more.
-// meanwhile(n) is called for every n columns made: what can be done beside the arithmetic.
+// E of columns [column, column + kNoiseColumns), column a multiple of 4, in units of ln 2: in [8.6e-8, 33].
+KLFLOW_INLINE void exponentials(const PhiloxKey& key, int64_t column, vf (&e)[2 * kChains]) {
+  vu words[2 * kChains];
+  philox_words(key, column, words);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    vf* v = e + half * kChains;
+    each_chain([&](int i) { v[i] = simplex_uniformv(words[half * kChains + i]); });
+    log2_chains(v);
+    each_chain([&](int i) { v[i] = -v[i]; });
+  }
+}
+
+// Fills y with columns [first, first + n) of the unnormalised noisy row E_j^(1 - t) (or, with kLog, with (1 - t) log2
+// E_j) and returns the sum of E_j^(1 - t). E is in units of ln 2, a factor that the normalisation removes; first is a
+// multiple of 4; y has room for kNoiseColumns more. meanwhile(n) is called for every n columns made: what can be done
+// beside the arithmetic.
 template <bool kLog, class F>
-double noise_row(const PhiloxKey& key, int64_t vocab, float one_minus_t, float* y, F&& meanwhile) {
+double noise_row(const PhiloxKey& key, int64_t first, int64_t n, float one_minus_t, float* y, F&& meanwhile) {
   double total = 0.0;
-  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-    const int64_t end = std::min(vocab, begin + kBlock);
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(n, begin + kBlock);
     vf sums[kChains] = {};
     for (int64_t column = begin; column < end; column += kNoiseColumns) {
       meanwhile(kNoiseColumns);
-      vu words[2 * kChains];
-      philox_words(key, column, words);
       vf powers[2 * kChains];
+      exponentials(key, first + column, powers);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         vf* v = powers + half * kChains;
-        each_chain([&](int i) { v[i] = simplex_uniformv(words[half * kChains + i]); });
-        log2_chains(v);
-        each_chain([&](int i) { v[i] = -v[i]; });  // E, in [8.6e-8, 33]
         log2_absolute_chains(v);
         each_chain([&](int i) { v[i] *= one_minus_t; });
         float* out = y + column + half * kChains * kLanes;
@@ -149,7 +159,7 @@ double noise_row(const PhiloxKey& key, int64_t vocab, float one_minus_t, float* 
         if constexpr (!kLog) each_chain([&](int i) { store(out + i * kLanes, v[i]); });
       }
       const int64_t left = end - column;
-      if (left < kNoiseColumns) {  // the columns past the end of the row do not count
+      if (left < kNoiseColumns) {  // the columns past the end do not count
         float lanes[kNoiseColumns];
         for (int i = 0; i < 2 * kChains; ++i) store(lanes + i * kLanes, powers[i]);
         std::fill(lanes + left, lanes + kNoiseColumns, 0.0f);
@@ -165,7 +175,7 @@ double noise_row(const PhiloxKey& key, int64_t vocab, float one_minus_t, float* 
 
 inline PhiloxKey philox_key(const Rng& rng, int64_t row, uint32_t stream) {
   const int64_t* pair = rng.data + row * rng.stride;
-  return {static_cast<uint64_t>(pair[0]), static_cast<uint32_t>(row + rng.row_offset), static_cast<uint32_t>(pair[1]),
+  return {static_cast<uint64_t>(pair[0]), static_cast<uint32_t>(rng.stride == 3 ? pair[2] : row + rng.row_offset), static_cast<uint32_t>(pair[1]),
           stream};
 }
 
@@ -294,14 +304,14 @@ class NoiseRows {
     auto write_pending = [&](int64_t columns) { pending_.advance(columns); };
     const double boost = static_cast<double>(t) * c_;  // log of the target's factor
     if (log_) {
-      double total = noise_row<true>(key, vocab_, 1.0f - t, y, write_pending);
+      double total = noise_row<true>(key, 0, vocab_, 1.0f - t, y, write_pending);
       total += std::exp2(static_cast<double>(y[token])) * std::expm1(boost);
       const double log_total = std::log(total);
       pending_.finish();
       pending_.start(out, y, vocab_, static_cast<float>(kLn2), static_cast<float>(-log_total), token,
                      static_cast<float>(y[token] * kLn2 + boost - log_total), streamed_);
     } else {
-      double total = noise_row<false>(key, vocab_, 1.0f - t, y, write_pending);
+      double total = noise_row<false>(key, 0, vocab_, 1.0f - t, y, write_pending);
       const double own = y[token];
       total += own * std::expm1(boost);
       pending_.finish();

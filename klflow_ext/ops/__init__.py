@@ -7,7 +7,8 @@ with declared mutation, with fake kernels, usable under torch.compile(fullgraph=
 
 Randomness: `rng` is an int seed, a torch.Generator, or an int64 tensor of (seed, step), shape (2,) or (*rows, 2). Noise is a
 function of (seed, step, global row, column) alone, global row = flattened row + row_offset: the same on every device and
-for any split of the batch. Conventions: c = log(V / beta - V + 1) is the logit gap of the smoothed target.
+for any split of the batch. With rows (..., L), an rng of shape (..., 2) is a state for each sequence, whose rows are
+numbered along L (+ row_offset): its noise does not depend on the batch. Conventions: c = log(V / beta - V + 1) is the logit gap of the smoothed target.
 """
 
 from klflow_ext.ops.embedding import noise_embedding, noise_posterior

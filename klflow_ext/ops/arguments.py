@@ -125,8 +125,8 @@ def given_known(given, known, shape, rows, vocab, device):
     return flags, token_rows("known", known, shape, rows, vocab, device, where=flags)
 
 
-def rng_state(rng, shape, rows, device):
-    """(seed, step) pairs as the kernels take them: (2,) or (rows, 2) int64 on the device."""
+def rng_state(rng, shape, rows, device, row_offset=0):
+    """The noise state as the kernels take it, int64 on the device: (2,), (rows, 2), or (rows, 3) with the row's number."""
     if isinstance(rng, torch.Generator):
         rng = int(torch.randint(2**63 - 1, (), generator=rng, device=rng.device))
     if isinstance(rng, int) and not isinstance(rng, bool):
@@ -137,8 +137,12 @@ def rng_state(rng, shape, rows, device):
     check_tensor("rng", rng, (torch.int64,), device)
     if rng.shape == (2,):
         return rng.contiguous()
+    if len(shape) > 1 and rng.shape == (*shape[:-1], 2):  # a state for each sequence: rows are numbered within it
+        row = torch.arange(row_offset, row_offset + shape[-1], device=device).expand(shape)
+        return torch.cat([rng[..., None, :].expand(*shape, 2), row[..., None]], -1).reshape(rows, 3)
     if rng.shape != (*shape, 2):
-        fail(ValueError, "rng", f"shape {tuple(rng.shape)}", f"(2,) or {(*shape, 2)}")
+        each = f", {(*shape[:-1], 2)}" if len(shape) > 1 else ""
+        fail(ValueError, "rng", f"shape {tuple(rng.shape)}", f"(2,){each} or {(*shape, 2)}")
     return rng.reshape(rows, 2).contiguous()
 
 

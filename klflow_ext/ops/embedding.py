@@ -43,9 +43,9 @@ def _noise_arguments(target, t, rng, beta, given, row_offset, vocab):
     return (
         token_rows("target", target, shape, rows, vocab, device),
         row_scalars("t", t, shape, rows, device, 0, 1).detach(),
-        rng_state(rng, shape, rows, device),
+        rng_state(rng, shape, rows, device, check_row_offset(row_offset)),
         row_flags("given", given, shape, rows, device),
-    ), (check_beta(beta), check_row_offset(row_offset))
+    ), (check_beta(beta), row_offset)
 
 
 def _posterior(noise, options, log_prior, top, stats=None):

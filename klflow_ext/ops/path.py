@@ -53,9 +53,9 @@ def noise_interpolate(
     _klflow.noise_interpolate(
         token_rows("target", target, shape, rows, vocab, device),
         row_scalars("t", t, shape, rows, device, 0, 1),
-        rng_state(rng, shape, rows, device),
+        rng_state(rng, shape, rows, device, check_row_offset(row_offset)),
         row_flags("given", given, shape, rows, device),
-        beta, check_row_offset(row_offset), bool(log), flat,
+        beta, row_offset, bool(log), flat,
     )  # fmt: skip
     return result
 

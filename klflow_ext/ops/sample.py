@@ -31,7 +31,8 @@ def _topk_arguments(logits, k, rng, temperature, top_p, row_offset):
     shape = logits.shape[:-1]
     rows = shape.numel()
     return shape, rows, vocab, (as_rows(logits.detach(), vocab), k), (
-        rng_state(rng, shape, rows, logits.device), check_temperature(temperature), float(top_p), check_row_offset(row_offset)
+        rng_state(rng, shape, rows, logits.device, check_row_offset(row_offset)), check_temperature(temperature),
+        float(top_p), row_offset,
     )  # fmt: skip
 
 
