@@ -340,6 +340,27 @@ def test_topk_ties_nan_and_infinities(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab,k", [(31, 30), (513, 7), (2047, 50), (2048, 300)])
+def test_topk_of_awkward_rows(vocab, k, dtype, device):
+    generator = torch.Generator().manual_seed(vocab)
+    rows = torch.randn(10, vocab, generator=generator)
+    rows[0] = torch.randint(-3, 3, (vocab,), generator=generator)  # ties everywhere
+    rows[1] = torch.where(rows[1] > 0, 0.0, -0.0)  # one value, two spellings
+    rows[2] = -torch.rand(vocab, generator=generator) - 100  # nothing above 0
+    rows[3, : vocab - 5] = -math.inf  # fewer finite logits than k
+    rows[4] = -torch.arange(vocab)
+    rows[5, -1] = math.nan
+    rows[6, 0] = -torch.tensor(math.nan)
+    rows[7, vocab // 2] = math.inf
+    rows[8] *= 1e4
+    rows = rows.to(dtype).repeat(3, 1)
+    token, log_prob = ops.topk_sample(rows.to(device), k, 5)
+    want, want_log = reference.topk_sample(rows.double(), k, 5)
+    assert torch.equal(token.cpu(), want)
+    torch.testing.assert_close(log_prob.double().cpu(), want_log, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows,vocab", SMALL)
 def test_topk_renoise(rows, vocab, dtype, device, request):
     logits = logits_of(rows, vocab, dtype, device, std=3, layout="strided")

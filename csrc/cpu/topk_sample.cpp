@@ -41,38 +41,34 @@ KLFLOW_INLINE V ordered(V bits) {
   return bits ^ ((bits >> (8 * sizeof(Key) - 1)) & std::numeric_limits<Key>::max());
 }
 
-// One bit per lane of a comparison.
-KLFLOW_INLINE uint64_t bits_of(vi mask) {
+// a >= b, one bit a lane.
+KLFLOW_INLINE uint64_t at_least(vi a, vi b) {
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+  return _mm512_cmpge_epi32_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask));
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(a >= b));
 #elif defined(__SSE2__)
-  return _mm_movemask_ps(reinterpret_cast<__m128>(mask));
+  return _mm_movemask_ps(reinterpret_cast<__m128>(a >= b));
 #else
   uint64_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint64_t>(mask[i] & 1) << i;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint64_t>(a[i] >= b[i]) << i;
   return bits;
 #endif
 }
-KLFLOW_INLINE uint64_t bits_of(vs mask) {
+KLFLOW_INLINE uint64_t at_least(vs a, vs b) {
 #if defined(__AVX512F__)
-  return _mm512_movepi16_mask(reinterpret_cast<__m512i>(mask));
+  return _mm512_cmpge_epi16_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
 #elif defined(__AVX2__)
-  const __m256i m = reinterpret_cast<__m256i>(mask);
-  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
-  return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
+  const __m256i mask = reinterpret_cast<__m256i>(a >= b);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(mask), _mm256_extracti128_si256(mask, 1));
+  return _mm_movemask_epi8(bytes);
 #elif defined(__SSE2__)
-  return _mm_movemask_epi8(_mm_packs_epi16(reinterpret_cast<__m128i>(mask), __m128i{}));
+  return _mm_movemask_epi8(_mm_packs_epi16(reinterpret_cast<__m128i>(a >= b), __m128i{}));
 #else
   uint64_t bits = 0;
-  for (int i = 0; i < 2 * kLanes; ++i) bits |= static_cast<uint64_t>(mask[i] & 1) << i;
+  for (int i = 0; i < 2 * kLanes; ++i) bits |= static_cast<uint64_t>(a[i] >= b[i]) << i;
   return bits;
 #endif
-}
-template <class F>
-KLFLOW_INLINE void for_bits(uint64_t bits, F&& f) {
-  for (; bits != 0; bits &= bits - 1) f(__builtin_ctzll(bits));
 }
 
 // How many of n keys, a multiple of kLanes, are at least t.
@@ -136,24 +132,17 @@ KLFLOW_INLINE void philox_at(const PhiloxKey& key, const int32_t* columns, vu (&
 template <class T>
 class Draw {
  public:
-  explicit Draw(const TopkSampleParams& p) : p_(p) {
-    const int64_t size = (p.vocab / kTail + 1) * kTail;
-    columns_ = reinterpret_cast<int32_t*>(scratch_row(4 * size, 3));
-    keys_ = columns_ + size;
-    logits_ = reinterpret_cast<float*>(keys_ + size);
-    scores_ = logits_ + size;
-    maxima_ = reinterpret_cast<int32_t*>(logits_);
-    values_ = reinterpret_cast<T*>(scores_);
-  }
+  explicit Draw(const TopkSampleParams& p) : p_(p) {}
 
   // The drawn token of a row, -1 where there is none; its log-probability in log_prob.
-  int64_t run(int64_t row, float& log_prob) {
+  __attribute__((noinline)) int64_t run(int64_t row, float& log_prob) {
     log_prob = kNaN;
     if (p_.given.flags != nullptr && p_.given.flags[row * p_.given.stride]) {
       log_prob = 0.0f;
       return token_at(p_.given.known, row);
     }
     row_ = row_of<T>(p_.logits, row);
+    place_scratch();
     if (!select()) return -1;
     log_prob = 0.0f;
     if (p_.k == 1) return columns_[0];
@@ -182,8 +171,18 @@ class Draw {
   static constexpr int kKeys = sizeof(Vector) / sizeof(Key);
   static constexpr int kDepth = 16;                   // columns of a group: one lane of this many vectors
   static constexpr int64_t kGroups = kKeys * kDepth;  // columns of a block of kKeys groups
-  static constexpr int64_t kTail = std::max<int64_t>(kGroups, 2 * kDraw);
-  static_assert(kGroups % 64 == 0);
+  static_assert(kGroups % 64 == 0 && kGroups % kDraw == 0);
+
+  void place_scratch() {
+    const int64_t size = (p_.vocab + kGroups - 1) / kGroups * kGroups;
+    float* room = scratch_row(4 * size, 3);
+    columns_ = reinterpret_cast<int32_t*>(room);
+    keys_ = reinterpret_cast<int32_t*>(room + size);
+    logits_ = room + 2 * size;
+    scores_ = room + 3 * size;
+    maxima_ = reinterpret_cast<int32_t*>(logits_);
+    values_ = reinterpret_cast<T*>(scores_);
+  }
 
   int32_t key(int64_t column) const {
     Key bits;
@@ -231,17 +230,33 @@ class Draw {
         groups += kLanes;
       }
     }
-    if (any_lane(magnitude > kInfinity)) return false;
+    if (at_least(magnitude, Vector{} + static_cast<Key>(kInfinity + 1)) != 0) return false;
     int32_t low = lowest[0], high = highest[0];
     for (int i = 1; i < kLanes; ++i) low = std::min(low, lowest[i]), high = std::max(high, highest[i]);
     if (high == kInfinity || high == kLowest) return false;
 
     int32_t bound = kLowest;
-    if (2 * k <= groups) bound = kth_largest(maxima_, groups, k, k / 4, low, high);
+    if (2 * k <= groups) {
+      const int64_t folded = fold(groups, 4 * k);
+      bound = kth_largest(maxima_ + groups, folded, k, k / 8, low, high);
+    }
     if (bound == 0) bound = -1;  // -0 is as good as +0
     const int64_t n = collect(static_cast<Key>(bound));
     if (n > k) keep_k(n, bound, std::max(high, 0));
     return true;
+  }
+
+  // Groups that are about `wanted` maxima of the n groups' maxima, behind them: enough for a bound, and fewer to
+  // search.
+  int64_t fold(int64_t n, int64_t wanted) {
+    const int64_t folded = std::min(n, (wanted + kLanes - 1) / kLanes * kLanes);
+    int32_t* to = maxima_ + n;
+    std::memcpy(to, maxima_, folded * sizeof(int32_t));
+    for (int64_t i = folded, j = 0; i < n; i += kLanes, j = j + kLanes < folded ? j + kLanes : 0) {
+      const vi a = load_raw<vi>(maxima_ + i), b = load_raw<vi>(to + j), most = a > b ? a : b;
+      std::memcpy(to + j, &most, sizeof(most));
+    }
+    return folded;
   }
 
   // Candidates: the columns whose keys reach the bound, in ascending order.
@@ -258,12 +273,14 @@ class Draw {
       for (int64_t i = 0; i < columns; i += 64) {
         uint64_t hits = 0;
 #pragma GCC unroll 16
-        for (int j = 0; j < 64; j += kKeys) hits |= bits_of(ordered<Key>(load_raw<Vector>(z + i + j)) >= bound) << j;
+        for (int j = 0; j < 64; j += kKeys)
+          hits |= at_least(ordered<Key>(load_raw<Vector>(z + i + j)), Vector{} + bound) << j;
         if (columns - i < 64) hits &= (1ull << (columns - i)) - 1;
-        for_bits(hits, [&](int j) {
-          columns_[n] = static_cast<int32_t>(begin + i + j);
-          keys_[n++] = key(begin + i + j);
-        });
+        for (; hits != 0; hits &= hits - 1) {
+          columns_[n] = static_cast<int32_t>(begin + i + __builtin_ctzll(hits));
+          keys_[n] = key(columns_[n]);
+          ++n;
+        }
       }
     }
     return n;
@@ -341,10 +358,8 @@ class Draw {
     const float enough = max_lanes(best) - kMargin;
     int64_t winner = -1, close = 0;
     auto for_close = [&](auto&& f) {
-      for (int64_t i = 0; i < n; i += kLanes)
-        for_bits(bits_of(load(scores_ + i) >= enough), [&](int lane) {
-          if (i + lane < n) f(i + lane);
-        });
+      for (int64_t i = 0; i < n; ++i)
+        if (scores_[i] >= enough) f(i);
     };
     for_close([&](int64_t i) { winner = i, ++close; });
     if (close == 1) return winner;
@@ -361,9 +376,6 @@ class Draw {
     return token_exponential(philox(column / 4, key.row, key.step, kTokenDrawHigh, k0, k1).w[column % 4],
                              philox(column / 4, key.row, key.step, kTokenDrawLow, k0, k1).w[column % 4]);
   }
-
-  // Whether any lane of a comparison holds.
-  static bool any_lane(Vector mask) { return bits_of(mask) != 0; }
 
   const TopkSampleParams& p_;
   const T* row_ = nullptr;
