@@ -20,6 +20,10 @@ VECTORIZED = {
     "topk_sample": (True, False),
     "topk_renoise": (True, True),
     "euler_step": (True, True),
+    "noise_tile": (False, True),
+    "noise_posterior": (True, False),
+    "gather_rows": (True, False),
+    "scatter_rows": (True, False),
 }
 
 

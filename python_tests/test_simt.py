@@ -92,9 +92,20 @@ def test_off_by_one_is_caught_by_the_sanitizer(planted):
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr and "reverse" in done.stderr
 
 
+def embedding_and_gradient(target, log_prior):
+    results = []
+    for options in ({}, {"log_prior": log_prior, "top": None}, {"log_prior": log_prior, "top": 50}):
+        weight = torch.randn(len(log_prior), 20, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = ops.noise_embedding(target, 0.05, weight, 1, **options)
+        out.square().sum().backward()
+        results += [out.detach(), weight.grad]
+    return results
+
+
 def test_schedule_and_poison_never_change_a_result(simt_library):
     logits = torch.randn(3, 1003, generator=torch.Generator().manual_seed(0)) * 4
     target = torch.tensor([0, 500, 1002])
+    log_prior = logits[0].log_softmax(0)
     results = []
     _C.use_backend(str(simt_library))
     try:
@@ -107,11 +118,45 @@ def test_schedule_and_poison_never_change_a_result(simt_library):
                 *ops.topk_sample(logits, 40, 2, top_p=0.9),
                 *ops.topk_renoise(logits, 40, 0.2, 2),
                 *ops.euler_step(logits, logits, 0.1),
+                *ops.noise_posterior(target, 0.05, 1, log_prior, top=50),
+                *embedding_and_gradient(target, log_prior),
             ])  # fmt: skip
     finally:
         _C.use_backend(None)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_prior_that_is_none_gives_nan_and_tokens(simt_library, bad):
+    """On CUDA nobody looks at log_prior first: its ids must still be tokens."""
+    vocab, top = 2500, 40
+    log_prior = torch.zeros(vocab)
+    log_prior[1234] = bad
+    ids, q = torch.full((3, top), -1, dtype=torch.int32), torch.zeros(3, top)
+    rest, stats = torch.zeros(3), torch.zeros(3, 3)
+    arguments = torch.tensor([1234, 0, 2499]), torch.full((3,), 0.1), torch.tensor([1, 2]), None, log_prior, 0.01, 0
+    _C.use_backend(str(simt_library))
+    try:
+        torch.ops.klflow.noise_posterior(*arguments, ids, q, rest, stats)
+    finally:
+        _C.use_backend(None)
+    assert torch.equal(ids, torch.arange(top, dtype=torch.int32).expand(3, -1))
+    assert q.isnan().all() and rest.isnan().all() and stats.isnan().all()
+
+
+def test_wide_rows_are_summed_in_pieces(simt_library):
+    weight = torch.randn(40, 4099, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    target, log_prior = torch.tensor([3, 4, 39]), torch.zeros(40).log_softmax(0)
+    results = []
+    for backend in (None, str(simt_library)):
+        _C.use_backend(backend)
+        try:
+            out = ops.noise_embedding(target, 0.1, weight, 1, log_prior=log_prior, top=10)
+            results.append((out.detach(), *torch.autograd.grad(out.square().sum(), weight)))
+        finally:
+            _C.use_backend(None)
+    torch.testing.assert_close(*results)
 
 
 # op, dtype, V: blocks to a row, and how many of these blocks share a multiprocessor (228 KB, 1 KB of each reserved)
@@ -129,12 +174,18 @@ LAYOUTS = [
     ("topk_renoise", torch.bfloat16, 50259, 1, 2),
     ("euler_step", torch.bfloat16, 50259, 2, 2),
     ("logit_interpolate", torch.bfloat16, 50259, 2, 2),
+    ("noise_posterior", torch.float32, 50259, 2, 2),
+    ("noise_posterior", torch.float32, 128256, 8, 2),
+    ("noise_posterior", torch.float32, 262144, 8, 1),
+    ("noise_embedding", torch.bfloat16, 50259, 1, 4),
+    ("noise_embedding_sparse", torch.bfloat16, 50259, 1, 4),
 ]
 
 
 @pytest.mark.parametrize("op,dtype,vocab,blocks,resident", LAYOUTS, ids=str)
 def test_shared_memory_is_as_designed(simt_library, op, dtype, vocab, blocks, resident):
     logits, target = torch.zeros(1, vocab, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    weight = torch.zeros(vocab, 8, dtype=dtype)
     calls = {
         "noise_interpolate": lambda: ops.noise_interpolate(target, 0.2, 0, vocab_size=vocab, dtype=dtype),
         "cross_entropy_grad": lambda: ops.cross_entropy_grad(logits, target),
@@ -142,6 +193,9 @@ def test_shared_memory_is_as_designed(simt_library, op, dtype, vocab, blocks, re
         "topk_renoise": lambda: ops.topk_renoise(logits, 50, 0.2, 0),
         "euler_step": lambda: ops.euler_step(logits, logits, 0.1),
         "logit_interpolate": lambda: ops.logit_interpolate(logits, target, 0.2),
+        "noise_posterior": lambda: ops.noise_posterior(target, 0.2, 0, logits[0]),
+        "noise_embedding": lambda: ops.noise_embedding(target, 0.2, weight, 0),
+        "noise_embedding_sparse": lambda: ops.noise_embedding(target, 0.2, weight, 0, log_prior=logits[0]),
     }
     _C.use_backend(str(simt_library))
     try:

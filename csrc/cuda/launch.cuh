@@ -29,15 +29,14 @@ inline Layout layout_of(int64_t vocab, int64_t element, unsigned most = 8) {
   return {cluster, bytes(cluster) <= kOneBlock ? bytes(cluster) : 0};
 }
 
-// fixed: bytes of shared memory before the kept slice.
+// A grid that strides over `items` (rows, tokens), a cluster of blocks for each; shared: bytes of a block.
 template <class Params>
-const char* launch_rows(const char* name, void (*kernel)(Params, bool), const Params& params, int64_t rows,
-                        Layout layout, void* stream, int64_t fixed = kPartialBytes) {
-  if (rows == 0) return nullptr;
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(rows, 1 << 27)) * layout.cluster;
-  const size_t shared = fixed + layout.keep;
+const char* launch(const char* name, void (*kernel)(Params, bool), const Params& params, bool flag, int64_t items,
+                   unsigned cluster_size, size_t shared, void* stream) {
+  if (items == 0) return nullptr;
+  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(items, 1 << 27)) * cluster_size;
 #if defined(KLFLOW_SIMT)
-  return simt::launch(name, [&] { kernel(params, layout.keep > 0); }, blocks, kThreads, shared, layout.cluster);
+  return simt::launch(name, [&] { kernel(params, flag); }, blocks, kThreads, shared, cluster_size);
 #else
   cudaError_t error = cudaSuccess;
   if (shared > 48 << 10)
@@ -46,7 +45,7 @@ const char* launch_rows(const char* name, void (*kernel)(Params, bool), const Pa
   if (error == cudaSuccess) {
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = layout.cluster;
+    cluster.val.clusterDim.x = cluster_size;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(blocks);
@@ -55,12 +54,18 @@ const char* launch_rows(const char* name, void (*kernel)(Params, bool), const Pa
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &cluster;
     config.numAttrs = 1;
-    bool keep = layout.keep > 0;
-    void* arguments[] = {const_cast<Params*>(&params), &keep};
+    void* arguments[] = {const_cast<Params*>(&params), &flag};
     error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #endif
+}
+
+// fixed: bytes of shared memory before the kept slice.
+template <class Params>
+const char* launch_rows(const char* name, void (*kernel)(Params, bool), const Params& params, int64_t rows,
+                        Layout layout, void* stream, int64_t fixed = kPartialBytes) {
+  return launch(name, kernel, params, layout.keep > 0, rows, layout.cluster, fixed + layout.keep, stream);
 }
 
 // f(T{}) with the C++ type of a dtype.

@@ -201,6 +201,15 @@ __device__ __forceinline__ void store_onehot(const Rows& out, int64_t row, int64
   }
 }
 
+// Larger values have larger ordered bits.
+__device__ __forceinline__ uint32_t ordered_bits(float x) {
+  const uint32_t bits = __float_as_uint(x + 0.0f);  // -0 counts as 0
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float value_of_bits(uint32_t ordered) {
+  return __int_as_float(static_cast<int32_t>(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered));
+}
+
 // ---- reductions over the cluster: a fixed tree over its blocks and their warps, the result in every thread
 template <bool clustered = true, class T, class Combine>
 __device__ __forceinline__ T row_reduce(T value, Combine combine) {
@@ -288,19 +297,22 @@ __device__ __forceinline__ Words4 noise_words(const NoiseKey& key, int64_t colum
 
 // The simplex noise words of 4 columns, with the round keys from shared memory: computing them again for every counter
 // costs 5 instructions an element.
-__device__ __forceinline__ void store_round_keys(const NoiseKey& key) {
-  uint32_t* keys = reinterpret_cast<uint32_t*>(shared_memory() + kRoundKeys);
-  if (threadIdx.x < 10) {
-    keys[2 * threadIdx.x] = key.k0 + threadIdx.x * kPhiloxW0;
-    keys[2 * threadIdx.x + 1] = key.k1 + threadIdx.x * kPhiloxW1;
+__device__ __forceinline__ void store_round_keys(const NoiseKey& key, unsigned char* round_keys, uint32_t thread) {
+  uint32_t* keys = reinterpret_cast<uint32_t*>(round_keys);
+  if (thread < 10) {
+    keys[2 * thread] = key.k0 + thread * kPhiloxW0;
+    keys[2 * thread + 1] = key.k1 + thread * kPhiloxW1;
   }
+}
+__device__ __forceinline__ void store_round_keys(const NoiseKey& key) {
+  store_round_keys(key, shared_memory() + kRoundKeys, threadIdx.x);
   __syncthreads();
 }
-__device__ __forceinline__ Words4 row_noise_words(const NoiseKey& key, int column) {
+__device__ __forceinline__ Words4 row_noise_words(const NoiseKey& key, int column, const unsigned char* round_keys) {
   uint32_t c0 = static_cast<uint32_t>(column) / 4, c1 = key.row, c2 = key.step, c3 = kSimplexNoise;
 #pragma unroll
   for (int pair = 0; pair < 5; ++pair) {
-    const Words16 keys = load16(shared_memory() + kRoundKeys + 16 * pair);
+    const Words16 keys = load16(round_keys + 16 * pair);
 #pragma unroll
     for (int round = 0; round < 2; ++round) {
       const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0, p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
@@ -311,6 +323,9 @@ __device__ __forceinline__ Words4 row_noise_words(const NoiseKey& key, int colum
     }
   }
   return {{c0, c1, c2, c3}};
+}
+__device__ __forceinline__ Words4 row_noise_words(const NoiseKey& key, int column) {
+  return row_noise_words(key, column, shared_memory() + kRoundKeys);
 }
 
 // log2 (E / ln 2), E = -log U, in two special-function operations; the constant cancels in every softmax. Near U = 1
@@ -323,6 +338,13 @@ __device__ __forceinline__ float log2_noise(uint32_t word) {
       coarse ? v * (1.442695f + v * 0.7213475f)
              : v * (1.442695f + v * (0.7213475f + v * (0.48089835f + v * (0.36067376f + v * 0.28853901f))));
   return lg2_approx(v < (coarse ? 0.015625f : 0.0625f) ? series : -lg2_approx(u));
+}
+
+// E itself, in one special-function operation: error 2e-7 max(1, E).
+__device__ __forceinline__ float exponential_noise(uint32_t word) {
+  const float u = simplex_uniform(word), v = 1.0f - u;
+  const float series = v * (1.0f + v * (0.5f + v * (0.33333334f + v * (0.25f + v * 0.2f))));
+  return v < 0.0625f ? series : -0.6931471805599453f * lg2_approx(u);
 }
 
 // One lane's word, by selection: an indexed array would live in local memory.

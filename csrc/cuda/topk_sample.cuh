@@ -28,14 +28,6 @@ __device__ __forceinline__ TopkShared& topk_shared() {
   return *reinterpret_cast<TopkShared*>(shared_memory() + kPartialBytes);
 }
 
-// Larger logits have larger ordered bits.
-__device__ __forceinline__ uint32_t ordered_bits(float logit) {
-  const uint32_t bits = __float_as_uint(logit + 0.0f);  // -0 counts as 0
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float logit_of_bits(uint32_t ordered) {
-  return __int_as_float(static_cast<int32_t>(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered));
-}
 __device__ __forceinline__ uint64_t key_of(float logit, int64_t column) {
   return static_cast<uint64_t>(ordered_bits(logit)) << 32 | ~static_cast<uint32_t>(column);
 }
@@ -182,13 +174,13 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
     uint32_t n = static_cast<uint32_t>(p.k);
     const bool have = threadIdx.x < n;
     const uint64_t own = have ? s.sorted[threadIdx.x] : 0;
-    const float z = have ? logit_of_bits(static_cast<uint32_t>(own >> 32)) : 0.0f;
+    const float z = have ? value_of_bits(static_cast<uint32_t>(own >> 32)) : 0.0f;
     total = row_sum<false>(have ? mass(z) : 0.0);
     if (p.top_p < 1.0f) {  // the shortest prefix, by rank, that holds the mass
       if (threadIdx.x == 0) {
         double held = 0.0;
         uint32_t count = 0;
-        while (count < n && held < p.top_p * total) held += mass(logit_of_bits(s.sorted[count++] >> 32));
+        while (count < n && held < p.top_p * total) held += mass(value_of_bits(s.sorted[count++] >> 32));
         s.kept = count > 0 ? count : 1;
       }
       __syncthreads();

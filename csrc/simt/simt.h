@@ -88,6 +88,9 @@ inline int clamp_lane(int lane, int own) { return lane < 0 || lane > 31 ? own : 
 #define __shfl_xor_sync(mask, value, bits) ::simt::shuffle(mask, value, ::simt::lane_index() ^ (bits), KLFLOW_SITE)
 #define __shfl_down_sync(mask, value, delta) \
   ::simt::shuffle(mask, value, ::simt::clamp_lane(::simt::lane_index() + (delta), ::simt::lane_index()), KLFLOW_SITE)
+#define __shfl_up_sync(mask, value, delta) \
+  ::simt::shuffle(mask, value, ::simt::clamp_lane(::simt::lane_index() - (delta), ::simt::lane_index()), KLFLOW_SITE)
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 
 template <class T>
 inline T atomicAdd(T* address, std::type_identity_t<T> value) {

@@ -1,0 +1,53 @@
+// The evidence e_j of every token in a row (NoisePosteriorParams in common/params.h) from the noise E_j and its sum.
+#pragma once
+
+#include "row.cuh"
+
+namespace klflow::cuda {
+
+// Rows up to this length have single E_j of weight in the sum: their E_j, sums and logarithms are made one column at a
+// time and as exactly as float32 allows. In longer rows (1 - e^-s) E_j / S < 2^-6.
+constexpr int kNarrow = 2048;
+
+__device__ __forceinline__ float exact_noise(const Words4& words, int64_t column) {
+  return -logf(simplex_uniform(word_at(words, column)));
+}
+
+// s = c t / (1 - t), with which the row's token has e^s times its own noise. Beyond kMostGain the row is onehot(token),
+// as e^s E_k may be no float32.
+constexpr float kMostGain = 80.0f;
+__device__ __forceinline__ float gain_of(float t, float c) { return c * t / (1.0f - t); }
+
+struct Evidence {
+  double sum;         // S = sum of E_j + (e^s - 1) E_k
+  float vocab, stay;  // V, e^-s
+  float share;        // (1 - e^-s) / S
+  float own;          // e_k
+
+  // noise_sum: the sum of all E_j; own_noise: E_k.
+  __device__ __forceinline__ Evidence(double noise_sum, float own_noise, float gain, int64_t columns) {
+    const float raised = expm1f(gain) * own_noise;
+    sum = noise_sum + raised;
+    vocab = static_cast<float>(columns);
+    stay = expf(-gain);
+    share = -expm1f(-gain) / static_cast<float>(sum);
+    own = vocab * log1pf(raised / static_cast<float>(noise_sum));
+  }
+  // z_j = log_prior_j + e_j of any other token of a long row.
+  __device__ __forceinline__ float posterior(float noise, float log_prior) const {
+    const float w = share * noise;
+    return vocab * w * (1.0f + w * (0.5f + w * (0.33333334f + w * 0.25f))) + log_prior;
+  }
+  // e_j of any other token of a narrow row.
+  __device__ __forceinline__ float narrow(float noise) const {
+    const float w = share * noise;
+    if (w < 0.5f) return -vocab * log1pf(-w);
+    const double e = noise;
+    return -vocab * logf(static_cast<float>((sum - e + stay * e) / sum));
+  }
+};
+
+// exp(z - shift).
+__device__ __forceinline__ float mass_of(float z, float shift) { return ex2_approx((z - shift) * 1.4426950408889634f); }
+
+}  // namespace klflow::cuda
