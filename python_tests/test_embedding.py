@@ -186,10 +186,12 @@ def test_broadcasting_and_layouts(device):
             torch.testing.assert_close(out.reshape(12, width), same)
     ids, q, rest = ops.noise_posterior(target, t, seeds, log_prior, top=9)
     assert ids.shape == q.shape == (3, 4, 9) and rest.shape == (3, 4)
-    empty = ops.noise_embedding(
-        target[:0], 0.1, weight_of(vocab, width, device).requires_grad_(), 0, log_prior=log_prior, top=9
-    )
-    assert empty.shape == (0, 4, width)
+    for form in FORMS:
+        weight = weight_of(vocab, width, device).requires_grad_()
+        out = embed(ops, form, target[:0], 0.1, weight, 0)
+        assert out.shape == (0, 4, width)
+        out.sum().backward()
+        assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
 @pytest.mark.parametrize("vocab", [31, 1000, 50257])

@@ -393,6 +393,8 @@ def compiled_cases(device):
         "topk_sample": lambda: ops.topk_sample(logits, 5, rng),
         "topk_renoise": lambda: ops.topk_renoise(logits, 5, 0.2, rng),
         "euler_step": lambda: ops.euler_step(log_x, logits, 0.1),
+        "noise_posterior": lambda: ops.noise_posterior(target, 0.2, rng, log_x[0], top=5),
+        "noise_embedding": lambda: ops.noise_embedding(target % 6, 0.2, logits, rng, log_prior=log_x[:, 0], top=5),
     }
 
 

@@ -1,5 +1,5 @@
-// out = scale * base + sum_i weight_i row_i: the sum that gather_rows and scatter_rows are made of. It stays in registers
-// over as many columns as fit; rows are added in their order, so the bits depend on nothing else.
+// out = scale * base + sum_i weight_i row_i: the sum that gather_rows and scatter_rows are made of. It stays in
+// registers over as many columns as fit; rows are added in their order, so the bits depend on nothing else.
 #pragma once
 
 #include "row.h"

@@ -1,0 +1,165 @@
+#!/usr/bin/env python
+"""The network's input, forward and backward: how long it takes and what it holds, beside what it replaces.
+
+    python benchmarks/embedding.py                       # 512 rows, V = 50,257, D = 384; about two minutes on two cores
+    python benchmarks/embedding.py --device cuda --rows 8192 --dtypes bfloat16 --json results.json
+
+Forms: x_t @ weight ("simplex"), the whole posterior q @ weight ("posterior"), its M largest entries and the rest's mean
+("top M"), nn.Embedding's lookup of the clean tokens ("lookup": the floor), and x_t @ weight in plain PyTorch ("eager"). All
+are called in turn in one run. Peak memory is what a call adds, the gradient of the weight included: of CUDA's allocator, or
+of the process (Linux).
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from kernels import machine, once
+
+from klflow_ext import ops
+
+BETA = 0.01
+
+
+def forms(rows, vocab, width, dtype, device):
+    """The forms as functions of nothing that do one forward and backward pass."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    prior = 1 / torch.arange(2.7, vocab + 2.7, device=device)  # Zipf's law, as in texts
+    log_prior = (prior / prior.sum()).log()
+    target = torch.multinomial(log_prior.exp(), rows, replacement=True, generator=generator)
+    t = torch.rand(rows, device=device, generator=generator) * 0.3
+    rng = torch.tensor([1, 2], device=device)
+    weight = torch.randn(vocab, width, device=device, generator=generator).to(dtype).requires_grad_()
+    upstream = torch.randn(rows, width, device=device, generator=generator).to(dtype)
+    c = math.log(vocab / BETA - vocab + 1)
+
+    def eager():
+        l = torch.empty(rows, vocab, device=device).exponential_().log_().mul_(1 - t[:, None])
+        l[torch.arange(rows, device=device), target] += t * c
+        return l.softmax(-1).to(dtype) @ weight
+
+    def embedding(**options):
+        return lambda: ops.noise_embedding(target, t, weight, rng, **options)
+
+    forward = {
+        "lookup": lambda: F.embedding(target, weight),
+        "top 128": embedding(log_prior=log_prior, top=128),
+        "top 512": embedding(log_prior=log_prior, top=512),
+        "posterior": embedding(log_prior=log_prior, top=None),
+        "simplex": embedding(),
+        "eager": eager,
+    }
+
+    def both(function):
+        weight.grad = None
+        function().backward(upstream)
+
+    return {name: lambda function=function: both(function) for name, function in forward.items()}, weight
+
+
+def peak_bytes(function, device):
+    """What a call adds to the memory that is held, at its peak; nan where the system does not tell."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+        before = resident("VmRSS")
+        function()
+        return resident("VmHWM") - before
+    except OSError:
+        return math.nan
+
+
+def resident(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return math.nan
+
+
+def run(arguments):
+    device = torch.device(arguments.device)
+    results = []
+    print(f"{'form':<12}{'dtype':>10}{'ms':>10}{'of eager':>10}{'of simplex':>12}{'of lookup':>11}{'peak MB':>9}")
+    for dtype in arguments.dtypes:
+        functions, weight = forms(arguments.rows, arguments.vocab, arguments.width, getattr(torch, dtype), device)
+        memory, times = {}, {name: [] for name in functions}
+        for name, function in functions.items():
+            function()
+            weight.grad = None
+            memory[name] = peak_bytes(function, device)
+        start, rounds = time.perf_counter(), 0
+        while rounds < 3 or time.perf_counter() - start < arguments.seconds:
+            for name, function in functions.items():
+                weight.grad = None
+                times[name].append(once(function, device))
+            rounds += 1
+            if sys.stderr.isatty():
+                left = max(0, arguments.seconds - (time.perf_counter() - start))
+                print(f"\r{rounds} rounds, {left:.0f} s left ", end="\r", file=sys.stderr, flush=True)
+        ms = {name: statistics.median(values) for name, values in times.items()}
+        for name in functions:
+            ratios = {peer: ms[name] / ms[peer] for peer in ("eager", "simplex", "lookup")}
+            results.append({"form": name, "rows": arguments.rows, "vocab": arguments.vocab, "width": arguments.width,
+                            "dtype": dtype, "ms": ms[name], "ratios": ratios, "peak_bytes": memory[name]})  # fmt: skip
+            print(
+                f"{name:<12}{dtype:>10}{ms[name]:>10.2f}{ratios['eager']:>10.3f}{ratios['simplex']:>12.3f}"
+                f"{ratios['lookup']:>11.1f}{memory[name] / 1e6:>9.0f}",
+                flush=True,
+            )
+    return results
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=50257)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--dtypes", default="float32")
+    parser.add_argument("--seconds", type=float, default=20, help="time for each dtype, all forms together")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, but this torch sees no CUDA device")
+    if arguments.rows < 1 or arguments.vocab < 512 or arguments.width < 1:
+        parser.error("--rows, --vocab, --width: allowed are at least 1, 512 and 1")
+    arguments.dtypes = arguments.dtypes.split(",")
+    for dtype in arguments.dtypes:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            parser.error(f"--dtypes: got {dtype!r}, allowed are float32, bfloat16, float16")
+    if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
+        parser.error(f"{arguments.json}: its folder does not exist")
+    return arguments
+
+
+def main():
+    arguments = parse()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    about = machine(arguments.device)
+    print("  ".join(f"{key}: {value}" for key, value in about.items()))
+    results = run(arguments)
+    if arguments.json:
+        temporary = arguments.json.with_name(arguments.json.name + ".tmp")
+        temporary.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
+        os.replace(temporary, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
