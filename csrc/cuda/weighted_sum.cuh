@@ -77,7 +77,6 @@ __device__ __forceinline__ void weighted_sum(const Rows& rows, int64_t width, in
       for (int g = 0; g < groups && count > 0; ++g) total += s.partial[kVector * lanes * g + j];
       write(first + j, total);
     }
-    __syncthreads();  // the next sum writes what was read here
   }
 }
 
