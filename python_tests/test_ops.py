@@ -411,6 +411,7 @@ def compiled_cases(device):
         "logit_interpolate": lambda: ops.logit_interpolate(log_x, logits, 0.3),
         "cross_entropy": lambda: ops.cross_entropy(logits, target, label_smoothing=0.1, return_lse=True),
         "cross_entropy_grad": lambda: ops.cross_entropy_grad(logits, target),
+        "linear_cross_entropy": lambda: ops.linear_cross_entropy(logits, logits, target % 6, chunk_rows=4),
         "topk_sample": lambda: ops.topk_sample(logits, 5, rng),
         "topk_renoise": lambda: ops.topk_renoise(logits, 5, 0.2, rng),
         "euler_step": lambda: ops.euler_step(log_x, logits, 0.1),
