@@ -1,0 +1,247 @@
+"""A whole training step, time and peak memory, beside what it replaces; against the size of the vocabulary.
+
+    python benchmarks/train_step.py                                  # 4 x 128 positions, D = 384, 6 layers; 4 minutes on two cores
+    python benchmarks/train_step.py --json step.json --plot step.png
+    python benchmarks/train_step.py --memory --batch 64              # the memory of 8,192 positions (Linux, or CUDA)
+
+Steps: "posterior" and "simplex" are this package's (no tensor of positions x V); "eager" is the paper's step as a user
+would write it in PyTorch (Dirichlet sample, log, lerp, softmax, matmul, cross-entropy); "integer" is the same network
+with ordinary token embeddings and dense logits, what an autoregressive model costs: the floor to aim at. All steps are
+called in turn in one run; each is forward, backward and both optimizers.
+
+Peak memory (--memory) is what a step holds at its peak above parameters, gradients, optimizer state and the transformer's
+activations, each step in a process of its own, as a share of one (positions x 50,259) bfloat16 matrix.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from embedding import peak_bytes
+from kernels import machine, once
+
+from klflow_ext import Denoiser, DenoiserConfig, LogitPath
+
+STEPS = ("posterior", "simplex", "integer", "eager")
+BETA = 0.01
+
+
+class Step:
+    """One way to make a training step of a network of this size; call it to do one."""
+
+    def __init__(self, kind, vocab, arguments):
+        torch.manual_seed(0)
+        self.kind, self.vocab, device = kind, vocab, torch.device(arguments.device)
+        shape = (arguments.batch, arguments.length)
+        self.path = LogitPath(vocab)
+        prior = 1 / torch.arange(2.7, vocab + 2.7)  # Zipf's law, as in texts
+        input = "posterior" if kind == "posterior" else "simplex"
+        config = DenoiserConfig(
+            vocab, arguments.layers, arguments.width // 64, arguments.width, max_length=arguments.length, input=input
+        )
+        self.model = Denoiser(config, self.path, (prior / prior.sum()).log()).to(device)
+        for p in self.model.parameters():
+            if not p.any():  # output projections at zero would leave the rest without a gradient
+                torch.nn.init.normal_(p, std=0.02)
+        self.target = torch.multinomial(prior, math.prod(shape), replacement=True).view(shape).to(device)
+        self.t = (torch.rand(shape[0]) * self.path.t_max).to(device)
+        hidden = self.model.hidden_matrices()
+        rest = [p for p in self.model.parameters() if all(p is not q for q in hidden)]
+        self.optimizers = [torch.optim.AdamW(rest, lr=1e-4), torch.optim.Muon(hidden, lr=1e-4)]
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=arguments.dtype == "bfloat16")
+        self.count = 0
+
+    def loss(self):
+        model, target, t, vocab = self.model, self.target, self.t, self.vocab
+        if self.kind in ("posterior", "simplex"):
+            return self.path.loss(model, target, t, torch.tensor([0, self.count], device=target.device))
+        if self.kind == "integer":
+            h = F.embedding(target, model.embedding)
+        else:
+            x0 = torch.distributions.Dirichlet(torch.ones(vocab, device=target.device)).sample(target.shape)
+            log_x1 = torch.full_like(x0, math.log(BETA / vocab))
+            log_x1.scatter_(-1, target[..., None], math.log(1 - BETA + BETA / vocab))
+            x = torch.lerp(x0.log(), log_x1, t[:, None, None]).softmax(-1)
+            h = (x - 1 / vocab) @ model.embedding * math.sqrt(vocab)
+        logits = model.head(model.hidden(h, t))
+        return F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
+
+    def backward(self):
+        with self.autocast:
+            loss = self.loss()
+        loss.backward()
+        self.count += 1
+
+    def __call__(self):
+        self.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def times(arguments):
+    results = []
+    device = torch.device(arguments.device)
+    print(f"{'V':>8} {'step':<11}{'ms':>9}{'of integer':>12}{'of eager':>10}")
+    for vocab in arguments.vocab:
+        steps = {kind: Step(kind, vocab, arguments) for kind in arguments.steps}
+        for step in steps.values():
+            step()
+        ms, start = {kind: [] for kind in steps}, time.perf_counter()
+        while len(ms[arguments.steps[0]]) < 3 or time.perf_counter() - start < arguments.seconds:
+            for kind, step in steps.items():
+                ms[kind].append(once(step, device))
+                if sys.stderr.isatty():
+                    left = arguments.seconds - (time.perf_counter() - start)
+                    print(f"\rV = {vocab}: {max(left, 0):.0f} s left ", end="\r", file=sys.stderr, flush=True)
+        median = {kind: statistics.median(values) for kind, values in ms.items()}
+        for kind in steps:
+            ratios = {peer: median[kind] / median[peer] for peer in ("integer", "eager") if peer in median}
+            results.append(
+                {"vocab": vocab, "step": kind, "ms": median[kind], "rounds": len(ms[kind]), "ratios": ratios}
+            )
+            print(f"{vocab:>8} {kind:<11}{median[kind]:>9.0f}" + "".join(f"{ratios.get(p, math.nan):>{w}.2f}" for p, w in
+                  (("integer", 12), ("eager", 10))), flush=True)  # fmt: skip
+    return results
+
+
+def memory_of(kind, vocab, arguments):
+    """Bytes above parameters, optimizer state, gradients and the transformer's own peak, in this process."""
+    step = Step(kind, vocab, arguments)
+    step()
+    device = torch.device(arguments.device)
+    width = (arguments.batch, arguments.length, arguments.width)
+    inputs, slopes = torch.randn(width, device=device, requires_grad=True), torch.randn(width, device=device)
+
+    def transformer():
+        with step.autocast:
+            h = step.model.hidden(inputs, step.t)
+        h.backward(slopes)
+        step.model.zero_grad(set_to_none=True)
+        inputs.grad = None
+
+    transformer()
+    own = peak_bytes(transformer, device)
+    own_gradients = sum(p.numel() * p.element_size() for p in step.model.blocks.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in step.model.parameters())
+    return peak_bytes(step.backward, device) - gradients - (own - own_gradients)
+
+
+def memories(arguments):
+    """One process for each step and V, so that no freed memory of another counts."""
+    positions, results = arguments.batch * arguments.length, []
+    matrix = 2 * positions * 50259
+    print(f"{'V':>8} {'step':<11}{'peak MB':>9}  share of ({positions} x 50,259) bfloat16, {matrix / 1e6:.0f} MB")
+    for vocab in arguments.vocab:
+        for kind in arguments.steps:
+            if kind in ("integer", "eager") and 16 * positions * vocab > arguments.most_bytes:
+                continue
+            options = [
+                f"--{name}={getattr(arguments, name)}"
+                for name in ("device", "batch", "length", "width", "layers", "dtype")
+            ]
+            command = [sys.executable, __file__, f"--measure={kind}", f"--vocab={vocab}", *options]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                print(f"{vocab:>8} {kind:<11} failed: {done.stderr.strip().splitlines()[-1:]}")
+                continue
+            size = float(done.stdout.split()[-1])
+            results.append({"vocab": vocab, "step": kind, "peak_bytes": size, "share": size / matrix})
+            print(f"{vocab:>8} {kind:<11}{size / 1e6:>9.0f}{size / matrix:>8.1%}", flush=True)
+    return results
+
+
+def plot(results, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [(name, key, label) for name, key, label in (
+        ("times", "ms", "ms a step"), ("memory", "peak_bytes", "peak MB of the vocabulary's side")) if results.get(name)]  # fmt: skip
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
+    for axis, (name, key, label) in zip(axes[0], panels, strict=True):
+        for kind in STEPS:
+            points = [
+                (r["vocab"], r[key] / (1e6 if key == "peak_bytes" else 1)) for r in results[name] if r["step"] == kind
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=kind)
+        axis.set(xscale="log", yscale="log", xlabel="V", ylabel=label)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, format="png")
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--vocab", default="4096,50259,128256,262144", help="V,V,...")
+    parser.add_argument("--steps", default=",".join(STEPS))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: under autocast")
+    parser.add_argument("--seconds", type=float, default=30, help="time for each V, all steps together")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument(
+        "--most-bytes", type=float, default=16e9, help="with --memory: dense steps above this are left out"
+    )
+    parser.add_argument("--measure", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="results are added to what the file holds")
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, but this torch sees no CUDA device")
+    try:
+        arguments.vocab = [int(v) for v in arguments.vocab.split(",")]
+        assert min(arguments.vocab) >= 2
+    except (ValueError, AssertionError):
+        parser.error(f"--vocab: got {arguments.vocab!r}, allowed are integers >= 2, separated by commas")
+    arguments.steps = arguments.steps.split(",")
+    for kind in arguments.steps:
+        if kind not in STEPS:
+            parser.error(f"--steps: got {kind!r}, allowed are {', '.join(STEPS)}")
+    if arguments.width < 64 or arguments.width % 64:
+        parser.error(f"--width: got {arguments.width}, allowed is a multiple of 64")
+    for path in (arguments.json, arguments.plot):
+        if path is not None and not path.resolve().parent.is_dir():
+            parser.error(f"{path}: its folder does not exist")
+    return arguments
+
+
+def main():
+    arguments = parse()
+    if arguments.measure:
+        print(memory_of(arguments.measure, arguments.vocab[0], arguments))
+        return
+    about = machine(arguments.device)
+    about["size"] = {name: getattr(arguments, name) for name in ("batch", "length", "width", "layers", "dtype")}
+    print("  ".join(f"{key}: {value}" for key, value in about.items()))
+    start = time.perf_counter()
+    name = "memory" if arguments.memory else "times"
+    found = {name: memories(arguments) if arguments.memory else times(arguments), f"{name}_machine": about}
+    print(f"done in {time.perf_counter() - start:.0f} s")
+    held = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
+    found = {**held, **found}
+    if arguments.json:
+        temporary = arguments.json.with_name(arguments.json.name + ".tmp")
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
+        os.replace(temporary, arguments.json)
+    if arguments.plot:
+        temporary = arguments.plot.with_name(arguments.plot.name + ".tmp")
+        plot(found, temporary)
+        os.replace(temporary, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
