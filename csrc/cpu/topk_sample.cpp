@@ -80,8 +80,8 @@ int64_t count_at_least(const int32_t* keys, int64_t n, int32_t t) {
   return total;
 }
 
-// A t that k to k + slack of n keys reach or, where ties prevent that, the k-th largest key: by bisection in [low,
-// high], low being reached by k keys and high by fewer than k or by none above it.
+// A t that at least k of n keys reach: k + slack at most or, where ties prevent that, the k-th largest key. Bisection
+// in [low, high]: at least k keys reach low, none is above high.
 int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k, int64_t slack, int64_t low, int64_t high) {
   ++high;
   while (high - low > 1) {
@@ -246,8 +246,7 @@ class Draw {
     return true;
   }
 
-  // Groups that are about `wanted` maxima of the n groups' maxima, behind them: enough for a bound, and fewer to
-  // search.
+  // Merges the n groups into about `wanted`, whose maxima follow theirs: a bound still, and fewer to search.
   int64_t fold(int64_t n, int64_t wanted) {
     const int64_t folded = std::min(n, (wanted + kLanes - 1) / kLanes * kLanes);
     int32_t* to = maxima_ + n;
