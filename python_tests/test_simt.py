@@ -119,7 +119,7 @@ def test_schedule_and_poison_never_change_a_result(simt_library):
                 *ops.topk_renoise(logits, 40, 0.2, 2),
                 *ops.euler_step(logits, logits, 0.1),
                 *ops.noise_posterior(target, 0.05, 1, log_prior, top=50),
-                *embedding_and_gradient(target, log_prior),
+                *embedding_and_gradient(target.repeat(15), log_prior),
             ])  # fmt: skip
     finally:
         _C.use_backend(None)
