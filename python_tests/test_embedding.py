@@ -1,7 +1,6 @@
 """The embedding ops: posteriors and embeddings of noisy rows against their float64 twins, and their gradients."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +11,6 @@ from klflow_ext.ops import embedding
 
 SHAPES = [(60, 2), (60, 3), (40, 31), (9, 1000), (9, 2500), (3, 50257)]
 TIMES = [0.0, 0.02, 0.1, 0.2, 0.3, 0.5, 0.8, 0.99, 1.0]
-
-
-@pytest.fixture(autouse=True)
-def backend_has_kernels(request):
-    if request.node.callspec.params.get("device") == "simt" if hasattr(request.node, "callspec") else False:
-        if not (Path(__file__).parent.parent / "csrc/cuda/noise_tile.cu").exists():
-            pytest.skip("no CUDA kernels of the embedding ops yet")
 
 
 def prior_of(vocab, device="cpu", never=False):
@@ -130,7 +122,9 @@ def embed(module, form, target, t, weight, rng, log_prior=None, **options):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rows,vocab,width", [(20, 2, 5), (20, 3, 33), (20, 31, 16), (12, 1000, 384), (3, 50257, 70)])
-def test_noise_embedding_and_its_gradient(rows, vocab, width, form, device, monkeypatch):
+def test_noise_embedding_and_its_gradient(rows, vocab, width, form, device, monkeypatch, request):
+    if request.node.callspec.params["device"] == "simt":
+        vocab = min(vocab, 5003)  # each of its rows is a block of 512 fibers there
     monkeypatch.setattr(embedding, "TILE", {"cpu": (8, 1024), "cuda": (8, 1024)})
     target, t, rng, given = case_of(rows, vocab, device)
     weight = weight_of(vocab, width, device).requires_grad_()
