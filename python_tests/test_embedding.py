@@ -9,7 +9,7 @@ from test_ops import assert_close, targets_of
 from klflow_ext import ops, reference
 from klflow_ext.ops import embedding
 
-SHAPES = [(60, 2), (60, 3), (40, 31), (9, 1000), (3, 50257)]
+SHAPES = [(60, 2), (60, 3), (40, 31), (9, 1000), (9, 2500), (3, 50257)]
 TIMES = [0.0, 0.02, 0.1, 0.2, 0.3, 0.5, 0.8, 0.99, 1.0]
 
 

@@ -94,9 +94,10 @@ def test_off_by_one_is_caught_by_the_sanitizer(planted):
 
 def embedding_and_gradient(target, log_prior):
     results = []
+    seeds = torch.arange(2 * len(target)).reshape(-1, 2)
     for options in ({}, {"log_prior": log_prior, "top": None}, {"log_prior": log_prior, "top": 50}):
         weight = torch.randn(len(log_prior), 20, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        out = ops.noise_embedding(target, 0.05, weight, 1, **options)
+        out = ops.noise_embedding(target, 0.05, weight, seeds, **options)
         out.square().sum().backward()
         results += [out.detach(), weight.grad]
     return results
@@ -118,8 +119,8 @@ def test_schedule_and_poison_never_change_a_result(simt_library):
                 *ops.topk_sample(logits, 40, 2, top_p=0.9),
                 *ops.topk_renoise(logits, 40, 0.2, 2),
                 *ops.euler_step(logits, logits, 0.1),
-                *ops.noise_posterior(target, 0.05, 1, log_prior, top=50),
-                *embedding_and_gradient(target, log_prior),
+                *ops.noise_posterior(target, 0.05, torch.arange(6).reshape(3, 2), log_prior, top=50),
+                *embedding_and_gradient(target.repeat(15), log_prior),
             ])  # fmt: skip
     finally:
         _C.use_backend(None)

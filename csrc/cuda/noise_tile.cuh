@@ -1,7 +1,7 @@
 // A tile of the rows that noise_embedding multiplies by the weight, straight from the noise contract: y (and its sum)
 // or the posterior q (NoiseTileParams in common/params.h). A warp makes a row of the tile, so that narrow tiles leave
 // no thread idle and no barrier is needed. Never materialised: more of a row than the tile; x_0, l_t, evidence. Bytes:
-// one write of the tile, which stays in L2. Bound: instructions, about 28 an element.
+// one write of the tile, which stays in L2. Bound: instructions, about 30 an element.
 #pragma once
 
 #include "evidence.cuh"

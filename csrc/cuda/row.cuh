@@ -340,11 +340,9 @@ __device__ __forceinline__ float log2_noise(uint32_t word) {
   return lg2_approx(v < (coarse ? 0.015625f : 0.0625f) ? series : -lg2_approx(u));
 }
 
-// E itself, in one special-function operation: error 2e-7 max(1, E).
+// E itself, where its absolute error counts, in one special-function operation: error 2e-7 max(1, E).
 __device__ __forceinline__ float exponential_noise(uint32_t word) {
-  const float u = simplex_uniform(word), v = 1.0f - u;
-  const float series = v * (1.0f + v * (0.5f + v * (0.33333334f + v * (0.25f + v * 0.2f))));
-  return v < 0.0625f ? series : -0.6931471805599453f * lg2_approx(u);
+  return -0.6931471805599453f * lg2_approx(simplex_uniform(word));
 }
 
 // One lane's word, by selection: an indexed array would live in local memory.
