@@ -128,6 +128,8 @@ def test_autocast_as_a_matrix_product(device):
         dense = run(
             lambda h, w, y, bias: F.cross_entropy(F.linear(h, w, bias).float(), y), (hidden, weight, bias), target
         )
+    narrow = [x.bfloat16() for x in (hidden, weight, bias)]
+    assert torch.equal(ours[0], run(ops.linear_cross_entropy, narrow, target, chunk_rows=16)[0])
     for a, b, e in zip(ours, dense, exact, strict=True):
         assert a.dtype == torch.float32
         assert 0 < (a.double() - e).norm() <= 1.5 * (b.double() - e).norm() + 1e-6 * e.norm()
