@@ -114,14 +114,18 @@ float gap(double beta, int64_t vocab) {  // c = log(V / beta - V + 1)
   return static_cast<float>(std::log(vocab / beta - vocab + 1.0));
 }
 
+int64_t token_at(const Tokens& tokens, int64_t row) {
+  return tokens.is_int32 ? static_cast<const int32_t*>(tokens.data)[row * tokens.stride]
+                         : static_cast<const int64_t*>(tokens.data)[row * tokens.stride];
+}
+
 // On the CPU a bad target is an error before any work (Python's IndexError); on CUDA a check would synchronise, so the
 // kernel answers NaN.
 void check_targets(const Tokens& target, int64_t rows, int64_t vocab, const char* name, const Given* only,
                    const int64_t* ignore_index) {
   for (int64_t row = 0; row < rows; ++row) {
     if (only != nullptr && !only->flags[row * only->stride]) continue;
-    const int64_t value = target.is_int32 ? static_cast<const int32_t*>(target.data)[row * target.stride]
-                                          : static_cast<const int64_t*>(target.data)[row * target.stride];
+    const int64_t value = token_at(target, row);
     if ((value >= 0 && value < vocab) || (ignore_index != nullptr && value == *ignore_index)) continue;
     std::ostringstream message;
     message << name << ": row " << row << " holds " << value << ", allowed is 0 to V - 1 = " << vocab - 1;
@@ -240,6 +244,31 @@ std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor target, OptionalT
   Tensor lse = torch::stable::new_empty(logits, {&rows, 1}, ScalarType::Float);
   cross_entropy_out(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, loss, lse);
   return {loss, lse};
+}
+
+// The rows' loss summed, and divided by the sum over kept rows of weight[target] row_weight where mean: on a CPU two
+// more operators for it would cost as much as a short row.
+std::tuple<Tensor, Tensor> cross_entropy_total(Tensor logits, Tensor target, OptionalTensor weight,
+                                               OptionalTensor row_weight, int64_t ignore_index, double label_smoothing,
+                                               double z_loss, double softcap, bool mean) {
+  auto [loss, lse] = cross_entropy(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap);
+  Tensor total = torch::stable::new_empty(logits, torch::headeronly::IntHeaderOnlyArrayRef(), ScalarType::Float);
+  const CrossEntropyParams p =
+      cross_entropy_params(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, lse);
+  const float* rows = vector_of(loss, p.rows, "loss");
+  double sum = 0.0, divisor = 0.0;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    sum += rows[row];
+    double share = p.row_weight.data != nullptr ? p.row_weight.data[row * p.row_weight.stride] : 1.0;
+    if (p.target.data != nullptr) {
+      const int64_t token = token_at(p.target, row);
+      if (token == ignore_index) continue;
+      if (p.weight != nullptr) share *= p.weight[token];
+    }
+    divisor += share;
+  }
+  *static_cast<float*>(total.data_ptr()) = static_cast<float>(mean ? sum / divisor : sum);
+  return {total, lse};
 }
 
 void cross_entropy_grad(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor row_weight,
@@ -476,6 +505,9 @@ STABLE_TORCH_LIBRARY(klflow, m) {
       "cross_entropy_out(Tensor logits, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, Tensor(a!) loss, Tensor(b!) lse) -> ()");
   m.def(
+      "cross_entropy_total(Tensor logits, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, "
+      "float label_smoothing, float z_loss, float softcap, bool mean) -> (Tensor total, Tensor lse)");
+  m.def(
       "cross_entropy_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, Tensor dloss, Tensor(a!) loss, Tensor(b!) lse, "
       "Tensor(c!) grad) -> ()");
@@ -524,6 +556,7 @@ STABLE_TORCH_LIBRARY(klflow, m) {
 STABLE_TORCH_LIBRARY_IMPL(klflow, CPU, m) {
   KLFLOW_IMPLEMENT(m)
   m.impl("group_by_token", TORCH_BOX(&klflow::group_by_token));
+  m.impl("cross_entropy_total", TORCH_BOX(&klflow::cross_entropy_total));
 }
 #ifdef KLFLOW_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(klflow, CUDA, m){KLFLOW_IMPLEMENT(m)}

@@ -106,6 +106,38 @@ def test_slices_have_the_same_bits(vocab, device):
     assert torch.equal(loss[7:8], one[0]) and torch.equal(lse[7:8], one[1]) and torch.equal(grad[7:8], one[2])
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_state_for_each_sequence(length, device, request):
+    """rng (B, 2): a sequence's noise and draws are those it has alone, wherever it stands in the batch."""
+    b, vocab = 4, 1003
+    target = targets_of(b * length, vocab, device).view(b, length)
+    logits = logits_of(b * length, vocab, device=device).view(b, length, vocab)
+    log_prior = torch.randn(vocab, generator=torch.Generator().manual_seed(4)).log_softmax(-1).to(device)
+    states = torch.tensor([[7, 1], [7, 2], [8, 1], [9, 5]], device=device)
+    calls = {
+        "noise": lambda s, rng: ops.noise_interpolate(target[s], 0.2, rng, vocab_size=vocab, row_offset=2),
+        "posterior": lambda s, rng: ops.noise_posterior(target[s], 0.2, rng, log_prior, top=20, row_offset=2),
+        "sample": lambda s, rng: ops.topk_sample(logits[s], 20, rng, row_offset=2),
+        "renoise": lambda s, rng: ops.topk_renoise(logits[s], 20, 0.2, rng, row_offset=2),
+    }
+    for name, call in calls.items():
+        whole = call(slice(None), states)
+        for i in range(b):
+            alone = call(slice(i, i + 1), states[i : i + 1])
+            one = call(i, states[i])  # rows (L,) with one state: numbered along L too
+            for all_rows, own, flat in zip(
+                *(v if isinstance(v, tuple) else (v,) for v in (whole, alone, one)), strict=True
+            ):
+                assert torch.equal(all_rows[i : i + 1], own) and torch.equal(all_rows[i], flat), name
+    x = calls["noise"](slice(None), states)
+    want = reference.noise_interpolate(
+        target.cpu(), 0.2, states.cpu(), vocab_size=vocab, row_offset=2, dtype=torch.float64
+    )
+    assert_close(x, want, torch.float32, scale=noise_tolerance(torch.float32, request)[0])
+    want, _ = reference.topk_sample(logits.double().cpu(), 20, states.cpu(), row_offset=2)
+    assert torch.equal(calls["sample"](slice(None), states)[0].cpu(), want)
+
+
 # ---- logit_interpolate
 
 
@@ -501,6 +533,7 @@ def test_opcheck(device):
         (klflow.logit_interpolate_out, (logits, target, t, 0.01, False, new())),
         (klflow.cross_entropy, (grad_logits, target, *options)),
         (klflow.cross_entropy_out, (logits, target, *options, rows.clone(), rows.clone())),
+        *([(klflow.cross_entropy_total, (logits, target, *options, True))] if logits.device.type == "cpu" else []),
         (klflow.cross_entropy_grad, (logits, target, *options, t, rows.clone(), rows.clone(), new())),
         (klflow.cross_entropy_backward, (logits, target, lse, *options, t, None, new())),
         (klflow.topk_sample, (logits, 5, rng, 1.0, 0.9, 0, token.clone(), rows.clone())),

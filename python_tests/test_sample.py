@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from klflow_ext import ExactDenoiser, LogitPath, Sampler, register_sampler
+from klflow_ext import Denoiser, DenoiserConfig, ExactDenoiser, LogitPath, Sampler, ops, register_sampler, sample
 from klflow_ext.oracle import log_evidence
 
 V, L = 4, 4
@@ -147,6 +147,40 @@ def test_nfe_given_tokens_and_batch_independence(method):
     assert not torch.equal(other.tokens, alone.tokens)
     done = sampler.infill(tokens, torch.ones_like(given), method=method)
     assert torch.equal(done.tokens, tokens) and done.nfe == 0
+
+
+@pytest.mark.parametrize("method", ["basic", "sampling", "hybrid"])
+def test_a_denoiser_samples_from_tokens_and_seeds_as_from_rows(method):
+    """Of a Denoiser neither noisy rows nor whole logits are built; the tokens are those of the same network on rows."""
+    torch.manual_seed(0)
+    path = LogitPath(60)
+    model = Denoiser(DenoiserConfig(60, 1, 2, 16, 8), path).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    tokens = torch.randint(60, (3, 7), generator=torch.Generator().manual_seed(1))
+    given = torch.rand(3, 7, generator=torch.Generator().manual_seed(2)) < 0.3
+    results = [
+        Sampler(m, path).infill(tokens, given, steps=6, method=method, top_k=5, return_history=True)
+        for m in (model, lambda x, t: model(x, t))
+    ]
+    assert torch.equal(results[0].tokens, results[1].tokens)
+    assert all(torch.equal(a, b) for a, b in zip(results[0].history, results[1].history, strict=True))
+    if method == "sampling":
+        built = []
+        original = ops.noise_interpolate
+        ops.noise_interpolate = lambda *a, **k: built.append(1) or original(*a, **k)
+        try:
+            Sampler(model, path).sample((2, 5), steps=4, method="sampling")
+        finally:
+            ops.noise_interpolate = original
+        assert not built
+
+
+def test_draws_from_tiles_of_logits_are_those_of_all_logits(monkeypatch):
+    hidden, weight = torch.randn(5, 4, 8), torch.randn(300, 8)
+    rng = torch.stack([torch.arange(5), torch.full((5,), 3)], 1)
+    whole = sample.Prediction((hidden @ weight.T).float()).draw(20, rng)
+    monkeypatch.setattr(sample, "LOGIT_BYTES", 4 * 4 * 300 * 2)  # two sequences at a time
+    assert torch.equal(sample.Prediction(None, hidden, weight).draw(20, rng), whole)
 
 
 def test_complete_history_and_registered_sampler():

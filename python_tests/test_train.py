@@ -1,5 +1,6 @@
 """Model, trainer and command line: what is trained how, exact resume, and errors before work."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -108,6 +109,35 @@ def test_posterior_input_is_the_exact_posterior(vocab, t):
     assert torch.equal(model.posterior(clear, torch.zeros(1)), clear)
 
 
+@pytest.mark.parametrize("input,top", [("posterior", None), ("posterior", 512), ("simplex", 512)])
+def test_training_without_rows_is_training_with_them(input, top):
+    """The loss from tokens and seeds, and the dense twin (x_t, logits): the same losses, step by step, to rounding."""
+    runs = []
+    for dense in (False, True):
+        run = trainer(12, input=input)
+        run.model.config = dataclasses.replace(run.model.config, top=top)
+        if dense:
+            loss = run.path.loss
+            run.path.loss = lambda model, *a, loss=loss, **k: loss(lambda x, t: model(x, t), *a, **k)
+        runs.append([run.train_step() for _ in range(12)])
+    torch.testing.assert_close(*map(torch.tensor, runs), rtol=2e-4, atol=0)
+
+
+def test_the_embedding_of_noise_is_that_of_its_rows():
+    path = LogitPath(3000)
+    prior = 1 / torch.arange(2.7, 3002.7)  # Zipf's law, as in texts: few tokens hold most of a posterior
+    target = torch.multinomial(prior, 12, generator=torch.Generator().manual_seed(3)).view(2, 6)
+    given = torch.zeros(2, 6, dtype=torch.bool)
+    given[0, 3] = True
+    t = torch.tensor([0.05, 0.2])
+    x = path.sample(target, t[:, None], 4, given=given)
+    for input, top, tolerance in (("simplex", 512, 1e-4), ("posterior", None, 1e-3), ("posterior", 700, 0.03)):
+        model = Denoiser(DenoiserConfig(3000, 1, 1, 32, 8, input=input, top=top), path, (prior / prior.sum()).log())
+        with torch.no_grad():
+            rows, noise = model.embed(x, t), model.embed_noise(target, t, 4, given=given)
+        assert (rows - noise).norm(dim=-1).div(rows.norm(dim=-1)).max() < tolerance, (input, top)
+
+
 @pytest.mark.parametrize("input", ["posterior", "simplex"])
 def test_times_per_position(input):
     run = trainer(10, input=input)
@@ -185,6 +215,7 @@ def test_incomplete_run_folders(tmp_path, name, broken):
         (lambda: DenoiserConfig(1), "vocab_size: got 1"),
         (lambda: DenoiserConfig(10, n_embd=30), "n_embd: got 30"),
         (lambda: DenoiserConfig(10, input="x"), "input: got 'x'"),
+        (lambda: DenoiserConfig(10, top=0), "top: got 0"),
         (lambda: TrainConfig(steps=0), "steps: got 0"),
         (lambda: TrainConfig(lr=0), "lr: got 0"),
         (lambda: TrainConfig(given_share=2), "given_share: got 2"),

@@ -104,14 +104,17 @@ def cross_entropy(
     flat, tokens, options = _flat_arguments(
         logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap
     )
+    shape = logits.shape[:-1]
     if not needs_grad(flat):  # the differentiable operator alone costs as much as a short row
+        if flat.device.type == "cpu" and reduction != "none":
+            loss, lse = _klflow.cross_entropy_total(flat, tokens, *options, reduction == "mean")
+            return (loss, lse.reshape(shape)) if return_lse else loss
         loss, lse = _new_rows(flat), _new_rows(flat)
         _klflow.cross_entropy_out(flat, tokens, *options, loss, lse)
     elif inplace_backward and not torch.compiler.is_compiling():  # the compiler plans its own memory
         loss, lse = _InplaceCrossEntropy.apply(flat, tokens, *options)
     else:
         loss, lse = _klflow.cross_entropy(flat, tokens, *options)
-    shape = logits.shape[:-1]
     if reduction == "none":
         loss = loss.reshape(shape)
     else:
@@ -159,6 +162,11 @@ def _(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss,
         logits.new_empty(logits.shape[:1], dtype=torch.float32),
         logits.new_empty(logits.shape[:1], dtype=torch.float32),
     )
+
+
+@torch.library.register_fake("klflow::cross_entropy_total")
+def _(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, mean):
+    return logits.new_empty((), dtype=torch.float32), logits.new_empty(logits.shape[:1], dtype=torch.float32)
 
 
 def _setup_cross_entropy(ctx, inputs, output):
