@@ -3,6 +3,7 @@
     python benchmarks/kernels.py                         # this machine's default shapes, under three minutes
     python benchmarks/kernels.py --device cuda --json results.json --plot results.png
     python benchmarks/kernels.py --shapes 1024x50259 --dtypes float32 --ops cross_entropy,topk_sample
+    python benchmarks/kernels.py --scaling --plot scaling.png    # time against rows, V and threads; two minutes
 
 "copies" is the time over that of copying one (rows x V) tensor; "bound" is the share of the copy's bandwidth that the
 kernel's own bytes reach; the last columns say how many times faster it is than each peer.
@@ -232,6 +233,35 @@ def run(arguments):
     return results
 
 
+SCALING_OPS = ["noise_interpolate", "cross_entropy", "cross_entropy_grad", "topk_sample", "euler_step"]
+
+
+def scaling(arguments):
+    """Times of ours alone: rows at V = 50,259, V at 256 rows; on a CPU with one thread and with all."""
+    device = torch.device(arguments.device)
+    most = torch.get_num_threads()
+    sweeps = {
+        "rows": [(rows, 50259) for rows in (1, 4, 16, 64, 256, 1024)],
+        "V": [(256, vocab) for vocab in (512, 2048, 8192, 32768, 131072, 262144)],
+    }
+    results = []
+    print(f"{'op':<20}{'rows x V':>16}{'threads':>9}{'ms':>10}{'ns an element':>15}")
+    for name in [name for name in arguments.ops if name in SCALING_OPS]:
+        for sweep, shapes in sweeps.items():
+            for rows, vocab in shapes:
+                case = build_case(name, rows, vocab, getattr(torch, arguments.dtypes[0]), device)
+                for threads in [1] if device.type == "cuda" or most == 1 else [1, most]:
+                    torch.set_num_threads(threads)
+                    ms = measure({"ours": case.ours}, device, arguments.seconds / 2)["ours"]
+                    results.append(
+                        {"op": name, "sweep": sweep, "rows": rows, "vocab": vocab, "threads": threads, "ms": ms}
+                    )
+                    each = ms * 1e6 / rows / vocab
+                    print(f"{name:<20}{f'{rows} x {vocab}':>16}{threads:>9}{ms:>10.3f}{each:>15.3f}", flush=True)
+    torch.set_num_threads(most)
+    return results
+
+
 def machine(device):
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
@@ -245,6 +275,30 @@ def machine(device):
         "cpu_capability": build_info()["cpu_capability"],
         "cuda_arch": build_info()["cuda_arch"],
     }
+
+
+def plot_scaling(results, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(r["op"] for r in results))
+    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.8), squeeze=False, sharey=True)
+    for axis, name in zip(axes[0], names, strict=True):
+        own = [r for r in results if r["op"] == name]
+        for sweep in ("rows", "V"):
+            for threads in sorted({r["threads"] for r in own}):
+                line = [r for r in own if r["sweep"] == sweep and r["threads"] == threads]
+                label = f"{'rows of V = 50,259' if sweep == 'rows' else '256 rows of V'}, {threads} thread{'s' * (threads > 1)}"
+                axis.plot([r["rows"] * r["vocab"] for r in line], [r["ms"] for r in line], label=label,
+                          marker="o" if sweep == "rows" else "s", linestyle="-" if threads == 1 else "--")  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlabel="rows x V", title=name)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("ms")
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, format="png")
 
 
 def plot(results, path):
@@ -272,6 +326,7 @@ def parse():
     parser.add_argument("--seconds", type=float, default=0.6, help="time for each line, all peers together")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--scaling", action="store_true", help="time against rows, V and threads, of the first dtype")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
@@ -302,7 +357,7 @@ def main():
     about = machine(arguments.device)
     print("  ".join(f"{key}: {value}" for key, value in about.items()))
     start = time.perf_counter()
-    results = run(arguments)
+    results = (scaling if arguments.scaling else run)(arguments)
     print(f"done in {time.perf_counter() - start:.0f} s")
     if arguments.json:
         temporary = arguments.json.with_name(arguments.json.name + ".tmp")
@@ -310,7 +365,7 @@ def main():
         os.replace(temporary, arguments.json)
     if arguments.plot:
         temporary = arguments.plot.with_name(arguments.plot.name + ".tmp")
-        plot(results, temporary)
+        (plot_scaling if arguments.scaling else plot)(results, temporary)
         os.replace(temporary, arguments.plot)
 
 

@@ -59,7 +59,7 @@ int32_t dtype_of(const Tensor& t, const char* name) {
 
 Rows rows_of(const Tensor& t, int64_t rows, int64_t vocab, const char* name) {
   check(t.dim() == 2 && t.size(0) == rows && t.size(1) == vocab, name, ": shape must be (", rows, ", ", vocab, ")");
-  check(t.stride(1) == 1 || rows == 0, name, ": the last axis must have stride 1");
+  check(t.stride(1) == 1 || vocab == 1 || rows == 0, name, ": the last axis must have stride 1");
   return {t.data_ptr(), t.stride(0), dtype_of(t, name), 0};
 }
 

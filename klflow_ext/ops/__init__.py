@@ -5,6 +5,9 @@ value and what is allowed. Floating tensors are float32, bfloat16 or float16 wit
 holds a plain PyTorch twin of each, which also runs in float64. The operators below are torch.ops.klflow.*: functional or
 with declared mutation, with fake kernels, usable under torch.compile(fullgraph=True) and CUDA graphs.
 
+Accuracy: sums and probabilities come from float32 exponentials within 2 units in the last place of their argument's, added
+up in double. On a CPU exp2 and log2 are this package's own, with the same bound for each instruction set.
+
 Randomness: `rng` is an int seed, a torch.Generator, or an int64 tensor of (seed, step), shape (2,) or (*rows, 2). Noise is a
 function of (seed, step, global row, column) alone, global row = flattened row + row_offset: the same on every device and
 for any split of the batch. With rows (..., L), an rng of shape (..., 2) is a state for each sequence, whose rows are

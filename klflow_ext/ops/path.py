@@ -40,7 +40,8 @@ def noise_interpolate(
         row_offset: global index of the first row. dtype: of the result (float32). log: return log x_t instead.
         out: tensor (*rows, V) to write into; on a CPU this saves page faults.
 
-    Returns: (*rows, V) on the device of target.
+    Returns: (*rows, V) on the device of target. Before rounding to dtype, x_t is within 1e-6 of its value on a CPU and 8e-6
+        on CUDA, log x_t within 1e-5.
     Errors: TypeError, ValueError; IndexError for a target outside [0, V) (on CUDA its row is NaN; KLFLOW_CHECK=1 checks).
     """
     check_tensor("target", target, INTEGERS)
