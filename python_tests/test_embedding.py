@@ -323,3 +323,34 @@ BAD = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_sparse_form_of_real_text_is_close_to_the_exact_one(data_folder):
+    """GPT-2 tokens of books, V = 50,257, D = 768: relative error of the embedding, all rows together, at every t."""
+    import gzip
+    import json
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = data_folder / "gpt2_bpe"
+    tokenizer = Tokenizer(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts, size = [], 0
+    with gzip.open(data_folder / "classic_books" / "books.jsonl.gz", "rt") as lines:
+        for line in lines:
+            texts.append(json.loads(line)["text"][5000:45000])
+            size += len(texts[-1])
+            if size > 4_000_000:
+                break
+    tokens = torch.tensor([i for e in tokenizer.encode_batch(texts) for i in e.ids])
+    log_prior = (torch.bincount(tokens, minlength=50257) + 0.5).log().log_softmax(0)
+    weight = weight_of(50257, 768)
+    target = tokens[torch.randint(len(tokens), (200,), generator=torch.Generator().manual_seed(0))]
+    for t in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3):
+        exact = ops.noise_embedding(target, t, weight, 1, log_prior=log_prior, top=None)
+        for top, limit in ((128, 0.04), (512, 0.015)):
+            sparse = ops.noise_embedding(target, t, weight, 1, log_prior=log_prior, top=top)
+            error = ((sparse - exact).norm() / exact.norm()).item()
+            each = ((sparse - exact).norm(dim=-1) / exact.norm(dim=-1)).mean().item()
+            print(f"t {t:<5} M = {top}: relative error {error:.4f}, mean over rows {each:.4f}")
+            assert error < limit, (t, top)
