@@ -1,5 +1,5 @@
-// Prints the largest errors of csrc/cpu/simd.h's exp2 and log2 over a dense sweep of their arguments: "name error" lines,
-// exp2v in units in the last place, the others as test_cpu_math.py says. Built once for each instruction set.
+// Prints the largest errors of csrc/cpu/simd.h's exp2 and log2 over a dense sweep of their arguments: "name error"
+// lines, exp2v in units in the last place, the others as test_cpu_math.py says. Built once for each instruction set.
 #include <cmath>
 #include <cstdio>
 
@@ -63,7 +63,8 @@ int main() {
     float y[kWidth];
     std::memcpy(y, x, sizeof(y));
     in_vectors(y, [](vf* v) { exp2_chains(v); });
-    for (int i = 0; i < kWidth; ++i) worst = std::fmax(worst, std::fabs(y[i] / std::exp2(static_cast<double>(x[i])) - 1));
+    for (int i = 0; i < kWidth; ++i)
+      worst = std::fmax(worst, std::fabs(y[i] / std::exp2(static_cast<double>(x[i])) - 1));
   };
   sweep(1e-9f, 120.0f, 37, 1.0f, power);
   sweep(1e-9f, 120.0f, 37, -1.0f, power);

@@ -31,8 +31,8 @@ struct Scalars {
   int64_t stride;
 };
 
-// The noise state of each row, int64: (seed, step) with stride 0 for all rows or with stride 2 for each row, whose row of
-// the noise contract is the row of the call; or (seed, step, row) with stride 3.
+// The noise state of each row, int64: (seed, step) with stride 0 for all rows or with stride 2 for each row, whose row
+// of the noise contract is the row of the call; or (seed, step, row) with stride 3.
 struct Rng {
   const int64_t* data;
   int64_t stride;
