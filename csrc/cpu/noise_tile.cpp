@@ -52,7 +52,7 @@ void noise_tile(const NoiseTileParams& p, int64_t begin, int64_t end) {
       if (p.sum == nullptr) {
         posterior_tile(p, row, key, token, pull.s, y);
       } else {
-        double sum = noise_row<false>(key, p.column, p.columns, 1.0f - t, y, [](int64_t) {});
+        double sum = noise_row<false, false>(key, p.column, p.columns, 1.0f - t, y, [](int64_t) {});
         if (mine) {
           const double own = y[token - p.column], boost = static_cast<double>(t) * p.c;
           sum += own * std::expm1(boost);

@@ -122,6 +122,7 @@ class StreamingSum {
 };
 
 // E of columns [column, column + kNoiseColumns), column a multiple of 4, in units of ln 2: in [8.6e-8, 33].
+template <bool kShort = false>
 KLFLOW_INLINE void exponentials(const PhiloxKey& key, int64_t column, vf (&e)[2 * kChains]) {
   vu words[2 * kChains];
   philox_words(key, column, words);
@@ -129,7 +130,7 @@ KLFLOW_INLINE void exponentials(const PhiloxKey& key, int64_t column, vf (&e)[2 
   for (int half = 0; half < 2; ++half) {
     vf* v = e + half * kChains;
     each_chain([&](int i) { v[i] = simplex_uniformv(words[half * kChains + i]); });
-    log2_chains(v);
+    log2_chains<kShort>(v);
     each_chain([&](int i) { v[i] = -v[i]; });
   }
 }
@@ -137,8 +138,8 @@ KLFLOW_INLINE void exponentials(const PhiloxKey& key, int64_t column, vf (&e)[2 
 // Fills y with columns [first, first + n) of the unnormalised noisy row E_j^(1 - t) (or, with kLog, with (1 - t) log2
 // E_j) and returns the sum of E_j^(1 - t). E is in units of ln 2, a factor that the normalisation removes; first is a
 // multiple of 4; y has room for kNoiseColumns more. meanwhile(n) is called for every n columns made: what can be done
-// beside the arithmetic.
-template <bool kLog, class F>
+// beside the arithmetic. kShort: y is for 16-bit results.
+template <bool kLog, bool kShort, class F>
 double noise_row(const PhiloxKey& key, int64_t first, int64_t n, float one_minus_t, float* y, F&& meanwhile) {
   double total = 0.0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
@@ -147,15 +148,15 @@ double noise_row(const PhiloxKey& key, int64_t first, int64_t n, float one_minus
     for (int64_t column = begin; column < end; column += kNoiseColumns) {
       meanwhile(kNoiseColumns);
       vf powers[2 * kChains];
-      exponentials(key, first + column, powers);
+      exponentials<kShort>(key, first + column, powers);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         vf* v = powers + half * kChains;
-        log2_absolute_chains(v);
+        log2_absolute_chains<kShort>(v);
         each_chain([&](int i) { v[i] *= one_minus_t; });
         float* out = y + column + half * kChains * kLanes;
         if constexpr (kLog) each_chain([&](int i) { store(out + i * kLanes, v[i]); });
-        exp2_chains(v);
+        exp2_chains<kShort>(v);
         if constexpr (!kLog) each_chain([&](int i) { store(out + i * kLanes, v[i]); });
       }
       const int64_t left = end - column;
@@ -304,14 +305,14 @@ class NoiseRows {
     auto write_pending = [&](int64_t columns) { pending_.advance(columns); };
     const double boost = static_cast<double>(t) * c_;  // log of the target's factor
     if (log_) {
-      double total = noise_row<true>(key, 0, vocab_, 1.0f - t, y, write_pending);
+      double total = noise_row<true, false>(key, 0, vocab_, 1.0f - t, y, write_pending);
       total += std::exp2(static_cast<double>(y[token])) * std::expm1(boost);
       const double log_total = std::log(total);
       pending_.finish();
       pending_.start(out, y, vocab_, static_cast<float>(kLn2), static_cast<float>(-log_total), token,
                      static_cast<float>(y[token] * kLn2 + boost - log_total), streamed_);
     } else {
-      double total = noise_row<false>(key, 0, vocab_, 1.0f - t, y, write_pending);
+      double total = noise_row<false, sizeof(T) == 2>(key, 0, vocab_, 1.0f - t, y, write_pending);
       const double own = y[token];
       total += own * std::expm1(boost);
       pending_.finish();

@@ -497,11 +497,15 @@ KLFLOW_INLINE vf pick(const float* table, vf x) {
 }
 #endif
 
-// x = log2(x) for positive normal x, relative accuracy near 1 too; kChains vectors side by side.
+// x = log2(x) for positive normal x, relative accuracy near 1 too; kChains vectors side by side. kShort, here and
+// below: for results of 16 bits, a relative error of 7e-6 (where the polynomial is short anyway, by table).
+template <bool kShort = false>
 KLFLOW_INLINE void log2_chains(vf* x) {
 #if defined(__AVX512F__)
-  constexpr float kCoefficients[] = {-0.34380023854976843f, 0.48111879297971744f, -0.7213621383707383f,
-                                     1.4426950031395303f};
+  constexpr float kLong[] = {-0.34380023854976843f, 0.48111879297971744f, -0.7213621383707383f, 1.4426950031395303f};
+  constexpr float kBrief[] = {0.46496531996795953f, -0.7216781266640179f, 1.4427026144219246f};
+  constexpr int kTerms = kShort ? 3 : 4;
+  const float* kCoefficients = kShort ? kBrief : kLong;
   vf r[kChains], p[kChains];
   each_chain([&](int i) {
     // The exponent that goes with a mantissa in [3/4, 3/2): x * 4/3, rounded upwards, tells which half x is in.
@@ -513,7 +517,7 @@ KLFLOW_INLINE void log2_chains(vf* x) {
     p[i] = splat(kCoefficients[0]);
   });
 #pragma GCC unroll 3
-  for (int k = 1; k < 4; ++k) each_chain([&](int i) { p[i] = p[i] * r[i] + kCoefficients[k]; });
+  for (int k = 1; k < kTerms; ++k) each_chain([&](int i) { p[i] = p[i] * r[i] + kCoefficients[k]; });
   each_chain([&](int i) { x[i] = p[i] * r[i] + x[i]; });
 #else
   constexpr float kCoefficients[] = {0.1258369936017068f,  -0.20726972741798402f, 0.21571560772593848f,
@@ -533,7 +537,9 @@ KLFLOW_INLINE void log2_chains(vf* x) {
 #endif
 }
 
-// x = log2(x) for positive normal x with an absolute error of 6e-8 and rounding: the argument of a later exp2.
+// x = log2(x) for positive normal x with an absolute error of 6e-8 (kShort: 4e-6) and rounding: the argument of a later
+// exp2.
+template <bool kShort = false>
 KLFLOW_INLINE void log2_absolute_chains(vf* x) {
 #if defined(__AVX512F__)
   vf r[kChains], p[kChains];
@@ -544,18 +550,28 @@ KLFLOW_INLINE void log2_absolute_chains(vf* x) {
     r[i] = mantissa * pick(kLogAbove1.inverse, x[i]) - 1.0f;
     x[i] = exponent + pick(kLogAbove1.log2, x[i]);
   });
-  each_chain([&](int i) { p[i] = r[i] * 0.48129970189952953f + -0.7216413523038006f; });
-  each_chain([&](int i) { p[i] = p[i] * r[i] + 1.442694925325859f; });
+  if constexpr (kShort) {
+    each_chain([&](int i) { p[i] = r[i] * -0.7216857996230223f + 1.4430488734873963f; });
+  } else {
+    each_chain([&](int i) { p[i] = r[i] * 0.48129970189952953f + -0.7216413523038006f; });
+    each_chain([&](int i) { p[i] = p[i] * r[i] + 1.442694925325859f; });
+  }
   each_chain([&](int i) { x[i] = p[i] * r[i] + x[i]; });
 #else
   log2_chains(x);
 #endif
 }
 
-// x = 2^x for x in [-252, 252]; kChains vectors side by side. Minimax on [0, 1], relative error 7.5e-8.
+// x = 2^x for x in [-252, 252]; kChains vectors side by side. Minimax on [0, 1], relative error 7.5e-8
+// (kShort: 2.6e-6).
+template <bool kShort = false>
 KLFLOW_INLINE void exp2_chains(vf* x) {
-  constexpr float kCoefficients[] = {0.0018775759520741789f, 0.008989341951014185f, 0.05582631637331071f,
-                                     0.24015361767154408f,   0.6931530731138261f,   0.9999999250661832f};
+  constexpr float kLong[] = {0.0018775759520741789f, 0.008989341951014185f, 0.05582631637331071f,
+                             0.24015361767154408f,   0.6931530731138261f,   0.9999999250661832f};
+  constexpr float kBrief[] = {0.013534160616915885f, 0.0520114755916846f, 0.24144274725362397f, 0.6930038365123418f,
+                              1.000002593283172f};
+  constexpr int kTerms = kShort ? 5 : 6;
+  const float* kCoefficients = kShort ? kBrief : kLong;
   vf n[kChains], p[kChains];
   each_chain([&](int i) {
     n[i] = round_down(x[i]);
@@ -563,7 +579,7 @@ KLFLOW_INLINE void exp2_chains(vf* x) {
     p[i] = splat(kCoefficients[0]);
   });
 #pragma GCC unroll 5
-  for (int k = 1; k < 6; ++k) each_chain([&](int i) { p[i] = p[i] * x[i] + kCoefficients[k]; });
+  for (int k = 1; k < kTerms; ++k) each_chain([&](int i) { p[i] = p[i] * x[i] + kCoefficients[k]; });
   each_chain([&](int i) { x[i] = scale_by_power(p[i], n[i]); });
 }
 
