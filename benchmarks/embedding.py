@@ -12,9 +12,7 @@ of the process (Linux).
 
 import argparse
 import gc
-import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -22,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kernels import machine, once
+from kernels import machine, once, save
 
 from klflow_ext import ops
 
@@ -155,10 +153,7 @@ def main():
     about = machine(arguments.device)
     print("  ".join(f"{key}: {value}" for key, value in about.items()))
     results = run(arguments)
-    if arguments.json:
-        temporary = arguments.json.with_name(arguments.json.name + ".tmp")
-        temporary.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
-        os.replace(temporary, arguments.json)
+    save(arguments, {"machine": about, "results": results})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ kernel's own bytes reach; the last columns say how many times faster it is than 
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from klflow_ext import build_info, ops
+from klflow_ext.train import write_atomically
 
 DEFAULT_SHAPES = {
     "cpu": "1024x50259,8192x2048,1x50259",
@@ -350,6 +350,14 @@ def parse():
     return arguments
 
 
+def save(arguments, found, draw=None, drawn=None):
+    """found to --json, draw(drawn, path) to --plot, where they are given."""
+    if arguments.json:
+        write_atomically(arguments.json, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
+    if draw is not None and arguments.plot:
+        write_atomically(arguments.plot, lambda path: draw(drawn, path))
+
+
 def main():
     arguments = parse()
     if arguments.threads:
@@ -359,14 +367,7 @@ def main():
     start = time.perf_counter()
     results = (scaling if arguments.scaling else run)(arguments)
     print(f"done in {time.perf_counter() - start:.0f} s")
-    if arguments.json:
-        temporary = arguments.json.with_name(arguments.json.name + ".tmp")
-        temporary.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
-        os.replace(temporary, arguments.json)
-    if arguments.plot:
-        temporary = arguments.plot.with_name(arguments.plot.name + ".tmp")
-        (plot_scaling if arguments.scaling else plot)(results, temporary)
-        os.replace(temporary, arguments.plot)
+    save(arguments, {"machine": about, "results": results}, plot_scaling if arguments.scaling else plot, results)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,13 @@ call takes longer than --seconds is not called again.
 """
 
 import argparse
-import json
-import os
 import statistics
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kernels import machine, once
+from kernels import machine, once, save
 
 from klflow_ext import ops
 
@@ -162,10 +160,7 @@ def main():
     about = machine(arguments.device)
     print("  ".join(f"{key}: {value}" for key, value in about.items()))
     results = run(arguments)
-    if arguments.json:
-        temporary = arguments.json.with_name(arguments.json.name + ".tmp")
-        temporary.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
-        os.replace(temporary, arguments.json)
+    save(arguments, {"machine": about, "results": results})
 
 
 if __name__ == "__main__":

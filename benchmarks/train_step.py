@@ -17,7 +17,6 @@ parameters, gradients and its (positions x D) in and outputs, each step in a pro
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from embedding import peak_bytes
-from kernels import machine, once
+from kernels import machine, once, save
 
 from klflow_ext import Denoiser, DenoiserConfig, LogitPath
 
@@ -200,7 +199,7 @@ def parse():
         "--most-bytes", type=float, default=16e9, help="with --memory: dense steps above this are left out"
     )
     parser.add_argument("--measure", choices=STEPS, help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, help="results are added to what the file holds")
+    parser.add_argument("--json", type=Path, help="results join those that the file holds")
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -235,15 +234,11 @@ def main():
     found = {name: memories(arguments) if arguments.memory else times(arguments), f"{name}_machine": about}
     print(f"done in {time.perf_counter() - start:.0f} s")
     held = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
+    new = {(r["vocab"], r["step"]) for r in found[name]}
+    found[name] += [r for r in held.get(name, []) if (r["vocab"], r["step"]) not in new]
+    found[name].sort(key=lambda r: (r["vocab"], STEPS.index(r["step"])))
     found = {**held, **found}
-    if arguments.json:
-        temporary = arguments.json.with_name(arguments.json.name + ".tmp")
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(temporary, arguments.json)
-    if arguments.plot:
-        temporary = arguments.plot.with_name(arguments.plot.name + ".tmp")
-        plot(found, temporary)
-        os.replace(temporary, arguments.plot)
+    save(arguments, found, plot, found)
 
 
 if __name__ == "__main__":
