@@ -17,6 +17,7 @@ parameters, gradients and its (positions x D) in and outputs, each step in a pro
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -151,7 +152,9 @@ def memories(arguments):
                 for name in ("device", "batch", "length", "width", "layers", "dtype")
             ]
             command = [sys.executable, __file__, f"--measure={kind}", f"--vocab={vocab}", *options]
-            done = subprocess.run(command, capture_output=True, text=True)
+            # Every large tensor in pages of its own, given back when it is freed: what glibc keeps would not count.
+            own_pages = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
+            done = subprocess.run(command, capture_output=True, text=True, env=own_pages)
             if done.returncode != 0:
                 print(f"{vocab:>8} {kind:<11} failed: {done.stderr.strip().splitlines()[-1:]}")
                 continue
@@ -168,12 +171,14 @@ def plot(results, path):
     import matplotlib.pyplot as plt
 
     panels = [(name, key, label) for name, key, label in (
-        ("times", "ms", "ms a step"), ("memory", "peak_bytes", "peak MB of the vocabulary's side")) if results.get(name)]  # fmt: skip
+        ("times", "ms", "ms a step"), ("memory", "peak_bytes", "peak MB of the vocabulary's side, at least 1")) if results.get(name)]  # fmt: skip
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
     for axis, (name, key, label) in zip(axes[0], panels, strict=True):
         for kind in STEPS:
             points = [
-                (r["vocab"], r[key] / (1e6 if key == "peak_bytes" else 1)) for r in results[name] if r["step"] == kind
+                (r["vocab"], max(r[key] / 1e6, 1) if key == "peak_bytes" else r[key])
+                for r in results[name]
+                if r["step"] == kind
             ]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=kind)
