@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The network's input, forward and backward: how long it takes and what it holds, beside what it replaces.
 
-    python benchmarks/embedding.py                       # 512 rows, V = 50,257, D = 384; about two minutes on two cores
+    python benchmarks/embedding.py                       # 512 rows, V = 50,257, D = 384; about a minute on two cores
     python benchmarks/embedding.py --device cuda --rows 8192 --dtypes bfloat16 --json results.json
 
 Forms: x_t @ weight ("simplex"), the whole posterior q @ weight ("posterior"), its M largest entries and the rest's mean

@@ -3,7 +3,7 @@
     python benchmarks/kernels.py                         # this machine's default shapes, under three minutes
     python benchmarks/kernels.py --device cuda --json results.json --plot results.png
     python benchmarks/kernels.py --shapes 1024x50259 --dtypes float32 --ops cross_entropy,topk_sample
-    python benchmarks/kernels.py --scaling --plot scaling.png    # time against rows, V and threads; two minutes
+    python benchmarks/kernels.py --scaling --plot scaling.png    # time against rows, V and threads; a minute
 
 "copies" is the time over that of copying one (rows x V) tensor; "bound" is the share of the copy's bandwidth that the
 kernel's own bytes reach; the last columns say how many times faster it is than each peer.

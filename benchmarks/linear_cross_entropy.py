@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from embedding import peak_bytes
 from kernels import machine, once, save
 
 from klflow_ext import ops
@@ -53,29 +54,6 @@ def losses(hidden, weight, target):
         except ImportError:
             pass
     return found
-
-
-def status(key):
-    """Bytes of a line of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
-
-
-def peak_bytes(function, device):
-    """How much the memory in use rises at its peak during one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes the present size
-    before = status("VmRSS")
-    function()
-    return status("VmHWM") - before
 
 
 def measure(functions, device, seconds):

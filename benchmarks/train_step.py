@@ -1,6 +1,6 @@
 """A whole training step, time and peak memory, beside what it replaces; against the size of the vocabulary.
 
-    python benchmarks/train_step.py                                  # 4 x 128 positions, D = 384, 6 layers; 4 minutes on two cores
+    python benchmarks/train_step.py                                  # 4 x 128 positions, D = 384, 6 layers; 6 minutes on two cores
     python benchmarks/train_step.py --json step.json --plot step.png
     python benchmarks/train_step.py --memory --batch 64              # the memory of 8,192 positions (Linux, or CUDA)
 

@@ -66,11 +66,14 @@ KLFLOW_INLINE vf load(const bf16* p) {
   const vu wide = __builtin_convertvector(load_raw<vh>(p), vu);
   return as_float(reinterpret_cast<vi>(wide << 16));
 }
-KLFLOW_INLINE void store(bf16* p, vf v) {
+KLFLOW_INLINE vu rounded_bf16(vf v) {  // the bfloat16 in the upper half of each lane
   const vu bits = reinterpret_cast<vu>(v);
-  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vu rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const vi number = v == v;
-  const vu out = (rounded & reinterpret_cast<vu>(number)) | (0x7fc0u & ~reinterpret_cast<vu>(number));
+  return (rounded & reinterpret_cast<vu>(number)) | (0x7fc00000u & ~reinterpret_cast<vu>(number));
+}
+KLFLOW_INLINE void store(bf16* p, vf v) {
+  const vu out = rounded_bf16(v) >> 16;
 #if defined(__AVX512F__)
   const __m256i h = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(out));
 #elif defined(__AVX2__)
@@ -144,12 +147,6 @@ KLFLOW_INLINE void store(fp16* p, vf v) {
 template <class T>
 constexpr int kPacked = 4 / sizeof(T);
 KLFLOW_INLINE vu pack(const float*, const vf (&v)[1]) { return reinterpret_cast<vu>(v[0]); }
-KLFLOW_INLINE vu rounded_bf16(vf v) {  // the bfloat16 in the upper half of each lane
-  const vu bits = reinterpret_cast<vu>(v);
-  const vu rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const vi number = v == v;
-  return (rounded & reinterpret_cast<vu>(number)) | (0x7fc00000u & ~reinterpret_cast<vu>(number));
-}
 KLFLOW_INLINE vu pack(const bf16*, const vf (&v)[2]) {
   const vu a = rounded_bf16(v[0]), b = rounded_bf16(v[1]);
 #if defined(__AVX512F__)
