@@ -139,12 +139,16 @@ class _Block(nn.Module):
         b, length, d = x.shape
         q, k, v = self.qkv(x).view(b, length, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
         q, k = (_rotate(_norm(z), cos, sin) for z in (q, k))
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        else:
+        sees = None
+        if cache is not None:
             k, v = cache.extend(layer, k, v)
-            sees = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees if length > 1 else None)
+            if length > 1:
+                sees = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
+        if x.is_cpu:
+            v = v.to(q.dtype)
+        with torch.autocast("cpu", enabled=False):  # a CPU's 16-bit attention is four times slower in the backward pass
+            causal = self.causal and cache is None
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=causal)
         return self.attention_out(y.transpose(1, 2).reshape(b, length, d))
 
     def _mlp(self, x: Tensor) -> Tensor:
