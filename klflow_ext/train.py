@@ -1,7 +1,9 @@
-"""Training: AdamW and Muon, one progress line, a JSONL log, and checkpoints from which a run goes on bit for bit."""
+"""Training: AdamW and Muon, averaged weights, one progress line, a JSONL log, checkpoints from which a run goes on bit for bit."""
 
 from __future__ import annotations
 
+import atexit
+import copy
 import json
 import math
 import os
@@ -13,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from klflow_ext import data
 from klflow_ext.model import Denoiser, DenoiserConfig
-from klflow_ext.path import LogitPath
+from klflow_ext.path import IGNORE, LogitPath
 
 RUN_FORMAT = 1  # of the run folder: config.json says which
+DTYPES = ("float32", "bfloat16")
+TIME_SAMPLINGS = (None, "middle", "uniform", "learned")
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,16 @@ class TrainConfig:
     """What a Trainer does.
 
     steps: optimizer steps, at least 1. max_seconds: stop earlier, the learning rate following the clock (None: no limit; an
-        exact resume needs None). given_share: share of sequences that see a random prefix or random spans in the clear, so
-        that prompts and holes are learned. middle_share: share of times drawn from the middle [.2, .8] t_max, where the
-        loss moves; the rest from [0, t_max].
+        exact resume needs None). batch_size: sequences of a step, of all processes together. accumulate: in how many parts
+        each process computes its share, to save memory; the gradient is that of the whole. given_share: share of sequences
+        that see a random prefix or random spans in the clear, so that prompts and holes are learned.
+    time_sampling: how times are drawn, low-discrepancy over the batch. "uniform": from [0, t_max]. "middle": from the middle
+        [.2, .8] t_max, where the loss moves. "learned": where the loss is measured to fall fastest (`LossCurve`). None:
+        "middle", or "uniform" where t_max = 1. middle_share: the share drawn so by the last two; the rest is uniform.
+    ema: decay d of the average of the weights, in [0, 1), as d = min(ema, (1 + step) / (10 + step)); 0: none. The average
+        is what `load_run` and `Trainer.averaged_model` give.
+    dtype: "bfloat16" runs matrix products in bfloat16 (autocast); weights, their gradients, loss and sums stay float32.
+    compile: torch.compile of the loss, in one graph.
     """
 
     steps: int = 1000
@@ -45,9 +57,14 @@ class TrainConfig:
     middle_share: float = 0.8
     seed: int = 0
     checkpoint_seconds: float = 60.0
+    accumulate: int = 1
+    time_sampling: str | None = None
+    ema: float = 0.0
+    dtype: str = "float32"
+    compile: bool = False
 
     def __post_init__(self):
-        for name, least in (("steps", 1), ("batch_size", 1), ("length", 2)):
+        for name, least in (("steps", 1), ("batch_size", 1), ("length", 2), ("accumulate", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: got {value!r}, allowed is an integer >= {least}")
@@ -61,6 +78,15 @@ class TrainConfig:
             raise ValueError(f"seed: got {self.seed!r}, allowed is an integer in [0, 2^63)")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ValueError(f"max_seconds: got {self.max_seconds!r}, allowed is None or a positive number")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: got {self.ema!r}, allowed is a number in [0, 1)")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: got {self.accumulate}, allowed is a divisor of batch_size = {self.batch_size}"
+            )
+        for name, allowed in (("dtype", DTYPES), ("time_sampling", TIME_SAMPLINGS), ("compile", (False, True))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is one of {allowed}")
 
 
 def write_atomically(path: Path, write) -> None:
@@ -75,12 +101,71 @@ def low_discrepancy(count: int, generator: np.random.Generator) -> np.ndarray:
     return (generator.permutation(count) + generator.random()) / count % 1.0
 
 
+class LossCurve:
+    """A running estimate of the loss at times in [0, t_max], and times drawn where it falls fastest.
+
+    Their density is proportional to -d loss / d t, so that the loss falls by the same amount between any two neighbours:
+    the time warping of CDCD (Dieleman et al. 2022, arXiv 2211.15089), here from bins instead of a fitted curve. Bins count
+    free tokens, and forget with a factor of KEEP per measurement.
+    """
+
+    BINS, KEEP = 32, 0.99
+
+    def __init__(self, t_max: float):
+        self.t_max = t_max
+        self.sums = torch.zeros(2, self.BINS, dtype=torch.float64)  # loss, tokens
+
+    def measurement(self, t: Tensor, losses: Tensor, counts: Tensor) -> Tensor:
+        """(2, BINS): losses (B,) of sequences, summed over their counts (B,) of tokens, by their times (B,)."""
+        bins = (t.double() / self.t_max * self.BINS).long().clamp(0, self.BINS - 1)
+        return torch.zeros_like(self.sums).index_add(1, bins, torch.stack([losses.double(), counts.double()]))
+
+    def add(self, measurement: Tensor) -> None:
+        self.sums.mul_(self.KEEP).add_(measurement)
+
+    def density(self) -> np.ndarray:
+        """(BINS,) shares, sum 1: of the slope; uniform until every bin has been seen and the loss falls somewhere."""
+        loss, tokens = self.sums.numpy()
+        if not tokens.all():
+            return np.full(self.BINS, 1 / self.BINS)
+        means = loss / tokens
+        falls = np.maximum(means[:-1] - means[1:], 0)  # between the centres of neighbours
+        slopes = (np.concatenate([falls[:1], falls]) + np.concatenate([falls, falls[-1:]])) / 2
+        total = slopes.sum()
+        return slopes / total if total > 0 else np.full(self.BINS, 1 / self.BINS)
+
+    def times(self, u: np.ndarray, share: float) -> np.ndarray:
+        """Times of u in [0, 1), by the inverse of share x density + (1 - share) x uniform."""
+        shares = share * self.density() + (1 - share) / self.BINS
+        below = np.concatenate([[0.0], shares.cumsum()])
+        return np.interp(u, below / below[-1], np.linspace(0, self.t_max, self.BINS + 1))
+
+
+def join_processes(device: torch.device) -> tuple[int, int]:
+    """(rank, number) of the processes that train together: torch.distributed's, started here under torchrun; else (0, 1)."""
+    if not dist.is_available():
+        return 0, 1
+    if not dist.is_initialized():
+        if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+            return 0, 1
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    return dist.get_rank(), dist.get_world_size()
+
+
 class Trainer:
     """Trains a Denoiser on a token stream; everything random depends on (seed, step) alone, so resuming is exact.
 
+    Under torchrun (or an initialised torch.distributed) each process computes its share of the same batches, whose
+    gradients are then summed: the run is that of one process, to rounding. All start from the weights of process 0, which
+    alone logs and saves; the model must be on the process's own device.
+
     Args:
-        model, path: what to train. stream: int tokens, one long array. out: the run folder (made if needed); None: no files.
+        model, path: what to train; its device is where it is trained. stream: int tokens, one long array. out: the run
+        folder (made if needed); None: no files.
     """
+
+    MEASURE_EVERY = 4  # steps between looks at the loss of each sequence, for which the logits are made once more
 
     def __init__(
         self, model: Denoiser, path: LogitPath, stream: np.ndarray, config: TrainConfig, out: Path | None = None
@@ -90,6 +175,14 @@ class Trainer:
         if len(stream) <= config.length:
             raise ValueError(f"stream: got {len(stream)} tokens, allowed are more than length = {config.length}")
         self.model, self.path, self.stream, self.config, self.out = model, path, stream, config, out
+        self.device = model.embedding.device
+        self.rank, self.processes = join_processes(self.device)
+        if config.batch_size % (config.accumulate * self.processes):
+            allowed = f"a multiple of accumulate x processes = {config.accumulate} x {self.processes}"
+            raise ValueError(f"batch_size: got {config.batch_size}, allowed is {allowed}")
+        if self.processes > 1:
+            for value in model.state_dict().values():
+                dist.broadcast(value, 0)
         hidden = model.hidden_matrices()
         names = {id(p) for p in hidden}
         rest = [p for p in model.parameters() if id(p) not in names]
@@ -98,6 +191,21 @@ class Trainer:
             torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
         ]
         self.step, self.seconds = 0, 0.0
+        self.average = self._weights() if config.ema else {}
+        sampling = config.time_sampling or ("middle" if path.t_max < 1 else "uniform")
+        self.time_sampling, self.curve = sampling, LossCurve(path.t_max) if sampling == "learned" else None
+        self._loss = torch.compile(self._path_loss, fullgraph=True) if config.compile else self._path_loss
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def averaged_model(self) -> Denoiser:
+        """What a run is judged by: a copy of the model with the averaged weights; with ema = 0 the model itself."""
+        if not self.average:
+            return self.model
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(self.average, strict=False)  # without the buffers, which are constant
+        return model
 
     # ---- one step
 
@@ -116,9 +224,14 @@ class Trainer:
         return c.lr * min(up, down)
 
     def times(self, generator: np.random.Generator) -> Tensor:
-        u = low_discrepancy(self.config.batch_size, generator)
-        middle = generator.random(self.config.batch_size) < self.config.middle_share
-        return torch.from_numpy(np.where(middle, 0.2 + 0.6 * u, u) * self.path.t_max).float()
+        """(B,) times of a batch, as config.time_sampling says."""
+        c = self.config
+        u = low_discrepancy(c.batch_size, generator)
+        if self.time_sampling == "learned":
+            return torch.from_numpy(self.curve.times(u, c.middle_share)).float()
+        if self.time_sampling == "middle":
+            u = np.where(generator.random(c.batch_size) < c.middle_share, 0.2 + 0.6 * u, u)
+        return torch.from_numpy(u * self.path.t_max).float()
 
     def given_mask(self, generator: np.random.Generator) -> Tensor:
         """(B, L): mostly nothing; else a random prefix, or everything but one random hole."""
@@ -134,32 +247,75 @@ class Trainer:
                 mask[row, start : start + size] = False
         return torch.from_numpy(mask)
 
+    def _path_loss(self, tokens: Tensor, t: Tensor, given: Tensor, rng: Tensor, reduction: str, row_offset: int):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            return self.path.loss(self.model, tokens, t, rng, given=given, reduction=reduction, row_offset=row_offset)
+
     def train_step(self) -> float:
-        """One optimizer step; returns the loss in nats per free token."""
+        """One optimizer step; returns the loss in nats per free token, the mean over the whole batch."""
         c = self.config
         tokens = data.batch(self.stream, c.batch_size, c.length, c.seed, self.step)
         generator = np.random.default_rng((c.seed, self.step, 1))
         t, given = self.times(generator), self.given_mask(generator)
+        counts = ((tokens != IGNORE) & ~given).sum(1)
         lr = self.learning_rate(self.progress())
-        rng = torch.tensor([c.seed, self.step])
-        loss = self.path.loss(self.model, tokens, t, rng, given=given)
-        loss.backward()
+        loss, losses = self._gradients(tokens, t, given, int(counts.sum()))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            decay = min(c.ema, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.model.parameters()], 1 - decay)
+        if losses is not None:
+            self.curve.add(self.curve.measurement(t, losses, counts))
         self.step += 1
-        return loss.item()
+        return loss
+
+    def _gradients(self, tokens: Tensor, t: Tensor, given: Tensor, count: int) -> tuple[float, Tensor | None]:
+        """Fills .grad with the gradient of the whole batch's loss, over its count of free tokens.
+
+        The noise of a row depends on its number in the whole batch alone. Returns that loss, and the sums (B,) of each
+        sequence where they are measured in this step.
+        """
+        c = self.config
+        size = c.batch_size // (c.accumulate * self.processes)
+        first = self.rank * c.accumulate * size
+        measure = self.curve is not None and self.step % self.MEASURE_EVERY == 0
+        rng = torch.tensor([c.seed, self.step], device=self.device)
+        loss = torch.zeros((), device=self.device)
+        losses = torch.zeros(c.batch_size, device=self.device)
+        for start in range(first, first + c.accumulate * size, size):
+            part = slice(start, start + size)
+            batch = [x[part].to(self.device) for x in (tokens, t, given)]
+            sums = self._loss(*batch, rng, "none" if measure else "sum", start * c.length)
+            if measure:
+                losses[part] = sums.detach().sum(1)
+            mean = sums.sum() / count
+            mean.backward()
+            loss += mean.detach()
+        gradients = []
+        for p in self.model.parameters():
+            if p.grad is None:  # not used by this batch; the processes must agree
+                p.grad = torch.zeros_like(p)
+            gradients.append(p.grad)
+        if self.processes > 1:
+            pending = [dist.all_reduce(x, async_op=True) for x in (loss, losses, *gradients)]
+            for work in pending:
+                work.wait()
+        return loss.item(), losses.cpu() if measure else None
 
     # ---- the loop
 
     def fit(self, progress: bool = True) -> None:
         """Runs to the end of the budget, logging and saving on the way; a checkpoint is written at the end too."""
-        if self.out is not None:
+        files = self.out is not None and self.rank == 0
+        progress = progress and self.rank == 0
+        if files:
             self.out.mkdir(parents=True, exist_ok=True)
-        log = open(self.out / "log.jsonl", "a") if self.out is not None else None
+        log = open(self.out / "log.jsonl", "a") if files else None
         begin, start_seconds = time.perf_counter(), self.seconds
         last_line = last_save = begin
         average = None
@@ -168,7 +324,7 @@ class Trainer:
             while self.progress() < 1.0:
                 loss = self.train_step()
                 now = time.perf_counter()
-                self.seconds = start_seconds + now - begin
+                self.seconds = self._agreed(start_seconds + now - begin)
                 average = loss if average is None else 0.95 * average + 0.05 * loss
                 if log is not None:
                     record = {"step": self.step, "loss": loss, "seconds": round(self.seconds, 3)}
@@ -180,7 +336,7 @@ class Trainer:
                     rate = self.step * self.config.batch_size * self.config.length / self.seconds
                     text = f"step {self.step}  loss {average:.3f}  {rate:,.0f} tokens/s  {left:.0f} s left"
                     print(f"\r{text:<70}" if terminal else text, end="" if terminal else "\n", flush=True)
-                if self.out is not None and now - last_save > self.config.checkpoint_seconds:
+                if files and now - last_save > self.config.checkpoint_seconds:
                     last_save = now
                     self.save()
         finally:
@@ -188,20 +344,32 @@ class Trainer:
                 log.close()
         if progress and terminal:
             print()
-        if self.out is not None:
+        if files:
             self.save()
+
+    def _agreed(self, seconds: float) -> float:
+        """The clock of process 0, by which all end at the same step."""
+        if self.processes == 1 or self.config.max_seconds is None:
+            return seconds
+        clock = torch.tensor(seconds, dtype=torch.float64, device=self.device)
+        dist.broadcast(clock, 0)
+        return clock.item()
 
     # ---- files
 
     def save(self) -> None:
+        """Writes the run folder: config.json, model.safetensors (the averaged weights, if any), checkpoint.pt for `load`."""
         from safetensors.torch import save_file
 
         state = {
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
+            "average": self.average,
+            "curve": None if self.curve is None else self.curve.sums,
             "step": self.step,
             "seconds": self.seconds,
         }
+        weights = {**self.model.state_dict(), **self.average}
         config = {
             "format": RUN_FORMAT,
             "model": self.model.config.to_dict(),
@@ -209,16 +377,20 @@ class Trainer:
             "train": asdict(self.config),
         }
         write_atomically(self.out / "config.json", lambda p: p.write_text(json.dumps(config, indent=2) + "\n"))
-        write_atomically(self.out / "model.safetensors", lambda p: save_file(self.model.state_dict(), p))
+        write_atomically(self.out / "model.safetensors", lambda p: save_file(weights, p))
         write_atomically(self.out / "checkpoint.pt", lambda p: torch.save(state, p))
 
     def load(self) -> None:
-        """Takes up the checkpoint of the run folder."""
+        """Takes up the checkpoint of the run folder. An average or a loss curve that it lacks starts anew from there."""
         with reading(self.out / "checkpoint.pt") as path:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
+            if self.config.ema:
+                self.average = state.get("average") or self._weights()
+            if self.curve is not None and state.get("curve") is not None:
+                self.curve.sums = state["curve"].cpu()
             self.step, self.seconds = state["step"], state["seconds"]
 
 
@@ -249,14 +421,14 @@ def read_config(run: Path) -> dict:
 
 
 def load_run(run: str | Path):
-    """(model, path, tokenizer) of a run folder, the model in evaluation mode."""
+    """(model, path, tokenizer) of a run folder, the model in evaluation mode, with the averaged weights of a run with ema."""
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
 
     run = Path(run)
     config = read_config(run)
     with reading(run / "config.json"):
-        path = LogitPath.from_dict(config["path"])
+        path = LogitPath.from_dict(config["path"])  # MERGE: klflow_ext.path.Path.from_dict, which takes any kind
         model = Denoiser(DenoiserConfig(**config["model"]), path)
     with reading(run / "model.safetensors") as file:
         model.load_state_dict(load_file(file))
