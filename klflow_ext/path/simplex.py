@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from klflow_ext import ops
-from klflow_ext.path.base import Path, hide_padding
+from klflow_ext.path.base import Path, check_targets, hide_padding
 from klflow_ext.path.state import Move, Prediction, State
 
 
@@ -17,10 +17,12 @@ class _SimplexPath(Path):
     def sample(
         self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, row_offset: int = 0
     ) -> Tensor:
+        check_targets(target, self.vocab_size)
         target, t, given = hide_padding(target, t, given)
         if given is not None:
             t = torch.where(given, 1.0, t)
-        x0 = ops.noise_interpolate(target, 0.0, rng, vocab_size=self.vocab_size, row_offset=row_offset)
+        # of token 0: a row's sum ends with its target, whose place would show in the last bit
+        x0 = ops.noise_interpolate(0 * target, 0.0, rng, vocab_size=self.vocab_size, row_offset=row_offset)
         return self._interpolate(x0, target[..., None], t.expand(target.shape)[..., None])
 
     def step(self, state: State, prediction: Prediction, move: Move) -> State:
