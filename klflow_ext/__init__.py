@@ -25,7 +25,8 @@ from . import ops  # noqa: E402
 __version__ = "0.1.0"
 
 _LAZY = {
-    "LogitPath": "path", "ExactDenoiser": "oracle", "Denoiser": "model", "DenoiserConfig": "model",
+    "Path": "path", "LogitPath": "path", "LinearPath": "path", "SpherePath": "path", "MaskPath": "path",
+    "UniformPath": "path", "Autoregressive": "path", "ExactDenoiser": "oracle", "Denoiser": "model", "DenoiserConfig": "model",
     "Trainer": "train", "TrainConfig": "train", "load_run": "train", "Sampler": "sample", "register_sampler": "sample",
 }  # fmt: skip
 _MODULES = ("reference", "path", "oracle", "model", "train", "sample", "data", "evaluate", "cli")

@@ -1,4 +1,4 @@
-"""Sampling: the paper's basic, sampling and hybrid schemes, for whole texts, prompts and holes.
+"""Sampling: the paper's basic, sampling and hybrid schemes over any path, for whole texts, prompts and holes.
 
 A scheme is a plain function `step(state, prediction, move) -> state` registered by name; the Sampler runs the network,
 counts its passes, and keeps given tokens as they are. Every sequence has its own seed, so its tokens do not depend on the
@@ -7,93 +7,29 @@ batch. With a Denoiser, a sampling step holds tokens and seeds: neither the nois
 
 from __future__ import annotations
 
+import math
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from klflow_ext import ops
-from klflow_ext.ops.linear import LOGIT_BYTES
-from klflow_ext.path import LogitPath
+from klflow_ext.path import Autoregressive, Move, Path, Prediction, State
 
-
-@dataclass
-class Move:
-    """One move of the time grid and all that a step may need."""
-
-    index: int
-    t: float
-    t_next: float
-    path: LogitPath
-    rng: Tensor  # (B, 2): (seed, step) of each sequence for this move; step 0 is the initial noise
-    given: Tensor  # (B, L) bool
-    known: Tensor  # (B, L) int64
-    top_k: int
-    top_p: float
-    temperature: float
-    t_split: float
-    euler: str
-
-
-@dataclass
-class State:
-    """Where the sequences are: rows x (B, L, V) on the simplex, or tokens (B, L) and the noise that hides them.
-
-    x: None stands for noise_interpolate(tokens, t, rng), which is built only where it is asked for.
-    log_x: log x for the basic scheme; None once a row has been re-noised.
-    """
-
-    x: Tensor | None
-    log_x: Tensor | None = None
-    tokens: Tensor | None = None
-    t: float = 0.0
-    rng: Tensor | None = None
-
-
-class Prediction:
-    """What the network says of a state: its logits, or draws from them, for which they exist a few sequences at a time.
-
-    Args:
-        logits: (B, L, V), or None: those of hidden (B, L, D) @ weight.T, weight (V, D).
-    """
-
-    def __init__(self, logits: Tensor | None, hidden: Tensor | None = None, weight: Tensor | None = None):
-        self._logits, self.hidden, self.weight = logits, hidden, weight
-
-    @property
-    def is_dense(self) -> bool:
-        return self._logits is not None
-
-    @property
-    def logits(self) -> Tensor:
-        if self._logits is None:
-            self._logits = (self.hidden @ self.weight.T).float()
-        return self._logits
-
-    def draw(self, k: int, rng: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-        """(B, L) tokens of `ops.topk_sample`, rng (B, 2)."""
-        options = {"temperature": temperature, "top_p": top_p}
-        if self.is_dense:
-            return ops.topk_sample(self.logits, k, rng, **options)[0]
-        b, length, _ = self.hidden.shape
-        some = max(1, LOGIT_BYTES // (4 * length * self.weight.shape[0]))
-        parts = [
-            ops.topk_sample(self.hidden[i : i + some] @ self.weight.T, k, rng[i : i + some], **options)[0]
-            for i in range(0, b, some)
-        ]
-        return torch.cat(parts)
+Temperature = float | tuple[float, float] | Callable[[float], float]
 
 
 @dataclass
 class Samples:
-    """tokens (B, L) int64; nfe: network passes; seconds; history: tokens after each pass, if asked for."""
+    """tokens (B, L) int64, or a list of (L_i,) where lengths differ; nfe: network passes of a sequence; seconds; history:
+    tokens after each pass, if asked for."""
 
-    tokens: Tensor
+    tokens: Tensor | list[Tensor]
     nfe: int
     seconds: float
-    history: list[Tensor] = field(default_factory=list)
+    history: list[Tensor] | list[list[Tensor]] = field(default_factory=list)
 
 
 Step = Callable[[State, Prediction, Move], State]
@@ -110,46 +46,43 @@ def register_sampler(name: str) -> Callable[[Step], Step]:
     return register
 
 
-def _log_rows(state: State, path: LogitPath, given: Tensor) -> Tensor:
-    if state.tokens is None:
-        return state.x.log()
-    options = {"vocab_size": path.vocab_size, "beta": path.beta, "given": given, "log": True}
-    return ops.noise_interpolate(state.tokens, state.t, state.rng, **options)
-
-
 @register_sampler("basic")
 def basic_step(state: State, prediction: Prediction, move: Move) -> State:
-    """Algorithm 1: the marginal ODE dl/dtau = c p - l, by the exact exponential step or the paper's Euler step."""
-    rate = 1 - (1 - move.t_next) / (1 - move.t)  # 1 - e^-h
-    if move.euler == "paper":
-        rate = -torch.log1p(torch.tensor(-rate, dtype=torch.float64)).item()  # h
-    log_x = _log_rows(state, move.path, move.given) if state.log_x is None else state.log_x
-    out = torch.empty_like(log_x) if state.x is None else state.x
-    log_x, x = ops.euler_step(
-        log_x, prediction.logits, rate, temperature=move.temperature, beta=move.path.beta, given=move.given,
-        known=move.known, inplace=True, out=out,
-    )  # fmt: skip
-    return State(x, log_x)
+    """Algorithm 1: the path's own marginal dynamics, an ODE on the simplex or a jump process of tokens."""
+    return move.path.step(state, prediction, move)
 
 
 @register_sampler("sampling")
 def sampling_step(state: State, prediction: Prediction, move: Move) -> State:
     """Algorithm 2: draw every token from the top-k of p, re-noise it freshly to the next time."""
-    options = {"temperature": move.temperature, "top_p": move.top_p}
-    if prediction.is_dense:
-        _, x = ops.topk_renoise(
-            prediction.logits, move.top_k, move.t_next, move.rng, beta=move.path.beta, given=move.given,
-            known=move.known, out=state.x, **options,
-        )  # fmt: skip
-        return State(x)
-    drawn = prediction.draw(move.top_k, move.rng, **options)
-    return State(None, tokens=torch.where(move.given, move.known, drawn), t=move.t_next, rng=move.rng)
+    return move.path.resample(state, prediction, move)
 
 
 @register_sampler("hybrid")
 def hybrid_step(state: State, prediction: Prediction, move: Move) -> State:
     """basic while t < t_split, sampling from there."""
     return (basic_step if move.t < move.t_split else sampling_step)(state, prediction, move)
+
+
+def parse_holes(text: str, tokenizer) -> tuple[list[int], list[bool]]:
+    """(tokens, given) of a text with holes {?n}, each of n >= 1 tokens: "x = {?3} + 1".
+
+    The pieces between holes are encoded by themselves with `tokenizer.encode(piece, add_special_tokens=False).ids`.
+
+    Raises:
+        ValueError: there is no hole, or one of no tokens.
+    """
+    tokens: list[int] = []
+    given: list[bool] = []
+    for i, part in enumerate(re.split(r"\{\?(\d+)\}", text)):
+        if i % 2 and int(part) == 0:
+            raise ValueError(f"text: got the hole {{?{part}}}, allowed are holes of at least 1 token, such as {{?8}}")
+        ids = [0] * int(part) if i % 2 else tokenizer.encode(part, add_special_tokens=False).ids if part else []
+        tokens += ids
+        given += [i % 2 == 0] * len(ids)
+    if all(given):
+        raise ValueError(f"text: got {text!r}, allowed is a text with a hole such as {{?8}}")
+    return tokens, given
 
 
 def _sequence_seed(seed: int, i: int) -> int:
@@ -160,13 +93,110 @@ def _sequence_seed(seed: int, i: int) -> int:
     return (z ^ z >> 31) >> 1
 
 
-class Sampler:
-    """Generates tokens with a denoiser `model(x_t, t) -> logits`, (B, L, V) and (B,) to (B, L, V).
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(seed, int):
+        return [_sequence_seed(seed, i) for i in range(count)]
+    seeds = [int(s) for s in seed]
+    if len(seeds) != count:
+        raise ValueError(f"seed: got {len(seeds)} seeds, allowed is one or {count}, one for each sequence")
+    for s in seeds:
+        if not -(2**63) <= s < 2**63:
+            raise ValueError(f"seed: got {s}, allowed are integers that fit in 64 bits with a sign")
+    return seeds
 
-    Of a model that has `embed_noise`, `hidden` and `head` (Denoiser), re-noised rows and logits are never built whole.
+
+def _is_integer(value, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@dataclass
+class _Options:
+    """The knobs of `Sampler.infill`, checked."""
+
+    path: Path
+    steps: int
+    method: str | None
+    top_k: int | None
+    top_p: float
+    temperature: Temperature
+    t_split: float | None
+    grid_power: float
+    final: str | None
+    euler: str
+    progress: bool
+    return_history: bool
+
+    def __post_init__(self):
+        vocab = self.path.vocab_size
+        self.method = self.path.method if self.method is None else self.method
+        self.final = self.path.final if self.final is None else self.final
+        self.t_split = self.path.t_split if self.t_split is None else self.t_split
+        self.top_k = vocab if self.top_k is None else self.top_k
+        if self.method not in _samplers:
+            raise ValueError(f"method: got {self.method!r}, allowed is one of {sorted(_samplers)}")
+        if not _is_integer(self.steps, 1):
+            raise ValueError(f"steps: got {self.steps!r}, allowed is an integer >= 1")
+        if self.final not in ("argmax", "draw"):
+            raise ValueError(f"final: got {self.final!r}, allowed is 'argmax' or 'draw'")
+        if self.euler not in ("exact", "paper"):
+            raise ValueError(f"euler: got {self.euler!r}, allowed is 'exact' or 'paper'")
+        if not _is_integer(self.top_k, 1):
+            raise ValueError(f"top_k: got {self.top_k!r}, allowed is None or an integer >= 1")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: got {self.top_p!r}, allowed is a number in (0, 1]")
+        if not 0 <= self.t_split <= 1:
+            raise ValueError(f"t_split: got {self.t_split!r}, allowed is None or a number in [0, 1]")
+        if not 0 < self.grid_power < math.inf:
+            raise ValueError(f"grid_power: got {self.grid_power!r}, allowed is a positive number")
+        self.top_k = min(self.top_k, vocab)
+
+    def temperatures(self, passes: int) -> list[float]:
+        """The temperature of each pass: the schedule at i / (passes - 1), at 1 for a single pass."""
+        schedule = self.temperature
+        if isinstance(schedule, (int, float)):
+            schedule = (schedule, schedule)
+        if not callable(schedule):
+            if len(schedule) != 2:
+                raise ValueError(f"temperature: got {schedule!r}, allowed is a number, (first, last) or a function")
+            first, last = schedule
+            schedule = lambda progress: first + (last - first) * progress  # noqa: E731
+        values = [float(schedule(i / (passes - 1) if passes > 1 else 1.0)) for i in range(passes)]
+        for value in values:
+            if not 0 < value < math.inf:
+                raise ValueError(f"temperature: got {value:g}, allowed are positive numbers")
+        return values
+
+
+class _Progress:
+    """Counts passes; a line with the time left once they have taken two seconds."""
+
+    def __init__(self, total: int, show: bool):
+        self.total, self.show, self.start, self.count = total, show, time.perf_counter(), 0
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def advance(self) -> None:
+        self.count += 1
+        if self.show and self.seconds > 2:
+            left = self.seconds / self.count * (self.total - self.count)
+            end = "\r" + " " * 50 + "\r" if self.count == self.total else ""
+            print(f"\rsampling: pass {self.count}/{self.total}, {left:.0f} s left {end}", end="", flush=True)
+
+
+class Sampler:
+    """Generates tokens with a model of a path: `model(x_t, t) -> logits`, x_t as `path.reads` says, logits (B, L, V).
+
+    Of a model that has `embed`, `hidden` and `head` (Denoiser) logits are never built whole, and of one with `embed_noise`
+    re-noised rows neither. With an Autoregressive path, generation goes from left to right: `steps`, `method`, `t_split`,
+    `grid_power` and `euler` do not apply, and nfe is the number of positions decoded. A position that is given after one
+    that is free keeps its token, but the tokens before it are drawn without seeing it.
     """
 
-    def __init__(self, model: Callable[[Tensor, Tensor], Tensor], path: LogitPath, device: str | torch.device = "cpu"):
+    def __init__(self, model: Callable[[Tensor, Tensor], Tensor], path: Path, device: str | torch.device = "cpu"):
+        if isinstance(path, Autoregressive) and not getattr(getattr(model, "config", None), "causal", True):
+            raise ValueError("model: got one whose config.causal is False, allowed is a causal one on this path")
         self.model, self.path, self.device = model, path, torch.device(device)
 
     def sample(self, shape: tuple[int, int], **options) -> Samples:
@@ -174,8 +204,11 @@ class Sampler:
         tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
         return self.infill(tokens, torch.zeros(shape, dtype=torch.bool, device=self.device), **options)
 
-    def complete(self, prompts: list[list[int]], length: int, **options) -> Samples:
-        """Continues prompts of any lengths to `length` tokens each; options as in `infill`."""
+    def complete(self, prompts: Sequence[Sequence[int] | Tensor], length: int, **options) -> Samples:
+        """Continues prompts of any lengths, none at all too, to `length` tokens each; options as in `infill`."""
+        if not _is_integer(length, 0):
+            raise ValueError(f"length: got {length!r}, allowed is an integer >= 0")
+        self._check_length("length", length)
         tokens = torch.zeros((len(prompts), length), dtype=torch.int64, device=self.device)
         given = torch.zeros_like(tokens, dtype=torch.bool)
         for i, prompt in enumerate(prompts):
@@ -188,63 +221,97 @@ class Sampler:
     @torch.no_grad()
     def infill(
         self,
-        tokens: Tensor,
-        given: Tensor,
+        tokens: Tensor | Sequence[Sequence[int] | Tensor],
+        given: Tensor | Sequence[Sequence[bool] | Tensor],
         *,
         steps: int = 64,
-        method: str = "hybrid",
+        method: str | None = None,
         top_k: int | None = 20,
         top_p: float = 1.0,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
         t_split: float | None = None,
-        final: str = "argmax",
+        grid_power: float = 1.0,
+        final: str | None = None,
         euler: str = "exact",
-        seed: int | list[int] = 0,
+        seed: int | Sequence[int] = 0,
         progress: bool = False,
         return_history: bool = False,
     ) -> Samples:
         """Fills the positions that are not given; given tokens come back as they went in.
 
         Args:
-            tokens: (B, L) ids; values where given is False are ignored. given: (B, L) bool.
-            steps: network passes (NFE), at least 1: steps - 1 moves from t = 0 to path.t_max, and a last pass there.
-            method: "basic", "sampling", "hybrid" or a registered name.
-            top_k: of each draw, None for all V; top_p in (0, 1]; temperature > 0.
-            t_split: where hybrid turns to sampling (path.t_split). final: "argmax", or "draw" from the last p.
-            euler: "exact" (1 - e^-h) or "paper" (h) rate of the basic step.
+            tokens: (B, L) ids; values where given is False are ignored. given: (B, L) bool. Or a list of sequences for each,
+                of any lengths: those of one length are run together, so that none sees padding, and come back in a list.
+            steps: network passes (NFE), at least 1: steps - 1 moves, and a last pass whose tokens are the result.
+            method: "basic", "sampling", "hybrid" or a registered name (path.method).
+            top_k: of each draw, None for all V; top_p in (0, 1]. The basic scheme of a path on the simplex draws only at the end.
+            temperature: a positive number; (first, last), linear over the passes; or a function of the progress in [0, 1].
+            t_split: where hybrid turns to sampling (path.t_split). grid_power: of `path.time_grid`, below 1 for more late times.
+            final: "argmax", or "draw" from the last p (path.final).
+            euler: "exact" (1 - e^-h) or "paper" (h) rate of LogitPath's basic step.
             seed: one seed, or one for each sequence: the same seed gives the same tokens in any batch.
+
+        Raises:
+            ValueError: an argument is outside its range or of a wrong shape; the message names it.
         """
-        if method not in _samplers:
-            raise ValueError(f"method: got {method!r}, allowed is one of {sorted(_samplers)}")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps: got {steps!r}, allowed is an integer >= 1")
-        if final not in ("argmax", "draw"):
-            raise ValueError(f"final: got {final!r}, allowed is 'argmax' or 'draw'")
-        if euler not in ("exact", "paper"):
-            raise ValueError(f"euler: got {euler!r}, allowed is 'exact' or 'paper'")
-        if tokens.dim() != 2 or given.shape != tokens.shape or given.dtype != torch.bool:
+        options = _Options(
+            self.path, steps, method, top_k, top_p, temperature, t_split, grid_power, final, euler, progress, return_history
+        )  # fmt: skip
+        if not isinstance(tokens, Tensor):
+            return self._infill_ragged(tokens, given, _seeds(seed, len(tokens)), options)
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, allowed is (B, L)")
+        given = torch.as_tensor(given)
+        if given.shape != tokens.shape or given.dtype != torch.bool:
             raise ValueError(
                 f"given: got {given.dtype} of shape {tuple(given.shape)}, allowed is bool of the (B, L) shape of tokens, "
                 f"{tuple(tokens.shape)}"
             )
-        vocab = self.path.vocab_size
-        top_k = vocab if top_k is None else top_k
-        if not 1 <= top_k:
-            raise ValueError(f"top_k: got {top_k}, allowed is None or an integer >= 1")
-        top_k = min(top_k, vocab)
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p: got {top_p}, allowed is a number in (0, 1]")
-        if not temperature > 0:
-            raise ValueError(f"temperature: got {temperature}, allowed is a positive number")
-        seeds = [_sequence_seed(seed, i) for i in range(len(tokens))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(tokens):
-            raise ValueError(f"seed: got {len(seeds)} seeds, allowed is one or {len(tokens)}, one for each sequence")
+        return self._infill(tokens, given, _seeds(seed, len(tokens)), options)
 
+    def _infill_ragged(self, tokens, given, seeds: list[int], options: _Options) -> Samples:
+        if len(given) != len(tokens):
+            raise ValueError(f"given: got {len(given)} sequences, allowed are as many as tokens has, {len(tokens)}")
         start = time.perf_counter()
-        tokens, given = tokens.to(self.device), given.to(self.device)
-        known = torch.where(given, tokens, 0).long()
-        if bool((given & ((tokens < 0) | (tokens >= vocab))).any()):
-            raise ValueError(f"tokens: a given token lies outside [0, {vocab})")
+        tokens = [torch.as_tensor(x, dtype=torch.int64) for x in tokens]
+        given = [torch.as_tensor(x, dtype=torch.bool) for x in given]
+        groups: dict[int, list[int]] = {}
+        for i, (row, flags) in enumerate(zip(tokens, given, strict=True)):
+            if row.dim() != 1 or flags.shape != row.shape:
+                raise ValueError(
+                    f"given: number {i} has shape {tuple(flags.shape)}, allowed is that of its tokens, {tuple(row.shape)}"
+                )
+            self._check_tokens(row, flags)
+            groups.setdefault(len(row), []).append(i)
+        found: list[Tensor] = list(tokens)
+        passes: list[list[Tensor]] = [[] for _ in tokens]
+        nfe = 0
+        for members in groups.values():
+            rows, flags = (torch.stack([x[i] for i in members]) for x in (tokens, given))
+            result = self._infill(rows, flags, [seeds[i] for i in members], options)
+            nfe = max(nfe, result.nfe)
+            for j, i in enumerate(members):
+                found[i] = result.tokens[j]
+                passes[i] = [x[j] for x in result.history]
+        history = [[p[n] if n < len(p) else x for p, x in zip(passes, found, strict=True)] for n in range(nfe)]
+        return Samples(found, nfe, time.perf_counter() - start, history if options.return_history else [])
+
+    def _check_length(self, name: str, length: int) -> None:
+        most = getattr(getattr(self.model, "config", None), "max_length", length)
+        if length > most:
+            raise ValueError(f"{name}: got a length of {length}, allowed is at most the model's max_length, {most}")
+
+    def _check_tokens(self, tokens: Tensor, given: Tensor) -> None:
+        self._check_length("tokens", tokens.shape[-1])
+        vocab = self.path.vocab_size
+        bad = given & ((tokens < 0) | (tokens >= vocab))
+        if bool(bad.any()):
+            raise ValueError(f"tokens: got {tokens[bad][0].item()} where given, allowed is 0 to V - 1 = {vocab - 1}")
+
+    def _infill(self, tokens: Tensor, given: Tensor, seeds: list[int], options: _Options) -> Samples:
+        start = time.perf_counter()
+        tokens, given = tokens.to(self.device).long(), given.to(self.device)
+        self._check_tokens(tokens, given)
         if tokens.numel() == 0 or bool(given.all()):
             return Samples(tokens.clone(), 0, time.perf_counter() - start)
         own_seeds = torch.tensor(seeds, device=self.device)[:, None]
@@ -252,44 +319,60 @@ class Sampler:
         def rng(step: int) -> Tensor:
             return torch.cat([own_seeds, torch.full_like(own_seeds, step)], 1)
 
-        state = State(None, tokens=known, t=0.0, rng=rng(0))
-        grid = self.path.time_grid(steps - 1).tolist()
-        history, nfe = [], 0
+        run = self._left_to_right if isinstance(self.path, Autoregressive) else self._denoise
+        found, nfe, history = run(tokens, given, rng, options)
+        return Samples(torch.where(given, tokens, found), nfe, time.perf_counter() - start, history)
+
+    def _denoise(self, tokens: Tensor, given: Tensor, rng, options: _Options) -> tuple[Tensor, int, list[Tensor]]:
+        """steps - 1 moves from t = 0 over the time grid, a pass at each of its times."""
+        path, known = self.path, torch.where(given, tokens, 0)
+        temperatures = options.temperatures(options.steps)
+        grid = path.time_grid(options.steps - 1, options.grid_power).tolist()
+        progress, history = _Progress(options.steps, options.progress), []
 
         def predict(t: float) -> Prediction:
-            nonlocal nfe
-            nfe += 1
-            if progress and time.perf_counter() - start > 2:
-                left = (time.perf_counter() - start) / nfe * (steps - nfe)
-                print(f"\rsampling: pass {nfe}/{steps}, {left:.0f} s left ", end="", flush=True)
+            progress.advance()
             prediction = self._predict(state, t, given)
-            if return_history:
-                history.append(torch.where(given, tokens, prediction.draw(1, rng(0))))
+            if options.return_history:
+                history.append(torch.where(given, tokens, path.resolve(state, prediction.draw(1, rng(0)))))
             return prediction
 
-        for index in range(steps - 1):
+        state = path.renoise(known, 0.0, rng(0), given)
+        for index in range(options.steps - 1):
             move = Move(
-                index, grid[index], grid[index + 1], self.path, rng(index + 1), given, known, top_k, top_p, temperature,
-                self.path.t_split if t_split is None else t_split, euler,
+                index, grid[index], grid[index + 1], path, rng(index + 1), given, known, options.top_k, options.top_p,
+                temperatures[index], options.t_split, options.euler,
             )  # fmt: skip
-            prediction = predict(grid[index])
-            state = _samplers[method](state, prediction, move)
-        k = 1 if final == "argmax" else top_k
-        drawn = predict(grid[-1]).draw(k, rng(steps), temperature, top_p)
-        if progress and time.perf_counter() - start > 2:
-            print("\r" + " " * 50 + "\r", end="", flush=True)
-        return Samples(torch.where(given, tokens, drawn), nfe, time.perf_counter() - start, history)
+            state = _samplers[options.method](state, predict(grid[index]), move)
+        k = 1 if options.final == "argmax" else options.top_k
+        drawn = predict(grid[-1]).draw(k, rng(options.steps), temperatures[-1], options.top_p)
+        return path.resolve(state, drawn), progress.count, history
+
+    def _left_to_right(self, tokens: Tensor, given: Tensor, rng, options: _Options) -> tuple[Tensor, int, list[Tensor]]:
+        temperatures = options.temperatures(tokens.shape[1])
+        free = (~given).any(0).nonzero()
+        progress, history = _Progress(int(free[-1] - free[0]) + 1, options.progress), []
+        k = 1 if options.final == "argmax" else options.top_k
+
+        def draw(prediction: Prediction, i: int) -> Tensor:
+            return prediction.draw(k, rng(0), temperatures[i], options.top_p, row_offset=i)
+
+        def after(found: Tensor) -> None:
+            progress.advance()
+            if options.return_history:
+                history.append(found.clone())
+
+        found, nfe = self.path.generate(self.model, tokens, given, draw, after)
+        return found, nfe, history
 
     def _predict(self, state: State, t: float, given: Tensor) -> Prediction:
-        fused = hasattr(self.model, "embed_noise")
-        if fused and state.x is None:
-            h = self.model.embed_noise(state.tokens, state.t, state.rng, given=given)
-            return Prediction(None, self.model.hidden(h, t), self.model.head.weight)
-        if state.x is None:
-            state.x = ops.noise_interpolate(
-                state.tokens, state.t, state.rng, vocab_size=self.path.vocab_size, beta=self.path.beta, given=given
-            )
         times = torch.full((len(given),), t, device=self.device)
-        if fused:
-            return Prediction(None, self.model.hidden(self.model.embed(state.x, t), t), self.model.head.weight)
+        if state.x is None and hasattr(self.model, "embed_noise"):
+            h = self.model.embed_noise(state.tokens, state.t, state.rng, given=given)
+            return Prediction(None, self.model.hidden(h, times), self.model.head.weight)
+        if state.x is None:
+            state.x = self.path.sample(state.tokens, state.t, state.rng, given=given)
+        times = self.path.model_times(times, given)
+        if hasattr(self.model, "hidden"):
+            return Prediction(None, self.model.hidden(self.model.embed(state.x, times), times), self.model.head.weight)
         return Prediction(self.model(state.x, times).float())

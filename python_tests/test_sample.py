@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from klflow_ext import Denoiser, DenoiserConfig, ExactDenoiser, LogitPath, Sampler, ops, register_sampler, sample
+from klflow_ext import Denoiser, DenoiserConfig, ExactDenoiser, LogitPath, Sampler, ops, register_sampler
 from klflow_ext.oracle import log_evidence
+from klflow_ext.path import state
 
 V, L = 4, 4
 
@@ -178,9 +179,9 @@ def test_a_denoiser_samples_from_tokens_and_seeds_as_from_rows(method):
 def test_draws_from_tiles_of_logits_are_those_of_all_logits(monkeypatch):
     hidden, weight = torch.randn(5, 4, 8), torch.randn(300, 8)
     rng = torch.stack([torch.arange(5), torch.full((5,), 3)], 1)
-    whole = sample.Prediction((hidden @ weight.T).float()).draw(20, rng)
-    monkeypatch.setattr(sample, "LOGIT_BYTES", 4 * 4 * 300 * 2)  # two sequences at a time
-    assert torch.equal(sample.Prediction(None, hidden, weight).draw(20, rng), whole)
+    whole = state.Prediction((hidden @ weight.T).float()).draw(20, rng)
+    monkeypatch.setattr(state, "LOGIT_BYTES", 4 * 4 * 300 * 2)  # two sequences at a time
+    assert torch.equal(state.Prediction(None, hidden, weight).draw(20, rng), whole)
 
 
 def test_complete_history_and_registered_sampler():

@@ -1,0 +1,198 @@
+"""The interface of a path, and what all paths share: times, the loss, re-noising, and the way to and from a dict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from klflow_ext import ops
+from klflow_ext.ops.arguments import check_tokens, looks_at_values
+from klflow_ext.path.state import Move, Prediction, State
+
+IGNORE = -100  # a target with this value is padding: no loss, and its row carries noise only
+
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+class Path:
+    """How a text turns into noise (`sample`), what a network learns from it (`loss`), and the way back (`step`).
+
+    Args:
+        vocab_size: V, at least 2.
+        t_max: where training and sampling stop, in (0, 1]. 1 itself, where nothing is left to say, is never visited: a
+            time grid then ends one cell before it.
+        t_split: where the hybrid sampler turns from `basic` to `sampling`, in [0, 1]. None: 14/15 of t_max, which is the
+            0.28 of 0.30 used by the paper.
+
+    Attributes:
+        kind: name in a dict. reads: what `sample` makes and a model reads, "rows" (..., V) on the simplex or "tokens" (...).
+        method, final: what the Sampler does by default.
+
+    Raises:
+        ValueError: an argument is outside its range; the message names it.
+    """
+
+    kind: ClassVar[str]
+    reads: ClassVar[str] = "rows"
+    method: ClassVar[str] = "basic"
+    final: ClassVar[str] = "argmax"
+    fields: ClassVar[tuple[str, ...]] = ("vocab_size", "t_max", "t_split")  # the arguments, all of them attributes
+    _kinds: ClassVar[dict[str, type[Path]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in cls.__dict__:
+            Path._kinds[cls.kind] = cls
+
+    def __init__(self, vocab_size: int, t_max: float = 1.0, t_split: float | None = None) -> None:
+        self._check_vocab_size(vocab_size)
+        if not 0 < t_max <= 1:
+            raise ValueError(f"t_max: got {t_max!r}, allowed is a number in (0, 1]")
+        if t_split is not None and not 0 <= t_split <= 1:
+            raise ValueError(f"t_split: got {t_split!r}, allowed is None or a number in [0, 1]")
+        self.vocab_size = vocab_size
+        self.t_max = float(t_max)
+        self.t_split = self.t_max * 14 / 15 if t_split is None else float(t_split)
+
+    @staticmethod
+    def _check_vocab_size(vocab_size: int) -> None:
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 2:
+            raise ValueError(f"vocab_size: got {vocab_size!r}, allowed is an integer >= 2")
+
+    # ---- times
+
+    def time(self, u: Tensor | float) -> Tensor | float:
+        """Training times of u in [0, 1): u t_max."""
+        return u * self.t_max
+
+    def time_grid(self, moves: int, power: float = 1.0) -> Tensor:
+        """Times of `moves` moves: (moves + 1,) float64 from 0, at which the network is asked; no moves: just 0.
+
+        With t_max < 1 the grid is tau_i = tau_max (i / moves)^power, tau = -log(1 - t), and ends at t_max. With t_max = 1 it
+        is t_i = (i / (moves + 1))^power, and ends one cell before 1. A power below 1 puts more times late.
+        """
+        if moves < 0:
+            raise ValueError(f"moves: got {moves!r}, allowed is an integer >= 0")
+        if not 0 < power < math.inf:
+            raise ValueError(f"power: got {power!r}, allowed is a positive number")
+        if self.t_max == 1:
+            return (torch.arange(moves + 1, dtype=torch.float64) / (moves + 1)) ** power
+        tau = torch.linspace(0, 1, moves + 1, dtype=torch.float64) ** power * -math.log1p(-self.t_max)
+        grid = -torch.expm1(-tau)
+        if moves:
+            grid[-1] = self.t_max
+        return grid
+
+    def model_times(self, t: Tensor, given: Tensor | None) -> Tensor:
+        """The times (B,) or (B, L) that a model is called with, from those of the sequences (B,)."""
+        return t
+
+    # ---- training
+
+    def sample(
+        self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, row_offset: int = 0
+    ) -> Tensor:
+        """Draw x_t of the tokens `target`.
+
+        Args:
+            target: (...) tokens in [0, V); padding (`IGNORE`) comes out as pure noise, so that nothing leaks from it.
+            t: time in [0, 1], broadcastable to target's shape.
+            rng: int seed, `torch.Generator`, or int64 tensor (2,) = (seed, step), (..., 2); (B, 2) for a target (B, L) is a
+                state for each sequence, whose noise then does not depend on the batch.
+            given: (...) bool; these positions show their token at every t.
+            row_offset: global index of the first row.
+
+        Returns:
+            (..., V) float32 rows on the simplex, or (...) int64 ids, as `reads` says.
+        """
+        raise NotImplementedError
+
+    def loss(
+        self, model: Model, target: Tensor, t: Tensor, rng, *, given: Tensor | None = None, reduction: str = "mean",
+        row_offset: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """-log p(k | x_t, t), averaged over the positions that are neither given nor padding (the paper's equation 13).
+
+        Args:
+            model: `model(x_t, t) -> logits`, (B, L, V) or (B, L), and (B,), to (B, L, V). Of one that has `embed`, `hidden`
+                and `head` (Denoiser) the logits are never built whole.
+            target: (B, L) tokens; `IGNORE` marks padding.
+            t: (B,) times in [0, 1].
+            given: (B, L) bool, positions that the model sees in the clear.
+            reduction: "mean" (NaN where no position counts), "sum" or "none" ((B, L), zero where a position does not count).
+        """
+        x = self.sample(target, t[:, None], rng, given=given, row_offset=row_offset)
+        label = target if given is None else target.masked_fill(given, IGNORE)
+        return self._cross_entropy(model, x, self.model_times(t, given), label, reduction)
+
+    def _cross_entropy(self, model: Model, x: Tensor, t: Tensor, label: Tensor, reduction: str) -> Tensor:
+        options = {"ignore_index": IGNORE, "reduction": reduction}
+        if hasattr(model, "hidden"):
+            return ops.linear_cross_entropy(model.hidden(model.embed(x, t), t), model.head.weight, label, **options)
+        return ops.cross_entropy(model(x, t), label, **options)
+
+    # ---- sampling
+
+    def renoise(self, tokens: Tensor, t: float, rng: Tensor, given: Tensor) -> State:
+        """The state at time t of sequences whose tokens (B, L) are known or guessed, with fresh noise; rng (B, 2)."""
+        return State(self.sample(tokens, t, rng, given=given))
+
+    def step(self, state: State, prediction: Prediction, move: Move) -> State:
+        """The basic scheme: the path's own marginal dynamics from move.t to move.t_next (an ODE, or a jump process)."""
+        raise NotImplementedError
+
+    def resample(self, state: State, prediction: Prediction, move: Move) -> State:
+        """The sampling scheme: draw every token, then re-noise it freshly to move.t_next (the paper's Algorithm 2)."""
+        return self.renoise(self.resolve(state, move.draw(prediction)), move.t_next, move.rng, move.given)
+
+    def resolve(self, state: State, drawn: Tensor) -> Tensor:
+        """The tokens of a state (B, L): those that it shows already, else those drawn."""
+        return drawn
+
+    # ---- files
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, **{name: getattr(self, name) for name in self.fields}}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Path:
+        """The path that `to_dict` described. `Path.from_dict` takes any kind, a class its own only.
+
+        Raises:
+            ValueError: an unknown kind or name of a setting, or a bad value.
+        """
+        values = dict(values)
+        kind = values.pop("kind", "logit")
+        kinds = {name: path for name, path in Path._kinds.items() if issubclass(path, cls)}
+        if kind not in kinds:
+            raise ValueError(f"kind: got {kind!r}, allowed is one of {sorted(kinds)}")
+        path = kinds[kind]
+        for name in values:
+            if name not in path.fields:
+                raise ValueError(f"{name}: got {values[name]!r}, allowed are the settings {', '.join(path.fields)}")
+        return path(**values)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.fields)
+        return f"{type(self).__name__}({settings})"
+
+
+def check_targets(target: Tensor, vocab_size: int) -> None:
+    """IndexError for a target outside [0, V) that is no padding, where values may be read (as the kernels do)."""
+    if looks_at_values(target.device):
+        check_tokens("target", target.reshape(-1), vocab_size, ignore_index=IGNORE)
+
+
+def hide_padding(
+    target: Tensor, t: Tensor | float, given: Tensor | None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(target, t, given) with padding as rows of pure noise: nothing is known of them, at time 0."""
+    t = torch.as_tensor(t, dtype=dtype, device=target.device)
+    if looks_at_values(target.device) and bool((~((t >= 0) & (t <= 1))).any()):
+        raise ValueError(f"t: got {t.min().item():g} to {t.max().item():g}, allowed are numbers in [0, 1]")
+    padding = target == IGNORE
+    t = torch.where(padding, torch.zeros((), dtype=dtype, device=target.device), t)
+    return target.masked_fill(padding, 0), t, None if given is None else given & ~padding

@@ -1,0 +1,109 @@
+"""Discrete flow matching (Gat et al. 2024, arXiv 2407.15595): every token shows with probability kappa(t), else noise stands there."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from klflow_ext.path.base import IGNORE, Model, Path, check_targets, hide_padding
+from klflow_ext.path.noise import row_words, uniform
+from klflow_ext.path.state import Move, Prediction, State
+
+KAPPA = {  # kappa(t) from 0 to 1, of float64 tensors
+    "linear": lambda t: t,
+    "square": lambda t: t * t,
+    "cubic": lambda t: t * t * (3 - 2 * t),
+    "cosine": lambda t: 1 - torch.cos(math.pi / 2 * t),
+}
+
+
+class _DiscretePath(Path):
+    reads: ClassVar[str] = "tokens"
+    final: ClassVar[str] = "draw"
+    fields: ClassVar[tuple[str, ...]] = ("vocab_size", "schedule", "t_split")
+
+    def __init__(self, vocab_size: int, schedule: str = "linear", t_split: float | None = None) -> None:
+        super().__init__(vocab_size, 1.0, t_split)
+        if schedule not in KAPPA:
+            raise ValueError(f"schedule: got {schedule!r}, allowed is one of {sorted(KAPPA)}")
+        self.schedule = schedule
+
+    def kappa(self, t: Tensor | float) -> Tensor:
+        """Probability that a token shows at times t in [0, 1], float64."""
+        return KAPPA[self.schedule](torch.as_tensor(t, dtype=torch.float64))
+
+    def sample(
+        self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, row_offset: int = 0
+    ) -> Tensor:
+        check_targets(target, self.vocab_size)
+        target, t, given = hide_padding(target, t, given, torch.float64)
+        words = row_words(target.shape, rng, row_offset, target.device)
+        shown = uniform(words[..., 0]) < self.kappa(t)
+        if given is not None:
+            shown |= given
+        return torch.where(shown, target, self._noise(words)).long()
+
+    def _jumps(self, move: Move) -> Tensor:
+        """(B, L): which positions jump, each with probability (kappa(t') - kappa(t)) / (1 - kappa(t))."""
+        now, then = self.kappa(move.t), self.kappa(move.t_next)
+        words = row_words(move.given.shape, move.rng, 0, move.given.device)
+        return (uniform(words[..., 0]) < (then - now) / (1 - now)) & ~move.given
+
+
+class MaskPath(_DiscretePath):
+    """Mask noise: x_t is the token with probability kappa(t), else the mask, id V. A model has V + 1 input ids.
+
+    The loss counts masked positions only, as in mask diffusion (MDLM, Sahoo et al. 2024): at the others x_t says the token.
+
+    Args:
+        vocab_size: V, at least 2, without the mask.
+        schedule: kappa: "linear" t, "square" t^2, "cubic" 3 t^2 - 2 t^3, "cosine" 1 - cos(pi t / 2).
+        t_split: as in `Path`; the sampling scheme masks shown tokens anew, and so can correct them.
+
+    Raises:
+        ValueError: an argument is outside its range; the message names it.
+    """
+
+    kind: ClassVar[str] = "mask"
+
+    def _noise(self, words: Tensor) -> Tensor:
+        return torch.full(words.shape[:-1], self.vocab_size, device=words.device)
+
+    def _cross_entropy(self, model: Model, x: Tensor, t: Tensor, label: Tensor, reduction: str) -> Tensor:
+        """With "mean", 0 where chance has masked no position."""
+        label = label.masked_fill(x != self.vocab_size, IGNORE)
+        if reduction != "mean":
+            return super()._cross_entropy(model, x, t, label, reduction)
+        return super()._cross_entropy(model, x, t, label, "sum") / (label != IGNORE).sum().clamp_min(1)
+
+    def step(self, state: State, prediction: Prediction, move: Move) -> State:
+        """Each mask turns, with probability (kappa(t') - kappa(t)) / (1 - kappa(t)), into a draw from p."""
+        jumps = self._jumps(move) & (state.x == self.vocab_size)
+        return State(torch.where(jumps, move.draw(prediction), state.x))
+
+    def resolve(self, state: State, drawn: Tensor) -> Tensor:
+        return torch.where(state.x == self.vocab_size, drawn, state.x)
+
+
+class UniformPath(_DiscretePath):
+    """Uniform noise: x_t is the token with probability kappa(t), else any of the V tokens, all alike.
+
+    The model is called with a time for each position, (B, L), 1 where a token is given: x_t alone does not show which are.
+
+    Args and errors: as `MaskPath`.
+    """
+
+    kind: ClassVar[str] = "uniform"
+
+    def _noise(self, words: Tensor) -> Tensor:
+        return words[..., 1] * self.vocab_size >> 32
+
+    def model_times(self, t: Tensor, given: Tensor | None) -> Tensor:
+        return t if given is None else torch.where(given, 1.0, t[:, None])
+
+    def step(self, state: State, prediction: Prediction, move: Move) -> State:
+        """Each position turns, with probability (kappa(t') - kappa(t)) / (1 - kappa(t)), into a draw from p."""
+        return State(torch.where(self._jumps(move), move.draw(prediction), state.x))

@@ -1,0 +1,185 @@
+"""The logit path: logits move on a straight line between noise and text, which is a KL geodesic of the simplex."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from klflow_ext import ops
+from klflow_ext.path.base import IGNORE, Model, Path, check_targets, hide_padding
+from klflow_ext.path.noise import log_gamma
+from klflow_ext.path.state import Move, Prediction, State
+
+
+def identification_accuracy(vocab_size: int, beta: float, t: float, alpha: float = 1.0) -> float:
+    """P(argmax x_t = k): how often the noisy row alone shows its token.
+
+    With g = exp(-s), s = c t / (1 - t), it is E[F(G / g)^(V - 1)], F the distribution function of G ~ Gamma(alpha). For
+    alpha = 1 that equals prod_{j=1}^{V-1} j / (j + g) = Gamma(V) Gamma(1 + g) / Gamma(V + g); else it is integrated over log G.
+    """
+    gap = math.log(vocab_size / beta - vocab_size + 1)
+    s = gap * t / (1 - t) if t < 1 else math.inf
+    if alpha == 1:
+        g = math.exp(-s)
+        return math.exp(math.lgamma(vocab_size) + math.lgamma(1 + g) - math.lgamma(vocab_size + g))
+    a = torch.tensor(alpha, dtype=torch.float64)
+    highest = math.log(alpha + 10 * math.sqrt(alpha) + 40)
+    log_g = torch.linspace(-40 / alpha - 40, highest, 2**15, dtype=torch.float64)
+    weight = torch.exp(alpha * log_g - log_g.exp())
+    token = (log_g + s).clamp_max(700).exp()
+    log_below = torch.where(
+        token > alpha, torch.log1p(-torch.special.gammaincc(a, token)), torch.special.gammainc(a, token).log()
+    )
+    return float((weight * torch.exp((vocab_size - 1) * log_below)).sum() / weight.sum())
+
+
+class LogitPath(Path):
+    """The logit-linear path: l_t = (1 - t) log x_0 + t log x_1, x_t = softmax(l_t), x_0 ~ Dirichlet(alpha, ..., alpha).
+
+    Args:
+        vocab_size: V, at least 2.
+        beta: smoothing of the target x_1 = (1 - beta) onehot(k) + beta / V, in (0, 1).
+        t_max: where training and sampling stop, in (0, 1). None: the time at which the noisy row alone shows its token with
+            a probability of 98.5 % (`calibrate`); later times teach nothing but copying.
+        t_split: where the hybrid sampler turns from `basic` to `sampling`, in [0, 1]. None: 14/15 of t_max, which is the
+            0.28 of 0.30 used by the paper.
+        alpha: concentration of the noise, in [0.001, 1000]. 1, the paper's, is uniform on the simplex and made inside the
+            kernels; others are drawn in plain PyTorch, as rows, at some hundred bytes an entry while a part of them is drawn.
+
+    Raises:
+        ValueError: an argument is outside its range; the message names it.
+    """
+
+    kind: ClassVar[str] = "logit"
+    method: ClassVar[str] = "hybrid"
+    fields: ClassVar[tuple[str, ...]] = ("vocab_size", "beta", "t_max", "t_split", "alpha")
+
+    def __init__(
+        self,
+        vocab_size: int,
+        beta: float = 0.01,
+        t_max: float | None = None,
+        t_split: float | None = None,
+        alpha: float = 1.0,
+    ) -> None:
+        self._check_vocab_size(vocab_size)
+        if not 0 < beta < 1:
+            raise ValueError(f"beta: got {beta!r}, allowed is a number in (0, 1)")
+        if t_max is not None and not 0 < t_max < 1:
+            raise ValueError(f"t_max: got {t_max!r}, allowed is None or a number in (0, 1)")
+        if not 1e-3 <= alpha <= 1e3:
+            raise ValueError(f"alpha: got {alpha!r}, allowed is a number in [0.001, 1000]")
+        self.vocab_size, self.beta, self.alpha = vocab_size, float(beta), float(alpha)
+        super().__init__(vocab_size, self.time_of_accuracy(0.985) if t_max is None else t_max, t_split)
+
+    @property
+    def c(self) -> float:
+        """The logit gap of the target, log(x_1[k] / x_1[j]) = log(V / beta - V + 1)."""
+        return math.log(self.vocab_size / self.beta - self.vocab_size + 1)
+
+    def odds(self, t: Tensor | float) -> Tensor | float:
+        """s = c t / (1 - t): by how much the token's logit stands out once the noise is scaled to its full size."""
+        return self.c * t / (1 - t)
+
+    def accuracy(self, t: float) -> float:
+        """P(argmax x_t = k) at time t in [0, 1]."""
+        return identification_accuracy(self.vocab_size, self.beta, t, self.alpha)
+
+    def time_of_accuracy(self, accuracy: float) -> float:
+        """The time at which `accuracy(t)` reaches a value between 1 / V and 1 (both excluded)."""
+        if not 1 / self.vocab_size < accuracy < 1:
+            raise ValueError(
+                f"accuracy: got {accuracy!r}, allowed is a number in (1/V, 1) = ({1 / self.vocab_size:g}, 1)"
+            )
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.accuracy(middle) < accuracy else (low, middle)
+        return (low + high) / 2
+
+    def calibrate(self, accuracy: float = 0.985) -> LogitPath:
+        """A path whose t_max is the time at which a row shows its token with this probability; t_split keeps its share."""
+        t_max = self.time_of_accuracy(accuracy)
+        return LogitPath(self.vocab_size, self.beta, t_max, self.t_split / self.t_max * t_max, self.alpha)
+
+    def sample(
+        self,
+        target: Tensor,
+        t: Tensor | float,
+        rng,
+        *,
+        given: Tensor | None = None,
+        log: bool = False,
+        row_offset: int = 0,
+    ) -> Tensor:
+        """Draw x_t (log: log x_t), (..., V) float32: x_t[j] is proportional to G_j^(1 - t) exp(t c [j = k]), G_j ~ Gamma(alpha).
+
+        Arguments as in `Path.sample`.
+        """
+        target, t, given = hide_padding(target, t, given)
+        if self.alpha == 1:
+            return ops.noise_interpolate(
+                target, t, rng, vocab_size=self.vocab_size, beta=self.beta, given=given, log=log, row_offset=row_offset
+            )
+        check_targets(target, self.vocab_size)
+        t = t.double().expand(target.shape)[..., None]
+        l = (1 - t) * log_gamma(self.alpha, target.shape, self.vocab_size, rng, row_offset, target.device)
+        log_x = l.scatter_add_(-1, target[..., None], self.c * t).log_softmax(-1)
+        if given is not None:
+            onehot = torch.full_like(log_x, -math.inf).scatter_(-1, target[..., None], 0.0)
+            log_x = torch.where(given[..., None], onehot, log_x)
+        return (log_x if log else log_x.exp()).float()
+
+    def loss(
+        self, model: Model, target: Tensor, t: Tensor, rng, *, given: Tensor | None = None, reduction: str = "mean",
+        row_offset: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """As `Path.loss`; a model that has `embed_noise` (Denoiser) is trained without any tensor of positions x V."""
+        if self.alpha != 1 or not hasattr(model, "embed_noise"):
+            return super().loss(model, target, t, rng, given=given, reduction=reduction, row_offset=row_offset)
+        label = target if given is None else target.masked_fill(given, IGNORE)
+        tokens, times, given = hide_padding(target, t[:, None], given)
+        h = model.hidden(model.embed_noise(tokens, times, rng, given=given, row_offset=row_offset), t)
+        return ops.linear_cross_entropy(h, model.head.weight, label, ignore_index=IGNORE, reduction=reduction)
+
+    def renoise(self, tokens: Tensor, t: float, rng: Tensor, given: Tensor) -> State:
+        if self.alpha == 1:
+            return State(None, tokens=tokens, t=t, rng=rng)
+        log_x = self.sample(tokens, t, rng, given=given, log=True)  # kept: x of small alpha underflows
+        return State(log_x.exp(), log_x)
+
+    def step(self, state: State, prediction: Prediction, move: Move) -> State:
+        """Algorithm 1: the marginal ODE dl/dtau = c p - l, by the exact exponential step or the paper's Euler step."""
+        rate = 1 - (1 - move.t_next) / (1 - move.t)  # 1 - e^-h
+        if move.euler == "paper":
+            rate = -torch.log1p(torch.tensor(-rate, dtype=torch.float64)).item()  # h
+        log_x = state.log_x
+        if log_x is None and state.x is not None:
+            log_x = state.x.log()
+        elif log_x is None:
+            log_x = self.sample(state.tokens, state.t, state.rng, given=move.given, log=True)
+        out = torch.empty_like(log_x) if state.x is None else state.x
+        log_x, x = ops.euler_step(
+            log_x, prediction.logits, rate, temperature=move.temperature, beta=self.beta, given=move.given,
+            known=move.known, inplace=True, out=out,
+        )  # fmt: skip
+        return State(x, log_x)
+
+    def resample(self, state: State, prediction: Prediction, move: Move) -> State:
+        if self.alpha != 1 or not prediction.is_dense:
+            return super().resample(state, prediction, move)
+        _, x = ops.topk_renoise(
+            prediction.logits, move.top_k, move.t_next, move.rng, temperature=move.temperature, top_p=move.top_p,
+            beta=self.beta, given=move.given, known=move.known, out=state.x,
+        )  # fmt: skip
+        return State(x)
+
+    def __repr__(self) -> str:
+        alpha = "" if self.alpha == 1 else f", alpha={self.alpha:g}"
+        return (
+            f"LogitPath(vocab_size={self.vocab_size}, beta={self.beta:g}, t_max={self.t_max:.4f}, "
+            f"t_split={self.t_split:.4f}{alpha})"
+        )

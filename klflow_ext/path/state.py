@@ -1,0 +1,88 @@
+"""What a sampler step works on: where the sequences are, what the network says of them, and where they go next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from klflow_ext import ops
+from klflow_ext.ops.linear import LOGIT_BYTES
+
+if TYPE_CHECKING:
+    from klflow_ext.path.base import Path
+
+
+@dataclass
+class Move:
+    """One move of the time grid and all that a step may need."""
+
+    index: int
+    t: float
+    t_next: float
+    path: Path
+    rng: Tensor  # (B, 2): (seed, step) of each sequence for this move; step 0 is the initial noise
+    given: Tensor  # (B, L) bool
+    known: Tensor  # (B, L) int64, 0 where not given
+    top_k: int
+    top_p: float
+    temperature: float
+    t_split: float
+    euler: str
+
+    def draw(self, prediction: Prediction) -> Tensor:
+        """(B, L) tokens drawn from the prediction by this move's top_k, top_p and temperature; known ones where given."""
+        drawn = prediction.draw(self.top_k, self.rng, self.temperature, self.top_p)
+        return torch.where(self.given, self.known, drawn)
+
+
+@dataclass
+class State:
+    """Where the sequences are: x, or the tokens (B, L) and the noise that hides them.
+
+    x: rows (B, L, V) on the simplex, or token ids (B, L), as the path's `reads` says. None stands for
+        path.sample(tokens, t, rng), which is built only where it is asked for.
+    log_x: log x where a path's step keeps it; None once a row has been re-noised.
+    """
+
+    x: Tensor | None
+    log_x: Tensor | None = None
+    tokens: Tensor | None = None
+    t: float = 0.0
+    rng: Tensor | None = None
+
+
+class Prediction:
+    """What the network says of a state: its logits, or draws from them, for which they exist a few sequences at a time.
+
+    Args:
+        logits: (B, L, V), or None: those of hidden (B, L, D) @ weight.T, weight (V, D).
+    """
+
+    def __init__(self, logits: Tensor | None, hidden: Tensor | None = None, weight: Tensor | None = None):
+        self._logits, self.hidden, self.weight = logits, hidden, weight
+
+    @property
+    def is_dense(self) -> bool:
+        return self._logits is not None
+
+    @property
+    def logits(self) -> Tensor:
+        if self._logits is None:
+            self._logits = (self.hidden @ self.weight.T).float()
+        return self._logits
+
+    def draw(self, k: int, rng: Tensor, temperature: float = 1.0, top_p: float = 1.0, row_offset: int = 0) -> Tensor:
+        """(B, L) tokens of `ops.topk_sample`, rng (B, 2)."""
+        options = {"temperature": temperature, "top_p": top_p, "row_offset": row_offset}
+        if self.is_dense:
+            return ops.topk_sample(self.logits, k, rng, **options)[0]
+        b, length, _ = self.hidden.shape
+        some = max(1, LOGIT_BYTES // (4 * length * self.weight.shape[0]))
+        parts = [
+            ops.topk_sample(self.hidden[i : i + some] @ self.weight.T, k, rng[i : i + some], **options)[0]
+            for i in range(0, b, some)
+        ]
+        return torch.cat(parts)
