@@ -21,6 +21,7 @@ from torch import Tensor
 from klflow_ext import data
 from klflow_ext.model import Denoiser, DenoiserConfig
 from klflow_ext.path import IGNORE, LogitPath
+from klflow_ext.path import Path as AnyPath
 
 RUN_FORMAT = 1  # of the run folder: config.json says which
 DTYPES = ("float32", "bfloat16")
@@ -428,7 +429,7 @@ def load_run(run: str | Path):
     run = Path(run)
     config = read_config(run)
     with reading(run / "config.json"):
-        path = LogitPath.from_dict(config["path"])  # MERGE: klflow_ext.path.Path.from_dict, which takes any kind
+        path = AnyPath.from_dict(config["path"])
         model = Denoiser(DenoiserConfig(**config["model"]), path)
     with reading(run / "model.safetensors") as file:
         model.load_state_dict(load_file(file))

@@ -1,0 +1,181 @@
+"""The method beside its rivals: one backbone, one optimizer, the same text and steps; held-out loss, and samples under a judge.
+
+python benchmarks/method.py train --name posterior --seed 0      # one run: runs/method/..., results/method/...json
+python benchmarks/method.py judge --name posterior --seed 0      # bits per byte and entropy of its samples, a few minutes
+python benchmarks/method.py plot                                 # results/method_loss.png, results/method_frontier.png
+python benchmarks/method.py gallery                              # benchmarks/GALLERY.md: uncurated samples
+
+It needs KLFLOW_DATA, a folder with TinyStories text and the stories260K judge. Held-out loss of the paths of one kind
+compares at equal times; text compares across all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from klflow_ext import (
+    Autoregressive,
+    Denoiser,
+    DenoiserConfig,
+    LinearPath,
+    LogitPath,
+    MaskPath,
+    Sampler,
+    SpherePath,
+    TrainConfig,
+    Trainer,
+    UniformPath,
+    data,
+    evaluate,
+    load_run,
+)
+from klflow_ext.train import write_atomically
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results" / "method"
+
+# name: (path, what the network is, how it is trained). The paper's own is "simplex uniform".
+METHODS = {
+    "posterior": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle"}),
+    "posterior learned": (LogitPath, {"input": "posterior"}, {"time_sampling": "learned"}),
+    "posterior uniform": (LogitPath, {"input": "posterior"}, {"time_sampling": "uniform"}),
+    "simplex": (LogitPath, {"input": "simplex"}, {"time_sampling": "middle"}),
+    "simplex uniform": (LogitPath, {"input": "simplex"}, {"time_sampling": "uniform"}),
+    "linear": (LinearPath, {"input": "simplex"}, {"time_sampling": "uniform"}),
+    "sphere": (SpherePath, {"input": "simplex"}, {"time_sampling": "uniform"}),
+    "mask": (MaskPath, {"input": "tokens"}, {"time_sampling": "uniform"}),
+    "uniform": (UniformPath, {"input": "tokens"}, {"time_sampling": "uniform"}),
+    "autoregressive": (Autoregressive, {"input": "tokens", "causal": True, "time": "none"}, {"time_sampling": "uniform"}),
+}  # fmt: skip
+LENGTH, BATCH = 64, 32
+EVERY = 8  # measurements of the held-out loss in a run
+
+
+def text_streams(vocab_size: int, runs: Path):
+    """(tokenizer, training, held-out tokens) of TinyStories, made once."""
+    from tokenizers import Tokenizer
+
+    folder = runs / f"tokens-{vocab_size}"
+    if not (folder / "heldout.npy").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        source = Path(os.environ["KLFLOW_DATA"]) / "tinystories"
+        train, held = (
+            [part for part in data.read_text(source / f"tinystories_{name}.txt").split(f"\n{data.END}\n") if part.strip()]
+            for name in ("train", "heldout")
+        )  # fmt: skip
+        tokenizer = data.train_tokenizer(train, vocab_size)
+        write_atomically(folder / "tokenizer.json", lambda p: tokenizer.save(str(p)))
+        for name, texts in (("train", train), ("heldout", held)):
+            stream = data.encode(tokenizer, texts)
+            write_atomically(folder / f"{name}.npy", lambda p, stream=stream: np.save(open(p, "wb"), stream))
+    streams = (np.load(folder / f"{name}.npy") for name in ("train", "heldout"))
+    return Tokenizer.from_file(str(folder / "tokenizer.json")), *streams
+
+
+def label(arguments) -> str:
+    return f"{arguments.name.replace(' ', '-')}-V{arguments.vocab_size}-{arguments.steps}-seed{arguments.seed}"
+
+
+def update(arguments, **values) -> None:
+    """Adds values to the result file of a run."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / f"{label(arguments)}.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    found.update(
+        name=arguments.name, vocab_size=arguments.vocab_size, steps=arguments.steps, seed=arguments.seed, **values
+    )
+    write_atomically(file, lambda p: p.write_text(json.dumps(found, indent=1) + "\n"))
+
+
+def train(arguments) -> None:
+    make_path, model_options, train_options = METHODS[arguments.name]
+    tokenizer, stream, held = text_streams(arguments.vocab_size, arguments.runs)
+    vocab = tokenizer.get_vocab_size()
+    torch.manual_seed(arguments.seed)
+    path = make_path(vocab)
+    prior = evaluate.unigram_log_prior(stream, vocab)
+    model = Denoiser(DenoiserConfig(vocab, 4, 4, 256, **model_options), path, prior)
+    config = TrainConfig(
+        steps=arguments.steps, batch_size=BATCH, length=LENGTH, given_share=0.0, dtype="bfloat16", seed=arguments.seed,
+        **train_options,
+    )  # fmt: skip
+    out = arguments.runs / label(arguments)
+    trainer = Trainer(model, path, stream, config, out)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out / "tokenizer.json"))
+    curve, begin, seconds = [], time.perf_counter(), 0.0
+    while trainer.progress() < 1:
+        begin = time.perf_counter()
+        trainer.train_step()
+        seconds += time.perf_counter() - begin
+        if trainer.step % (arguments.steps // EVERY) == 0:
+            losses = evaluate.loss_by_time(model.eval(), path, held, LENGTH)
+            model.train()
+            curve.append({"step": trainer.step, "loss": float(np.mean(list(losses.values())))})
+            left = seconds / trainer.step * (arguments.steps - trainer.step)
+            print(
+                f"{label(arguments)}: step {trainer.step}, held-out {curve[-1]['loss']:.3f}, {left:.0f} s left",
+                flush=True,
+            )
+    trainer.save()
+    losses = evaluate.loss_by_time(trainer.averaged_model().eval(), path, held, LENGTH, sequences=256)
+    update(
+        arguments, losses={f"{t:.3f}": loss for t, loss in losses.items()}, curve=curve, train_seconds=seconds,
+        threads=torch.get_num_threads(), unigram=evaluate.unigram_entropy(held, vocab, prior),
+    )  # fmt: skip
+
+
+def judge(arguments) -> None:
+    """Bits per byte and token entropy of samples at each NFE, top-k 20 and 5, by the path's best scheme."""
+    scorer = evaluate.Judge(Path(os.environ["KLFLOW_DATA"]) / "stories260K")
+    model, path, tokenizer = load_run(arguments.runs / label(arguments))
+    sampler = Sampler(model, path)
+    # Network in bfloat16, as it was trained.
+    shape, rows = (arguments.count, LENGTH), []
+    for top_k in arguments.top_k:
+        for nfe in [LENGTH] if arguments.name == "autoregressive" else arguments.nfe:
+            options = {"steps": nfe, "top_k": top_k, "method": "sampling" if isinstance(path, LogitPath) else "basic"}
+            if arguments.method:
+                options["method"] = arguments.method
+            with torch.autocast("cpu", torch.bfloat16) if arguments.bfloat16 else nullcontext():
+                result = sampler.sample(shape, seed=arguments.seed, **options)
+            texts = [tokenizer.decode(tokens.tolist()) for tokens in result.tokens]
+            row = {
+                **options, "count": arguments.count, "bits_per_byte": scorer.bits_per_byte(texts),
+                "entropy": evaluate.token_entropy(result.tokens), "seconds": result.seconds, "texts": texts[:10],
+            }  # fmt: skip
+            rows.append(row)
+            print(
+                f"{label(arguments)}: NFE {nfe}, top-k {top_k}: {row['bits_per_byte']:.2f} ({row['entropy']:.2f})",
+                flush=True,
+            )
+    update(arguments, samples=rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("train", "judge"))
+    parser.add_argument("--name", choices=METHODS, default="posterior")
+    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=1075)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, default=ROOT.parent / "runs" / "method")
+    parser.add_argument("--nfe", type=int, nargs="+", default=[8, 16, 32, 64, 256])
+    parser.add_argument("--top-k", type=int, nargs="+", default=[20, 5])
+    parser.add_argument("--count", type=int, default=128)
+    parser.add_argument("--method", help="another scheme than the path's best")
+    parser.add_argument("--bfloat16", action="store_true", help="sample with the network in bfloat16")
+    arguments = parser.parse_args()
+    {"train": train, "judge": judge}[arguments.action](arguments)
+
+
+if __name__ == "__main__":
+    main()
