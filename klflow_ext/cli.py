@@ -1,10 +1,10 @@
 """The command line: klflow info | demo | train | sample | complete | infill | eval."""
 
-import re
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,45 +43,99 @@ class Info:
 
 @dataclass
 class Settings:
-    """Size of model and training, shared by demo and train."""
+    """Text, model and training, shared by demo and train."""
 
     data: Path | None = None
     """UTF-8 text file; without it, the source of this Python's standard library."""
     out: Path = Path("runs/demo")
     """Run folder to write."""
+    tokenizer: Path | None = None
+    """A tokenizers file (tokenizer.json) instead of one trained here."""
     vocab_size: int = 2048
+    """Of the tokenizer that is trained here."""
     seconds: float = 180.0
     """Training time."""
     steps: int = 1_000_000
     """Training steps, if they end before the seconds do."""
     batch_size: int = 32
     length: int = 64
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 256
-    input: str = "posterior"
-    """What the network reads: posterior, or the paper's simplex."""
+    preset: Literal["demo", "small", "150m", "1.5b"] = "demo"
+    """Shape of the network, of which the next three set parts."""
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_embd: int | None = None
+    path: Literal["logit", "mask", "uniform", "linear", "sphere", "autoregressive"] = "logit"
+    """From noise to text; all but logit are baselines."""
+    input: Literal["posterior", "simplex", "tokens"] | None = None
+    """What the network reads: on the logit path posterior, or the paper's simplex."""
+    time: Literal["token", "add", "adaln", "none"] | None = None
+    """How the network is told the time."""
+    time_sampling: Literal["middle", "uniform", "learned"] | None = None
+    """Which times are trained on."""
+    given_share: float = 0.4
+    """Share of sequences that see a prompt, or all but a hole."""
+    lr: float = 3e-3
+    ema: float = 0.0
+    """Decay of the average of the weights; 0: none."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products."""
+    accumulate: int = 1
+    """Parts in which a batch is computed, to save memory."""
+    compile: bool = False
+    """torch.compile of the training step."""
+    device: str | None = None
+    """cuda where torch sees a GPU and the kernels were built for it, else cpu."""
     seed: int = 0
 
 
+def choose_device(name: str | None) -> torch.device:
+    from klflow_ext import build_info
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() and build_info()["cuda"] else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def network(settings: Settings, vocab_size: int):
+    """(path, config) of the settings, for V tokens. Paths of tokens read tokens; the baselines on the simplex read x_t."""
+    from klflow_ext import DenoiserConfig
+    from klflow_ext.path import Path as NoisePath
+
+    path = NoisePath.from_dict({"kind": settings.path, "vocab_size": vocab_size})
+    reads = "tokens" if path.reads == "tokens" else "posterior" if settings.path == "logit" else "simplex"
+    if settings.input is not None:
+        if (settings.input == "tokens") != (path.reads == "tokens"):
+            raise ValueError(f"input: got {settings.input!r}, allowed on path {settings.path} is {reads!r}")
+        reads = settings.input
+    causal = settings.path == "autoregressive"
+    time_mode = settings.time or ("none" if causal else "token")
+    shape = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd") if getattr(settings, name)}
+    longest = max(DenoiserConfig.PRESETS[settings.preset][3], settings.length)
+    config = DenoiserConfig.preset(
+        settings.preset, vocab_size, input=reads, time=time_mode, causal=causal, max_length=longest, **shape
+    )
+    return path, config
+
+
 def prepare(settings: Settings):
-    """Checks everything, then trains the tokenizer and encodes: (trainer, tokenizer, held-out stream, held-out documents)."""
-    from klflow_ext import Denoiser, DenoiserConfig, LogitPath, TrainConfig, Trainer, data, evaluate
+    """Checks everything, then makes the tokenizer and encodes: (trainer, tokenizer, held-out stream, held-out documents)."""
+    from klflow_ext import Denoiser, TrainConfig, Trainer, data, evaluate
     from klflow_ext.train import write_atomically
 
-    train_config = TrainConfig(
-        steps=settings.steps, max_seconds=settings.seconds, batch_size=settings.batch_size, length=settings.length,
-        seed=settings.seed,
-    )  # fmt: skip
-    config = DenoiserConfig(
-        settings.vocab_size,
-        settings.n_layer,
-        settings.n_head,
-        settings.n_embd,
-        max(256, settings.length),
-        settings.input,
-    )
-    if settings.vocab_size < 257:
+    names = ("steps", "batch_size", "length", "seed", "time_sampling", "given_share", "lr", "ema", "dtype", "accumulate",
+             "compile")  # fmt: skip
+    train_config = TrainConfig(max_seconds=settings.seconds, **{name: getattr(settings, name) for name in names})
+    network(settings, settings.vocab_size)
+    device = choose_device(settings.device)
+    tokenizer = None
+    if settings.tokenizer is not None:
+        tokenizer = data.load_tokenizer(settings.tokenizer)
+    elif settings.vocab_size < 257:
         raise ValueError(f"vocab_size: got {settings.vocab_size}, allowed is at least 257 (every byte and {data.END})")
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
@@ -93,21 +147,23 @@ def prepare(settings: Settings):
     train_texts, held_texts = data.documents(settings.data)
     start = time.perf_counter()
     size = sum(map(len, train_texts))
-    print(f"text: {size / 1e6:.1f} M characters in {len(train_texts)} documents; training a tokenizer ...", flush=True)
-    sample = train_texts if size < 4e6 else train_texts[:: int(size // 4e6) + 1]
-    tokenizer = data.train_tokenizer(sample, settings.vocab_size)
+    making = "training a tokenizer" if tokenizer is None else "encoding"
+    print(f"text: {size / 1e6:.1f} M characters in {len(train_texts)} documents; {making} ...", flush=True)
+    if tokenizer is None:
+        sample = train_texts if size < 4e6 else train_texts[:: int(size // 4e6) + 1]
+        tokenizer = data.train_tokenizer(sample, settings.vocab_size)
     stream, held = data.encode(tokenizer, train_texts), data.encode(tokenizer, held_texts)
-    config = replace(config, vocab_size=tokenizer.get_vocab_size())
-    print(f"tokenizer: V = {config.vocab_size}, {len(stream):,} tokens, {time.perf_counter() - start:.0f} s")
+    vocab_size = tokenizer.get_vocab_size()
+    print(f"tokenizer: V = {vocab_size}, {len(stream):,} tokens, {time.perf_counter() - start:.0f} s")
     write_atomically(settings.out / "tokenizer.json", lambda p: tokenizer.save(str(p)))
     write_atomically(settings.out / "train.npy", lambda p: np.save(open(p, "wb"), stream))
     write_atomically(settings.out / "heldout.npy", lambda p: np.save(open(p, "wb"), held))
     torch.manual_seed(settings.seed)
-    path = LogitPath(config.vocab_size)
-    model = Denoiser(config, path, evaluate.unigram_log_prior(stream, config.vocab_size))
+    path, config = network(settings, vocab_size)
+    model = Denoiser(config, path, evaluate.unigram_log_prior(stream, vocab_size)).to(device)
     trainer = Trainer(model, path, stream, train_config, settings.out)
     count = sum(p.numel() for p in model.parameters())
-    print(f"model: {count / 1e6:.1f} M parameters, input {config.input}; {path!r}")
+    print(f"model: {count / 1e6:.1f} M parameters, input {config.input}, on {device}; {path!r}")
     return trainer, tokenizer, held, held_texts
 
 
@@ -143,12 +199,12 @@ class Demo(Settings):
 
         trainer, tokenizer, held, held_texts = prepare(self)
         trainer.fit()
-        model, path = trainer.model.eval(), trainer.path
+        model, path = trainer.averaged_model().eval(), trainer.path
         print_losses(model, path, trainer.stream, held, self.length)
-        sampler = Sampler(model, path)
-        for method in ("basic", "sampling", "hybrid"):
+        sampler = Sampler(model, path, trainer.device)
+        for method in ("basic", "sampling", "hybrid") if path.kind != "autoregressive" else ("basic",):
             result = sampler.sample((2, self.length), steps=32, method=method, seed=self.seed, t_split=path.t_max / 2)
-            print(f"\n--- {method}, 32 passes, {result.seconds:.1f} s")
+            print(f"\n--- {method}, {result.nfe} passes, {result.seconds:.1f} s")
             for tokens in result.tokens:
                 print(tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
                 print("   .")
@@ -193,7 +249,9 @@ class Train(Settings):
             config = read_config(self.resume)["train"]
             model, path, tokenizer = load_run(self.resume)
             stream, held = load_streams(self.resume)
-            trainer = Trainer(model.train(), path, stream, TrainConfig(**config), self.resume)
+            trainer = Trainer(
+                model.train().to(choose_device(self.device)), path, stream, TrainConfig(**config), self.resume
+            )
             trainer.load()
             longer = {"steps": trainer.step + self.steps}
             if config["max_seconds"] is not None:
@@ -201,7 +259,7 @@ class Train(Settings):
             trainer.config = replace(trainer.config, **longer)
             print(f"going on with {self.resume} from step {trainer.step}")
         trainer.fit()
-        print_losses(trainer.model.eval(), trainer.path, trainer.stream, held, trainer.config.length)
+        print_losses(trainer.averaged_model().eval(), trainer.path, trainer.stream, held, trainer.config.length)
         print(f"run folder: {trainer.out}")
 
 
@@ -212,12 +270,22 @@ class Generation:
     run_folder: tyro.conf.Positional[Path]
     steps: int = 64
     """Network passes (NFE)."""
-    method: str = "sampling"
-    """basic, sampling or hybrid."""
+    method: Literal["basic", "sampling", "hybrid"] | None = None
+    """The scheme: on the logit path sampling."""
     top_k: int = 20
     top_p: float = 1.0
-    temperature: float = 1.0
+    temperature: tuple[float, float] = (1.0, 1.0)
+    """At the first pass and at the last."""
+    t_split: float | None = None
+    """Where hybrid turns from basic to sampling."""
+    grid_power: float = 1.0
+    """Below 1: more of the passes late."""
+    final: Literal["argmax", "draw"] | None = None
+    """How the last pass chooses its tokens."""
+    device: str | None = None
     seed: int = 0
+
+    OPTIONS = ("steps", "method", "top_k", "top_p", "temperature", "t_split", "grid_power", "final", "seed")
 
     def generate(self, make):
         from klflow_ext import Sampler, load_run
@@ -226,8 +294,11 @@ class Generation:
         length = getattr(self, "length", 1)
         if not 1 <= length <= model.config.max_length:
             raise ValueError(f"length: got {length}, allowed is 1 to the run's max_length, {model.config.max_length}")
-        options = {name: getattr(self, name) for name in ("steps", "method", "top_k", "top_p", "temperature", "seed")}
-        result = make(Sampler(model, path), model, tokenizer, {**options, "progress": sys.stderr.isatty()})
+        options = {name: getattr(self, name) for name in self.OPTIONS}
+        options["method"] = self.method or ("sampling" if path.kind == "logit" else path.method)
+        device = choose_device(self.device)
+        sampler = Sampler(model.to(device), path, device)
+        result = make(sampler, tokenizer, {**options, "progress": sys.stderr.isatty()})
         for tokens in result.tokens:
             print(tokenizer.decode(tokens.tolist()) + "\n   .")
         print(f"{result.nfe} passes, {result.seconds:.1f} s")
@@ -241,7 +312,7 @@ class Sample(Generation):
     length: int = 64
 
     def run(self):
-        self.generate(lambda sampler, model, tok, options: sampler.sample((self.count, self.length), **options))
+        self.generate(lambda sampler, tokenizer, options: sampler.sample((self.count, self.length), **options))
 
 
 @dataclass
@@ -253,7 +324,9 @@ class Complete(Generation):
 
     def run(self):
         self.generate(
-            lambda sampler, model, tok, options: sampler.complete([tok.encode(self.prompt).ids], self.length, **options)
+            lambda sampler, tokenizer, options: sampler.complete(
+                [tokenizer.encode(self.prompt, add_special_tokens=False).ids], self.length, **options
+            )
         )
 
 
@@ -264,14 +337,10 @@ class Infill(Generation):
     text: str = ""
 
     def run(self):
-        def make(sampler, model, tokenizer, options):
-            tokens, given = [], []
-            for i, part in enumerate(re.split(r"\{\?(\d+)\}", self.text)):
-                ids = [0] * int(part) if i % 2 else tokenizer.encode(part).ids
-                tokens += ids
-                given += [i % 2 == 0] * len(ids)
-            if all(given):
-                raise ValueError(f"text: got {self.text!r}, allowed is a text with a hole such as {{?8}}")
+        def make(sampler, tokenizer, options):
+            from klflow_ext.sample import parse_holes
+
+            tokens, given = parse_holes(self.text, tokenizer)
             return sampler.infill(torch.tensor([tokens]), torch.tensor([given]), **options)
 
         self.generate(make)
@@ -287,11 +356,14 @@ class Eval:
     count: int = 32
     length: int = 64
     steps: int = 64
+    device: str | None = None
 
     def run(self):
         from klflow_ext import Sampler, evaluate, load_run
 
         model, path, tokenizer = load_run(self.run_folder)
+        device = choose_device(self.device)
+        model = model.to(device)
         stream, held = load_streams(self.run_folder)
         # First, so that a wrong folder fails at once.
         judge = None if self.judge is None else evaluate.Judge(self.judge)
@@ -302,16 +374,18 @@ class Eval:
         real = [held[i : i + self.length] for i in generator.integers(0, len(held) - self.length, self.count)]
         unigram = generator.choice(stream, (self.count, self.length))
         rows = {"real text": real, "unigram-sampled": unigram}
-        sampler = Sampler(model, path)
-        for name, options in {
+        sampler = Sampler(model, path, device)
+        schemes = {
             "basic": {"method": "basic"},
             "sampling, top-k 20": {"method": "sampling", "top_k": 20},
             "sampling, top-k 1": {"method": "sampling", "top_k": 1},
             "hybrid at half, top-k 20": {"method": "hybrid", "top_k": 20, "t_split": path.t_max / 2},
-        }.items():
-            rows[f"{name}, NFE {self.steps}"] = sampler.sample(
-                (self.count, self.length), steps=self.steps, **options
-            ).tokens
+        }
+        if path.kind == "autoregressive":
+            schemes = {"left to right, top-k 20": {"top_k": 20}}
+        for name, options in schemes.items():
+            result = sampler.sample((self.count, self.length), steps=self.steps, **options)
+            rows[f"{name}, NFE {result.nfe}"] = result.tokens.cpu()
         print(f"{self.count} texts of {self.length} tokens: bits per byte under the judge (token entropy, nats)")
         for name, sequences in rows.items():
             texts = [tokenizer.decode([int(i) for i in tokens]) for tokens in sequences]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-END = "<|endoftext|>"  # token 0: stands between documents
+END = "<|endoftext|>"  # stands between documents; token 0 of a tokenizer that is trained here
 
 
 def read_text(path: str | Path) -> str:
@@ -97,12 +97,26 @@ def train_tokenizer(texts: list[str], vocab_size: int):
     return tokenizer
 
 
+def load_tokenizer(path: str | Path):
+    """A `tokenizers` file (tokenizer.json), which gets <|endoftext|> as one more token where it lacks it."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"tokenizer: {path} cannot be read: {error}") from None
+    if tokenizer.token_to_id(END) is None:
+        tokenizer.add_special_tokens([END])
+    return tokenizer
+
+
 def encode(tokenizer, texts: list[str]) -> np.ndarray:
     """One int32 stream: the documents, each followed by <|endoftext|>."""
+    end = tokenizer.token_to_id(END)
     ids: list[int] = []
-    for encoding in tokenizer.encode_batch(texts):
+    for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
         ids += encoding.ids
-        ids.append(0)
+        ids.append(end)
     return np.asarray(ids, np.int32)
 
 

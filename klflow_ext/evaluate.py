@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from klflow_ext import data
-from klflow_ext.path import LogitPath
+from klflow_ext.path import Path as NoisePath
 
 
 def unigram_log_prior(stream: np.ndarray, vocab_size: int) -> torch.Tensor:
@@ -28,14 +28,19 @@ def unigram_entropy(stream: np.ndarray, vocab_size: int, log_prior: torch.Tensor
 
 @torch.no_grad()
 def loss_by_time(
-    model, path: LogitPath, stream, length: int, shares=(0.2, 0.35, 0.5, 0.65, 0.8, 1.0), sequences: int = 64
-):
-    """{t: held-out denoising loss in nats per token} at shares of t_max, all positions free."""
-    tokens = data.batch(stream, sequences, length, seed=12345, step=0)
+    model, path: NoisePath, stream, length: int, shares=(0.2, 0.35, 0.5, 0.65, 0.8, 1.0), sequences: int = 64
+) -> dict[float, float]:
+    """{t: held-out loss in nats per token} at shares of t_max, all positions free; of an Autoregressive path {0: loss}.
+
+    Of a path with t_max = 1 the last share is left out: nothing is hidden there.
+    """
+    device = next(model.parameters()).device
+    tokens = data.batch(stream, sequences, length, seed=12345, step=0).to(device)
     losses = {}
-    for share in shares:
-        t = torch.full((sequences,), share * path.t_max)
-        losses[share * path.t_max] = path.loss(model, tokens, t, torch.tensor([12345, 1])).item()
+    for t in dict.fromkeys(path.time(share) for share in shares):
+        if t < 1:
+            times = torch.full((sequences,), t, device=device)
+            losses[t] = path.loss(model, tokens, times, torch.tensor([12345, 1], device=device)).item()
     return losses
 
 

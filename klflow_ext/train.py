@@ -20,8 +20,8 @@ from torch import Tensor
 
 from klflow_ext import data
 from klflow_ext.model import Denoiser, DenoiserConfig
-from klflow_ext.path import IGNORE, LogitPath
-from klflow_ext.path import Path as AnyPath
+from klflow_ext.path import IGNORE
+from klflow_ext.path import Path as NoisePath
 
 RUN_FORMAT = 1  # of the run folder: config.json says which
 DTYPES = ("float32", "bfloat16")
@@ -169,7 +169,7 @@ class Trainer:
     MEASURE_EVERY = 4  # steps between looks at the loss of each sequence, for which the logits are made once more
 
     def __init__(
-        self, model: Denoiser, path: LogitPath, stream: np.ndarray, config: TrainConfig, out: Path | None = None
+        self, model: Denoiser, path: NoisePath, stream: np.ndarray, config: TrainConfig, out: Path | None = None
     ):
         if config.length > model.config.max_length:
             raise ValueError(f"length: got {config.length}, allowed is at most max_length = {model.config.max_length}")
@@ -429,7 +429,7 @@ def load_run(run: str | Path):
     run = Path(run)
     config = read_config(run)
     with reading(run / "config.json"):
-        path = AnyPath.from_dict(config["path"])
+        path = NoisePath.from_dict(config["path"])
         model = Denoiser(DenoiserConfig(**config["model"]), path)
     with reading(run / "model.safetensors") as file:
         model.load_state_dict(load_file(file))
