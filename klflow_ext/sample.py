@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from klflow_ext.path import Autoregressive, Move, Path, Prediction, State
+from klflow_ext.path.base import self_conditions
 
 Temperature = float | tuple[float, float] | Callable[[float], float]
 
@@ -328,11 +329,13 @@ class Sampler:
         path, known = self.path, torch.where(given, tokens, 0)
         temperatures = options.temperatures(options.steps)
         grid = path.time_grid(options.steps - 1, options.grid_power).tolist()
-        progress, history = _Progress(options.steps, options.progress), []
+        progress, history, previous = _Progress(options.steps, options.progress), [], None
 
         def predict(t: float) -> Prediction:
+            nonlocal previous
             progress.advance()
-            prediction = self._predict(state, t, given)
+            prediction = self._predict(state, t, given, previous)
+            previous = prediction.hidden
             if options.return_history:
                 history.append(torch.where(given, tokens, path.resolve(state, prediction.draw(1, rng(0)))))
             return prediction
@@ -365,14 +368,17 @@ class Sampler:
         found, nfe = self.path.generate(self.model, tokens, given, draw, after)
         return found, nfe, history
 
-    def _predict(self, state: State, t: float, given: Tensor) -> Prediction:
+    def _predict(self, state: State, t: float, given: Tensor, previous: Tensor | None) -> Prediction:
+        """The network's word on a state; previous: its hidden states of the pass before, for one that self-conditions."""
+        model, path = self.model, self.path
         times = torch.full((len(given),), t, device=self.device)
-        if state.x is None and hasattr(self.model, "embed_noise"):
-            h = self.model.embed_noise(state.tokens, state.t, state.rng, given=given)
-            return Prediction(None, self.model.hidden(h, times), self.model.head.weight)
+        estimate = {"previous": previous} if self_conditions(model) else {}
+        if state.x is None and hasattr(model, "embed_noise"):
+            h = model.embed_noise(state.tokens, state.t, state.rng, given=given)
+            return Prediction(None, model.hidden(h, times, **estimate), model.head.weight)
         if state.x is None:
-            state.x = self.path.sample(state.tokens, state.t, state.rng, given=given)
-        times = self.path.model_times(times, given)
-        if hasattr(self.model, "hidden"):
-            return Prediction(None, self.model.hidden(self.model.embed(state.x, times), times), self.model.head.weight)
-        return Prediction(self.model(state.x, times).float())
+            state.x = path.sample(state.tokens, state.t, state.rng, given=given)
+        times = path.model_times(times, given)
+        if hasattr(model, "hidden"):
+            return Prediction(None, model.hidden(model.embed(state.x, times), times, **estimate), model.head.weight)
+        return Prediction(model(state.x, times).float())

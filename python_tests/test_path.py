@@ -171,6 +171,9 @@ class Table(torch.nn.Module):
     def embed(self, x, t):
         return x @ self.table if x.is_floating_point() else self.table[x]
 
+    def embed_noise(self, target, t, rng, **options):
+        return ops.noise_embedding(target, t, self.table, rng, **options)
+
     def hidden(self, h, t):
         return torch.tanh(h + t.reshape(len(t), -1, 1))
 
@@ -198,6 +201,34 @@ def test_loss_counts_free_positions_that_are_no_padding(path):
             torch.testing.assert_close(loss, value, atol=2e-5, rtol=1e-5)
     path.loss(model, target, t, rng, given=given).backward()
     assert model.head.weight.grad.abs().sum() > 0 and model.table.grad.abs().sum() > 0
+
+
+# other noise than Dirichlet(1) tries again until all of it is accepted, which no graph holds
+@pytest.mark.parametrize("path", [p for p in PATHS if getattr(p, "alpha", 1) == 1], ids=name)
+def test_the_loss_compiles_whole(path):
+    model, target = Table(V + 1 if path.reads == "tokens" else V), tokens(2, 5)
+    t, rng, given = torch.full((2,), 0.3), torch.tensor([3, 4]), torch.zeros(2, 5, dtype=torch.bool)
+    whole = torch.compile(path.loss, backend="eager", fullgraph=True)
+    assert torch.equal(whole(model, target, t, rng, given=given), path.loss(model, target, t, rng, given=given))
+
+
+@pytest.mark.parametrize("path", [LogitPath(V), MaskPath(V)], ids=name)
+def test_half_the_sequences_condition_on_their_own_estimate(path):
+    model, seen = Table(V + 1 if path.reads == "tokens" else V), []
+    model.config = SimpleNamespace(self_conditioning=True)
+    plain = model.hidden
+
+    def hidden(h, t, previous=None):
+        seen.append(None if previous is None else (previous, plain(h, t), torch.is_grad_enabled()))
+        return plain(h, t)
+
+    model.hidden = hidden
+    path.loss(model, tokens(4, 5), torch.full((4,), 0.3), 0)
+    first, (previous, estimate, with_gradient) = seen
+    assert first is None and with_gradient
+    assert torch.equal(previous[::2], estimate[::2]) and not previous[1::2].any() and not previous.requires_grad
+    path.loss(model.eval(), tokens(4, 5), torch.full((4,), 0.3), 0)
+    assert seen[2:] == [None]
 
 
 def test_mask_loss_of_a_batch_without_masks_is_zero():

@@ -2,13 +2,29 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from klflow_ext import Denoiser, DenoiserConfig, ExactDenoiser, LogitPath, Sampler, ops, register_sampler
+from klflow_ext import (
+    Autoregressive,
+    Denoiser,
+    DenoiserConfig,
+    ExactDenoiser,
+    LinearPath,
+    LogitPath,
+    MaskPath,
+    Sampler,
+    SpherePath,
+    UniformPath,
+    ops,
+    register_sampler,
+    sample,
+)
 from klflow_ext.oracle import log_evidence
 from klflow_ext.path import state
+from klflow_ext.sample import parse_holes
 
 V, L = 4, 4
 
@@ -122,32 +138,107 @@ def test_exact_denoiser_keeps_to_what_is_given():
         certain(x, 0.0)
 
 
+# ---- the other paths, on a smaller chain
+
+SMALL = 3
+OTHERS = [
+    LogitPath(SMALL, t_max=0.8, alpha=0.3), LinearPath(SMALL), SpherePath(SMALL), MaskPath(SMALL), MaskPath(SMALL, "cosine"),
+    UniformPath(SMALL),
+]  # fmt: skip
+EVERY = [LogitPath(50), LogitPath(50, alpha=0.5), LinearPath(50), SpherePath(50), MaskPath(50), UniformPath(50)]
+name = lambda path: f"{path.kind}-{getattr(path, 'alpha', getattr(path, 'schedule', ''))}"  # noqa: E731
+METHODS = ["basic", "sampling", "hybrid"]
+
+
+def small_chain():
+    sequences = torch.tensor(list(itertools.product(range(SMALL), repeat=3)))
+    stays = sequences[:, 1:] == sequences[:, :-1]
+    return sequences, torch.where(stays, 0.8, 0.1).double().prod(-1) / SMALL
+
+
+def small_variation(tokens, draws):
+    index = (tokens * (SMALL ** torch.arange(2, -1, -1))).sum(-1)
+    return 0.5 * (torch.bincount(index, minlength=SMALL**3) / draws - small_chain()[1]).abs().sum().item()
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=name)
+def test_every_path_reaches_the_joint_distribution(path):
+    draws, (_, weights) = 5000, small_chain()
+    floor = (weights * (1 - weights) / (2 * math.pi * draws)).sqrt().sum().item()
+    sampler = Sampler(ExactDenoiser(small_chain(), path), path)
+    for method in ("basic", "sampling"):
+        found = {
+            n: small_variation(
+                sampler.sample((draws, 3), steps=n, method=method, top_k=None, final="draw", seed=n).tokens, draws
+            )
+            for n in (3, 12, 48)
+        }
+        assert found[3] > 1.3 * found[12] and found[12] > min(found[48], 1.2 * floor), (method, found)
+        assert found[48] < floor + (0.03 if method == "basic" else 0.07), (method, found, floor)
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=name)
+def test_one_pass_draws_each_position_by_itself(path):
+    """NFE 1 gives the product of the marginals: all that the tokens have of the chain comes from the passes counted."""
+    sampler = Sampler(ExactDenoiser(small_chain(), path), path)
+    tokens = sampler.sample((5000, 3), steps=1, top_k=None, final="draw").tokens
+    assert abs((tokens[:, 1:] == tokens[:, :-1]).float().mean() - 1 / 3) < 0.025
+
+
 class Counting:
+    """Fixed random logits of what a position shows; counts its calls."""
+
     def __init__(self, vocab):
-        self.calls, self.weight = 0, torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(0))
+        self.calls, self.weight = 0, torch.randn(vocab + 1, vocab, generator=torch.Generator().manual_seed(0))
+        self.config = SimpleNamespace(max_length=12)
 
     def __call__(self, x, t):
         self.calls += 1
-        return (x @ self.weight) * 30
+        return self.weight[x] * 3 if x.dim() == 2 else (x @ self.weight[:-1]) * 30
 
 
-@pytest.mark.parametrize("method", ["basic", "sampling", "hybrid"])
-def test_nfe_given_tokens_and_batch_independence(method):
-    path, model = LogitPath(50), Counting(50)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", EVERY, ids=name)
+def test_nfe_given_tokens_and_batch_independence(path, method):
+    model = Counting(50)
     sampler = Sampler(model, path)
     tokens = torch.randint(50, (5, 7), generator=torch.Generator().manual_seed(1))
     given = torch.rand(5, 7, generator=torch.Generator().manual_seed(2)) < 0.4
+    options = dict(method=method, t_split=path.t_max / 2)
     for steps in (1, 2, 9):
         model.calls = 0
-        result = sampler.infill(tokens, given, steps=steps, method=method, seed=[1, 2, 3, 4, 5])
+        result = sampler.infill(tokens, given, steps=steps, seed=[1, 2, 3, 4, 5], **options)
         assert result.nfe == model.calls == steps
-        assert torch.equal(result.tokens[given], tokens[given]) and (result.tokens >= 0).all()
-    alone = sampler.infill(tokens[3:4], given[3:4], steps=9, method=method, seed=[4])
+        assert torch.equal(result.tokens[given], tokens[given])
+        assert (result.tokens >= 0).all() and (result.tokens < 50).all()
+    other = torch.where(given, tokens, (tokens + 1) % 50)  # what is not given must not be seen
+    assert torch.equal(sampler.infill(other, given, steps=9, seed=[1, 2, 3, 4, 5], **options).tokens, result.tokens)
+    alone = sampler.infill(tokens[3:4], given[3:4], steps=9, seed=[4], **options)
     assert torch.equal(alone.tokens[0], result.tokens[3])
-    other = sampler.infill(tokens[3:4], given[3:4], steps=9, method=method, seed=[5])
+    again = sampler.infill(tokens.flip(0), given.flip(0), steps=9, seed=[5, 4, 3, 2, 1], **options)
+    assert torch.equal(again.tokens.flip(0), result.tokens)
+    other = sampler.infill(tokens[3:4], given[3:4], steps=9, seed=[5], **options)
     assert not torch.equal(other.tokens, alone.tokens)
-    done = sampler.infill(tokens, torch.ones_like(given), method=method)
+    done = sampler.infill(tokens, torch.ones_like(given), **options)
     assert torch.equal(done.tokens, tokens) and done.nfe == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", EVERY, ids=name)
+def test_top_k_and_top_p_reach_every_draw(path, method):
+    """The three likeliest tokens share 0.9: no other ever appears, in whatever place or pass it would be drawn."""
+    p = torch.full((50,), 0.1 / 47)
+    p[[7, 20, 33]] = torch.tensor([0.4, 0.3, 0.2])
+    sampler = Sampler(lambda x, t: p.log().expand(*x.shape[:2], -1), path)
+    options = dict(steps=6, method=method, t_split=path.t_max / 2, final="draw")
+    free = sampler.sample((30, 40), top_k=None, **options).tokens
+    assert len(free.unique()) > 20
+    for limit in (dict(top_k=3), dict(top_k=None, top_p=0.85)):
+        found = sampler.sample((30, 40), **limit, **options).tokens
+        assert found.unique().tolist() == [7, 20, 33]
+    assert sampler.sample((30, 40), top_k=1, **options).tokens.unique().tolist() == [7]
+    cold = sampler.sample((30, 40), top_k=None, temperature=0.01, **options).tokens
+    assert cold.unique().tolist() == [7]
 
 
 @pytest.mark.parametrize("method", ["basic", "sampling", "hybrid"])
@@ -195,6 +286,168 @@ def test_complete_history_and_registered_sampler():
     assert result.tokens[0, :3].tolist() == [1, 2, 3] and result.tokens[1, 0] == 4 and len(result.history) == 4
 
 
+def test_schedules_of_temperature_and_time():
+    seen = []
+
+    @register_sampler("watching")
+    def watching(state, prediction, move):
+        seen.append((move.temperature, move.t, move.t_next))
+        return state
+
+    path = LogitPath(50, t_max=0.5)
+    sampler = Sampler(Counting(50), path)
+    for temperature, expected in (
+        (0.7, [0.7] * 4),
+        ((1.0, 0.2), [1.0, 0.8, 0.6, 0.4]),
+        (lambda progress: 1 + progress**2, [1 + (i / 4) ** 2 for i in range(4)]),
+    ):
+        seen.clear()
+        sampler.sample((1, 3), steps=5, method="watching", temperature=temperature, grid_power=0.5)
+        assert [s[0] for s in seen] == pytest.approx(expected)
+    times = [0.0] + [1 - 0.5 ** ((i / 4) ** 0.5) for i in range(1, 5)]
+    assert [s[1] for s in seen] == pytest.approx(times[:4]) and [s[2] for s in seen] == pytest.approx(times[1:])
+
+
+def test_the_last_temperature_is_that_of_the_last_pass():
+    sampler = Sampler(lambda x, t: torch.arange(50.0).expand(*x.shape[:2], -1), MaskPath(50))
+    assert (sampler.sample((4, 9), steps=1, top_k=None, temperature=(100.0, 0.01)).tokens == 49).all()
+    assert not (sampler.sample((4, 9), steps=1, top_k=None, temperature=(0.01, 100.0)).tokens == 49).all()
+
+
+def test_final_argmax_or_draw():
+    logits = torch.linspace(0, 1, 50)
+    for path, default in ((LogitPath(50), "argmax"), (MaskPath(50), "draw")):
+        sampler = Sampler(lambda x, t: logits.expand(*x.shape[:2], -1), path)
+        results = {final: sampler.sample((4, 9), steps=1, final=final).tokens for final in ("argmax", "draw", None)}
+        assert (results["argmax"] == 49).all() and not (results["draw"] == 49).all()
+        assert torch.equal(results[None], results[default])
+
+
+@pytest.mark.parametrize("path", [LogitPath(50), MaskPath(50)], ids=name)
+def test_ragged_infill_is_each_sequence_alone(path):
+    sampler = Sampler(Counting(50), path)
+    tokens = [[1, 2, 3, 4], [5], [6, 7, 8, 9], [], [1, 2], torch.tensor([3, 4, 5, 6])]
+    given = [
+        [True, False, False, True],
+        [False],
+        [False] * 4,
+        [],
+        [True, True],
+        torch.tensor([False, True, True, True]),
+    ]
+    result = sampler.infill(tokens, given, steps=4, method="sampling", seed=3, return_history=True)
+    assert [len(x) for x in result.tokens] == [4, 1, 4, 0, 2, 4] and result.nfe == 4 and len(result.history) == 4
+    assert result.tokens[4].tolist() == [1, 2] and result.tokens[5][1:].tolist() == [4, 5, 6]
+    seeds = [sample._sequence_seed(3, i) for i in range(6)]
+    for i in (0, 1, 2, 5):
+        alone = sampler.infill(
+            torch.as_tensor(tokens[i])[None], torch.as_tensor(given[i])[None], steps=4, method="sampling",
+            seed=seeds[i : i + 1], return_history=True,
+        )  # fmt: skip
+        assert torch.equal(alone.tokens[0], result.tokens[i])
+        assert all(torch.equal(a[0], r[i]) for a, r in zip(alone.history, result.history, strict=True))
+
+
+class Letters:
+    """A tokenizer of single characters, a = 1 and so on; it would put a 0 before a whole text."""
+
+    def encode(self, text, add_special_tokens=True):
+        return SimpleNamespace(ids=[0] * add_special_tokens + [ord(letter) % 32 for letter in text])
+
+
+def test_holes():
+    tokens, given = parse_holes("ab{?2}c{?1}{?1}", Letters())
+    assert tokens == [1, 2, 0, 0, 3, 0, 0] and given == [True, True, False, False, True, False, False]
+    for text in ("abc", "", "{?}", "{?x}", "{?-1}"):
+        with pytest.raises(ValueError, match="text: got .* allowed is a text with a hole such as"):
+            parse_holes(text, Letters())
+    with pytest.raises(ValueError, match=r"text: got the hole \{\?0\}, allowed are holes of at least 1 token"):
+        parse_holes("a{?0}{?2}", Letters())
+    tokens, given = parse_holes("{?3}", Letters())  # a hole with nothing around it
+    assert (tokens, given) == ([0, 0, 0], [False] * 3)
+    assert len(Sampler(Counting(50), LogitPath(50)).infill([tokens], [given], steps=2).tokens[0]) == 3
+
+
+# ---- left to right
+
+
+class Causal(torch.nn.Module):
+    """Reads the sum of all that came before; with a cache, which is that sum."""
+
+    def __init__(self, vocab, cached):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = torch.randn(vocab + 1, 16), torch.nn.Linear(16, vocab, bias=False)
+        self.config, self.read = SimpleNamespace(causal=True, max_length=9), []
+        if cached:
+            self.cache = lambda batch: SimpleNamespace(length=0, total=torch.zeros(batch, 1, 16))
+
+    def embed(self, x, t):
+        assert (t == 0).all()
+        self.read.append(x.shape[1])
+        return self.table[x]
+
+    def hidden(self, h, t, cache=None):
+        h = h.cumsum(1)
+        if cache is not None:
+            h = h + cache.total
+            cache.total, cache.length = h[:, -1:], cache.length + h.shape[1]
+        return torch.sin(h)
+
+    def forward(self, x, t):
+        return self.head(self.hidden(self.embed(x, t), t))
+
+
+def test_autoregression_draws_from_the_joint_distribution():
+    draws, path, (_, weights) = 20_000, Autoregressive(SMALL), small_chain()
+    sampler = Sampler(ExactDenoiser(small_chain(), path), path)
+    result = sampler.sample((draws, 3), top_k=None)
+    assert result.nfe == 3
+    index = (result.tokens * (SMALL ** torch.arange(2, -1, -1))).sum(-1)
+    found = torch.bincount(index, minlength=SMALL**3)
+    assert ((found - draws * weights).square() / (draws * weights)).sum() < 80  # chi-square of 26 degrees, p = 2e-7
+    prompted = sampler.complete([[2]] * draws, 3, top_k=None)
+    assert prompted.nfe == 2 and (prompted.tokens[:, 0] == 2).all()
+    assert abs((prompted.tokens[:, 1] == 2).float().mean() - 0.8) < 0.015
+
+
+def test_cached_decoding_of_ragged_prompts():
+    prompts, path = [[1, 2, 3], [4, 5], [], [6] * 7], Autoregressive(50)
+    results = {}
+    for cached in (True, False):
+        model = Causal(50, cached)
+        results[cached] = Sampler(model, path).complete(prompts, 8, seed=[1, 2, 3, 4], return_history=True)
+        assert results[cached].nfe == 8 == len(results[cached].history)
+        if cached:
+            assert model.read == [1] * 8  # each pass reads one new position
+    tokens = results[True].tokens
+    assert torch.equal(tokens, results[False].tokens)
+    for i, prompt in enumerate(prompts):
+        alone = Sampler(Causal(50, True), path).complete([prompt], 8, seed=[i + 1])
+        assert alone.nfe == 8 - len(prompt) and torch.equal(alone.tokens[0], tokens[i])
+        assert tokens[i, : len(prompt)].tolist() == prompt
+    # greedy decoding is the argmax of the model on its own output; a token given later takes its place, unseen before
+    model = Causal(50, True)
+    holes = torch.tensor([[0, 9, 0, 0, 17, 0]])
+    result = Sampler(model, path).infill(holes, holes > 0, final="argmax")
+    inputs = torch.cat([torch.tensor([[50]]), result.tokens[:, :-1]], 1)
+    greedy = model(inputs, torch.zeros(1)).argmax(-1)
+    assert torch.equal(result.tokens, torch.where(holes > 0, holes, greedy)) and result.nfe == 6
+    blind = Sampler(model, path).infill(holes * 0, holes < 0, final="argmax")
+    assert blind.tokens[0, 0] == result.tokens[0, 0]
+
+
+def test_autoregression_needs_a_causal_model():
+    with pytest.raises(ValueError, match="model: got one whose config.causal is False"):
+        Sampler(SimpleNamespace(config=SimpleNamespace(causal=False)), Autoregressive(5))
+
+
+def test_top_k_of_autoregression():
+    sampler = Sampler(lambda x, t: torch.arange(50.0).mul(0.01).expand(*x.shape[:2], -1), Autoregressive(50))
+    assert set(sampler.sample((30, 9), top_k=3).tokens.unique().tolist()) == {47, 48, 49}
+    assert len(sampler.sample((30, 9), top_k=None).tokens.unique()) > 30
+
+
 @pytest.mark.parametrize(
     "options,message",
     [
@@ -204,12 +457,47 @@ def test_complete_history_and_registered_sampler():
         (dict(top_k=0), "top_k: got 0"),
         (dict(temperature=0), "temperature: got 0"),
         (dict(final="mode"), "final: got 'mode'"),
-        (dict(seed=[1]), "seed: got 1 seeds"),
+        (dict(seed=[1]), "seed: got 1 seeds, allowed is one or 2"),
+        (dict(seed=[1, 2**63]), "seed: got 9223372036854775808"),
+        (dict(steps=2.0), "steps: got 2.0"),
+        (dict(steps=True), "steps: got True"),
+        (dict(top_p=1.5), "top_p: got 1.5"),
+        (dict(temperature=(1.0, 0.0)), "temperature: got 0,"),
+        (dict(temperature=(1.0, 0.5, 0.2)), "temperature: got .* allowed is a number, .first, last. or a function"),
+        (dict(temperature=lambda progress: math.inf), "temperature: got inf"),
+        (dict(t_split=-0.1), "t_split: got -0.1"),
+        (dict(grid_power=0), "grid_power: got 0"),
+        (dict(euler="fast"), "euler: got 'fast'"),
     ],
 )
-def test_bad_options(options, message):
-    path = LogitPath(50)
+@pytest.mark.parametrize("path", [LogitPath(50), MaskPath(50), Autoregressive(50)], ids=name)
+def test_bad_options(path, options, message):
+    model = Counting(50)
     with pytest.raises(ValueError, match=message):
-        Sampler(Counting(50), path).sample((2, 3), **options)
-    with pytest.raises(ValueError, match="prompts: number 1 has 4"):
-        Sampler(Counting(50), path).complete([[1], [1, 2, 3, 4]], 3)
+        Sampler(model, path).sample((2, 3), **options)
+    assert model.calls == 0
+
+
+def test_bad_sequences():
+    sampler = Sampler(Counting(50), LogitPath(50))
+    row, free = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.bool)
+    for call, message in (
+        (lambda: sampler.complete([[1], [1, 2, 3, 4]], 3), "prompts: number 1 has 4 tokens"),
+        (lambda: sampler.complete([[1]], 13), "length: got a length of 13, allowed is at most the model's max_length, 12"),
+        (lambda: sampler.complete([[1]], -1), "length: got -1"),
+        (lambda: sampler.complete([[50]], 3), "tokens: got 50 where given, allowed is 0 to V - 1 = 49"),
+        (lambda: sampler.sample((1, 13)), "tokens: got a length of 13"),
+        (lambda: sampler.infill(row, free[:, :2]), r"given: got torch.bool of shape \(1, 2\)"),
+        (lambda: sampler.infill(row, row), "given: got torch.int64"),
+        (lambda: sampler.infill(row[0], free[0]), r"tokens: got shape \(3,\)"),
+        (lambda: sampler.infill([[1, 2], [3]], [[True, False]]), "given: got 1 sequences"),
+        (lambda: sampler.infill([[1, 2], [3]], [[True, False], [False, False]]), "given: number 1 has shape"),
+        (lambda: sampler.infill([[1], [99, 2]], [[False], [True, False]]), "tokens: got 99 where given"),
+        (lambda: sampler.infill([[1] * 13], [[False] * 13]), "tokens: got a length of 13"),
+    ):  # fmt: skip
+        sampler.model.calls = 0
+        with pytest.raises(ValueError, match=message):
+            call()
+        assert sampler.model.calls == 0
+    nothing = sampler.sample((0, 5))
+    assert nothing.tokens.shape == (0, 5) and nothing.nfe == 0

@@ -131,7 +131,8 @@ class Path:
     def _cross_entropy(self, model: Model, x: Tensor, t: Tensor, label: Tensor, reduction: str) -> Tensor:
         options = {"ignore_index": IGNORE, "reduction": reduction}
         if hasattr(model, "hidden"):
-            return ops.linear_cross_entropy(model.hidden(model.embed(x, t), t), model.head.weight, label, **options)
+            h = hidden_of(model, model.embed(x, t), t)
+            return ops.linear_cross_entropy(h, model.head.weight, label, **options)
         return ops.cross_entropy(model(x, t), label, **options)
 
     # ---- sampling
@@ -178,6 +179,22 @@ class Path:
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.fields)
         return f"{type(self).__name__}({settings})"
+
+
+def self_conditions(model: Model) -> bool:
+    return getattr(getattr(model, "config", None), "self_conditioning", False)
+
+
+def hidden_of(model: Model, h: Tensor, t: Tensor) -> Tensor:
+    """model.hidden(h, t). In training, every other sequence of a model that self-conditions also gets its own first estimate,
+    made without a gradient (Chen et al. 2023, "Analog Bits").
+    """
+    if not self_conditions(model) or not model.training:
+        return model.hidden(h, t)
+    with torch.no_grad():
+        previous = torch.zeros_like(h)
+        previous[::2] = model.hidden(h[::2], t[::2])
+    return model.hidden(h, t, previous=previous)
 
 
 def check_targets(target: Tensor, vocab_size: int) -> None:

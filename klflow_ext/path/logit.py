@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from klflow_ext import ops
-from klflow_ext.path.base import IGNORE, Model, Path, check_targets, hide_padding
+from klflow_ext.path.base import IGNORE, Model, Path, check_targets, hidden_of, hide_padding
 from klflow_ext.path.noise import log_gamma
 from klflow_ext.path.state import Move, Prediction, State
 
@@ -142,7 +142,7 @@ class LogitPath(Path):
             return super().loss(model, target, t, rng, given=given, reduction=reduction, row_offset=row_offset)
         label = target if given is None else target.masked_fill(given, IGNORE)
         tokens, times, given = hide_padding(target, t[:, None], given)
-        h = model.hidden(model.embed_noise(tokens, times, rng, given=given, row_offset=row_offset), t)
+        h = hidden_of(model, model.embed_noise(tokens, times, rng, given=given, row_offset=row_offset), t)
         return ops.linear_cross_entropy(h, model.head.weight, label, ignore_index=IGNORE, reduction=reduction)
 
     def renoise(self, tokens: Tensor, t: float, rng: Tensor, given: Tensor) -> State:
