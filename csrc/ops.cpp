@@ -367,7 +367,7 @@ T* matrix_of(const Tensor& t, int64_t rows, int64_t columns, ScalarType dtype, c
 }
 
 void noise_tile(Tensor target, Tensor t, Tensor rng, OptionalTensor given, OptionalTensor log_prior,
-                OptionalTensor stats, double beta, int64_t row_offset, int64_t vocab, int64_t column,
+                OptionalTensor stats, double beta, int64_t row_offset, int64_t vocab, int64_t column, bool log,
                 OptionalTensor sum, Tensor out) {
   check(out.dim() == 2, "out: must have two axes");
   NoiseTileParams p{};
@@ -384,6 +384,8 @@ void noise_tile(Tensor target, Tensor t, Tensor rng, OptionalTensor given, Optio
   p.c = gap(beta, vocab);
   check(log_prior.has_value() == stats.has_value() && log_prior.has_value() != sum.has_value(),
         "needed are either log_prior and stats, or sum");
+  check(!log || log_prior.has_value(), "log: allowed with log_prior only");
+  p.log = log;
   if (log_prior.has_value()) {
     p.log_prior = log_prior_of(*log_prior, vocab);
     p.stats = matrix_of<float>(*stats, p.rows, 3, ScalarType::Float, "stats");
@@ -526,7 +528,7 @@ STABLE_TORCH_LIBRARY(klflow, m) {
       "Tensor? known, Tensor(a!) log_x_next, Tensor(b!) x_next) -> ()");
   m.def(
       "noise_tile(Tensor target, Tensor t, Tensor rng, Tensor? given, Tensor? log_prior, Tensor? stats, float beta, "
-      "int row_offset, int vocab, int column, Tensor(a!)? sum, Tensor(b!) out) -> ()");
+      "int row_offset, int vocab, int column, bool log, Tensor(a!)? sum, Tensor(b!) out) -> ()");
   m.def(
       "noise_posterior(Tensor target, Tensor t, Tensor rng, Tensor? given, Tensor log_prior, float beta, "
       "int row_offset, Tensor(a!) ids, Tensor(b!) q, Tensor(c!) rest, Tensor(d!)? stats) -> ()");

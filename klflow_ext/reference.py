@@ -111,18 +111,28 @@ def _onehot_rows(x, given, known, shape, log=False):
 
 
 def noise_interpolate(
-    target, t, rng, *, vocab_size, beta=0.01, given=None, row_offset=0, dtype=None, log=False, out=None
-):
-    """x_t = softmax((1 - t) log E + t c onehot(target)), E the noise of the contract; given rows are onehot(target).
+    target, t, rng, *, vocab_size, beta=0.01, given=None, row_offset=0, dtype=None, log=False, out=None,
+    output="simplex", log_prior=None,
+):  # fmt: skip
+    """x_t = softmax((1 - t) log E + t c onehot(target)), E the noise of the contract; given rows are onehot(target). With
+    output="posterior", the row q of `noise_posterior` instead, all of it.
 
     Equivalent to, for target (rows,) and t (rows,), c = log(V / beta - V + 1):
         log_e = simplex_noise(len(target), vocab_size, rng, row_offset).log()
         onehot = torch.nn.functional.one_hot(target, vocab_size)
         result = ((1 - t)[:, None] * log_e + t[:, None] * gap(vocab_size, beta) * onehot).softmax(-1)
+    for output="posterior":
+        ids, q, rest = noise_posterior(
+            target, t, rng, log_prior, top=vocab_size, beta=beta, given=given, row_offset=row_offset)
+        result = q.log() if log else q
     """
     dtype = dtype or (torch.float32 if out is None else out.dtype)
     shape, device = target.shape, target.device
     work = torch.float64 if dtype == torch.float64 else torch.float32
+    if output == "posterior":
+        x = _posterior_rows(target, t, rng, log_prior.to(work), beta, given, row_offset)
+        x = (x if log else x.exp()).to(dtype).reshape(*shape, vocab_size)
+        return x if out is None else out.copy_(x)
     e = simplex_noise(target.numel(), vocab_size, state_of(rng, shape, row_offset), row_offset, work, device)
     t = _rows(t, shape, work, device)
     k = target.reshape(-1, 1).long()

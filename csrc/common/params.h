@@ -119,8 +119,8 @@ struct EulerStepParams {
 
 // Columns [column, column + columns) of the rows that noise_embedding multiplies by the weight, from in-kernel noise.
 // log_prior == null, the simplex form, not normalised: y_j = E_j^(1 - t) exp(t c [j = k]); sum += sum_j y_j over the
-// tile. Otherwise the posterior form, normalised by the stats of noise_posterior: q_j = exp(z_j - shift) / total. A
-// given row is onehot(target), with a sum of 1.
+// tile. Otherwise the posterior form, normalised by the stats of noise_posterior: q_j = exp(z_j - shift) / total, or its
+// logarithm. A given row is onehot(target), with a sum of 1.
 struct NoiseTileParams {
   int64_t rows, vocab, column, columns;  // column: a multiple of 4
   Tokens target;
@@ -130,6 +130,7 @@ struct NoiseTileParams {
   float c;
   const float* log_prior;  // (V,) or null
   const float* stats;      // (rows, 3) contiguous, written by noise_posterior: posterior form only
+  int32_t log;             // write log q: posterior form only
   double* sum;             // (rows,) contiguous: simplex form only
   Rows out;                // (rows, columns)
 };

@@ -14,10 +14,11 @@ for any split of the batch. With rows (..., L), an rng of shape (..., 2) is a st
 numbered along L (+ row_offset): its noise does not depend on the batch. Conventions: c = log(V / beta - V + 1) is the logit gap of the smoothed target.
 """
 
-from klflow_ext.ops.embedding import noise_embedding, noise_posterior
+from klflow_ext.ops.embedding import noise_embedding
 from klflow_ext.ops.linear import linear_cross_entropy
 from klflow_ext.ops.loss import cross_entropy, cross_entropy_grad
 from klflow_ext.ops.path import logit_interpolate, noise_interpolate
+from klflow_ext.ops.posterior import noise_posterior
 from klflow_ext.ops.sample import euler_step, topk_renoise, topk_sample
 
 __all__ = [

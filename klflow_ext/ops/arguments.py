@@ -150,6 +150,28 @@ def check_row_offset(row_offset):
     return check_int("row_offset", row_offset, 0, 2**32 - 1, "an integer in [0, 2^32)")
 
 
+def check_log_prior(log_prior, vocab, device):
+    check_tensor("log_prior", log_prior, (*FLOATS, torch.float64), device)
+    if log_prior.shape != (vocab,) or vocab < 2:
+        fail(
+            ValueError, "log_prior", f"shape {tuple(log_prior.shape)}", "one log-probability for each of V >= 2 tokens"
+        )
+    if looks_at_values(device) and not log_prior.max() < float("inf"):  # NaN too
+        fail(ValueError, "log_prior", f"a maximum of {log_prior.max().item()}", "numbers below infinity")
+    return log_prior.detach().float().contiguous()
+
+
+def noise_arguments(target, t, rng, beta, given, row_offset, vocab):
+    """(target, t, rng, given) as flat rows, (beta, row_offset)."""
+    shape, rows, device = target.shape, target.numel(), target.device
+    return (
+        token_rows("target", target, shape, rows, vocab, device),
+        row_scalars("t", t, shape, rows, device, 0, 1).detach(),
+        rng_state(rng, shape, rows, device, check_row_offset(row_offset)),
+        row_flags("given", given, shape, rows, device),
+    ), (check_beta(beta), row_offset)
+
+
 def as_rows(tensor, vocab):
     """(rows, V) with unit stride along V: a view where the strides allow it, else a copy."""
     flat = tensor if tensor.dim() == 2 else tensor.reshape(-1, vocab)

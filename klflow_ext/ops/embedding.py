@@ -6,82 +6,20 @@ from torch import Tensor
 from klflow_ext.ops.arguments import (
     FLOATS,
     INTEGERS,
-    check_beta,
     check_int,
-    check_row_offset,
+    check_log_prior,
     check_tensor,
     fail,
-    looks_at_values,
+    noise_arguments,
     register_fake_mutation,
-    rng_state,
-    row_flags,
-    row_scalars,
-    token_rows,
 )
+from klflow_ext.ops.posterior import largest_entries
 
 _klflow = torch.ops.klflow
 
 # Rows and columns of the tiles that the dense forms multiply: one tile of noise, of the weight and of the result stay in
 # a CPU's L3, or a GPU's L2, cache.
 TILE = {"cpu": (512, 2048), "cuda": (2048, 4096)}
-
-
-def _log_prior(log_prior, vocab, device):
-    check_tensor("log_prior", log_prior, (*FLOATS, torch.float64), device)
-    if log_prior.shape != (vocab,) or vocab < 2:
-        fail(
-            ValueError, "log_prior", f"shape {tuple(log_prior.shape)}", "one log-probability for each of V >= 2 tokens"
-        )
-    if looks_at_values(device) and not log_prior.max() < float("inf"):  # NaN too
-        fail(ValueError, "log_prior", f"a maximum of {log_prior.max().item()}", "numbers below infinity")
-    return log_prior.detach().float().contiguous()
-
-
-def _noise_arguments(target, t, rng, beta, given, row_offset, vocab):
-    """(target, t, rng, given) as flat rows, (beta, row_offset)."""
-    shape, rows, device = target.shape, target.numel(), target.device
-    return (
-        token_rows("target", target, shape, rows, vocab, device),
-        row_scalars("t", t, shape, rows, device, 0, 1).detach(),
-        rng_state(rng, shape, rows, device, check_row_offset(row_offset)),
-        row_flags("given", given, shape, rows, device),
-    ), (check_beta(beta), row_offset)
-
-
-def _posterior(noise, options, log_prior, top, stats=None):
-    rows, device = noise[0].shape[0], log_prior.device
-    ids = torch.empty(rows, top, dtype=torch.int32, device=device)
-    q, rest = torch.empty(rows, top, device=device), torch.empty(rows, device=device)
-    _klflow.noise_posterior(*noise, log_prior, *options, ids, q, rest, stats)
-    return ids, q, rest
-
-
-def noise_posterior(target, t, rng, log_prior, *, top=512, beta=0.01, given=None, row_offset=0):
-    """The largest entries of each token's posterior given its own noisy row x_t, straight from in-kernel noise.
-
-    q = softmax(log_prior + e), e_j = -V log(1 - (1 - e^-s) u_j), u = softmax(log x_t / (1 - t)), s = c t / (1 - t): the
-    exact posterior of a position with that prior, given x_t of `noise_interpolate(target, t, rng)` (DESIGN: posterior
-    input). x_t, e and q are never built. A given row, and one at t = 1, is onehot(target).
-
-    Args:
-        target, t, rng, beta, given, row_offset: as in `noise_interpolate`.
-        log_prior: (V,) log-probabilities of the tokens up to a constant; -inf for one that never occurs.
-        top: how many entries are kept, in [1, V].
-
-    Returns: (ids int32 (*rows, top) in ascending order, q float32 (*rows, top), rest float32 (*rows): the mass of the
-        others). Of equal entries the lower columns are kept. Not differentiable.
-    Errors: TypeError, ValueError; IndexError for a target outside [0, V) (on CUDA its q and rest are NaN; KLFLOW_CHECK=1
-        checks).
-    """
-    check_tensor("target", target, INTEGERS)
-    check_tensor("log_prior", log_prior, (*FLOATS, torch.float64), target.device)
-    vocab = log_prior.numel()
-    log_prior = _log_prior(log_prior, vocab, target.device)
-    check_int("top", top, 1, vocab, f"an integer in [1, V = {vocab}]")
-    noise, options = _noise_arguments(target, t, rng, beta, given, row_offset, vocab)
-    ids, q, rest = _posterior(noise, options, log_prior, top)
-    shape = target.shape
-    return ids.reshape(*shape, top), q.reshape(*shape, top), rest.reshape(shape)
 
 
 def noise_embedding(target, t, weight, rng, *, beta=0.01, given=None, row_offset=0, log_prior=None, top=512):
@@ -108,17 +46,17 @@ def noise_embedding(target, t, weight, rng, *, beta=0.01, given=None, row_offset
         fail(ValueError, "weight", f"shape {tuple(weight.shape)}", "(V, D) with V >= 2 and D >= 1")
     vocab, width = weight.shape
     if log_prior is not None:
-        log_prior = _log_prior(log_prior, vocab, target.device)
+        log_prior = check_log_prior(log_prior, vocab, target.device)
     if top is not None:
         check_int("top", top, 1, 2**30, "None or an integer >= 1")
-    noise, options = _noise_arguments(target, t, rng, beta, given, row_offset, vocab)
+    noise, options = noise_arguments(target, t, rng, beta, given, row_offset, vocab)
     if weight.stride(1) != 1:
         weight = weight.contiguous()
     if log_prior is None or top is None:
         out, _ = _dense(*noise, weight, log_prior, *options)
     else:
         prior = log_prior.softmax(0)
-        ids, q, rest = _posterior(noise, options, log_prior, min(top, vocab))
+        ids, q, rest = largest_entries(noise, options, log_prior, min(top, vocab))
         out = _sparse(ids, *_shares(ids, q, rest, prior), weight, prior)
     return out.reshape(*target.shape, width)
 
@@ -167,7 +105,7 @@ class _Noise:
         _klflow.noise_tile(
             target[rows], t[rows], rng if rng.dim() == 1 else rng[rows], None if given is None else given[rows],
             self.log_prior, self.stats[rows] if dense else None, self.beta, self.row_offset + rows.start, self.vocab,
-            columns.start, None if dense else (self.scratch(height) if total is None else total[rows]), out,
+            columns.start, False, None if dense else (self.scratch(height) if total is None else total[rows]), out,
         )  # fmt: skip
         return out
 
@@ -186,7 +124,7 @@ def _dense(
         stats = torch.zeros(rows, dtype=torch.float64, device=device)
     else:
         stats = torch.empty(rows, 3, device=device)
-        _posterior((target, t, rng, given), (beta, row_offset), log_prior, 0, stats)
+        largest_entries((target, t, rng, given), (beta, row_offset), log_prior, 0, stats)
     dtype = _tile_dtype(weight.dtype, device)
     noise = _Noise(target, t, rng, given, log_prior, stats, beta, row_offset, vocab, dtype)
     out = torch.empty(rows, width, dtype=weight.dtype, device=device)
@@ -272,7 +210,7 @@ def _sparse_backward(dout: Tensor, ids: Tensor, q: Tensor, rest: Tensor, prior: 
 
 # ---- fake kernels and gradients
 
-for _name in ("noise_tile", "noise_posterior", "gather_rows", "scatter_rows", "group_by_token"):
+for _name in ("noise_tile", "gather_rows", "scatter_rows", "group_by_token"):
     register_fake_mutation(_name)
 
 
