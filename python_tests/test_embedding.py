@@ -142,7 +142,13 @@ def test_the_whole_posterior_in_low_precision(dtype, device):
     options = {"vocab_size": 300, "output": "posterior"}
     got = ops.noise_interpolate(target, t, rng, given=given, log_prior=prior_of(300, device), dtype=dtype, **options)
     want = reference.noise_interpolate(
-        to64(target), to64(t), to64(rng), given=to64(given), log_prior=to64(prior_of(300)), dtype=torch.float64, **options
+        to64(target),
+        to64(t),
+        to64(rng),
+        given=to64(given),
+        log_prior=to64(prior_of(300)),
+        dtype=torch.float64,
+        **options,
     )
     assert got.dtype == dtype
     assert_close(got, want, dtype, scale=1.02, absolute=1e-10)
@@ -334,17 +340,20 @@ def test_opcheck(device):
     order, starts = embedding._group_by_token(ids, 64)
     dout, stats = weight_of(6, 8, device), torch.empty(6, 3, device=device)
     total, plain = torch.zeros(6, dtype=torch.float64, device=device), weight.detach()
-    klflow.noise_posterior(target, t, rng, None, log_prior, 0.01, 0, ids[:, :0], q[:, :0], rest.clone(), stats)
+    klflow.noise_posterior(target, t, rng, None, None, log_prior, 0.01, 0, ids[:, :0], q[:, :0], rest.clone(), stats)
     empty = {"dtype": torch.float32, "device": device}
     for op, args in [
-        (klflow.noise_tile, (target, t, rng, given, None, None, 0.01, 0, 64, 8, False, total, torch.empty(6, 20, **empty))),
+        (
+            klflow.noise_tile,
+            (target, t, rng, given, None, None, 0.01, 0, 64, 8, False, total, torch.empty(6, 20, **empty)),
+        ),
         (
             klflow.noise_tile,
             (target, t, rng, None, log_prior, stats, 0.01, 0, 64, 8, True, None, torch.empty(6, 20, **empty)),
         ),
         (
             klflow.noise_posterior,
-            (target, t, rng, given, log_prior, 0.01, 0, ids.clone(), q.clone(), rest.clone(), stats),
+            (target, t, rng, given, None, log_prior, 0.01, 0, ids.clone(), q.clone(), rest.clone(), stats),
         ),
         (klflow.gather_rows, (ids, q, rest, plain, plain[0].clone(), torch.empty(6, 8, **empty))),
         (klflow.scatter_rows, (order, starts, q, log_prior.exp(), plain[0].clone(), dout, torch.empty(64, 8, **empty))),

@@ -435,7 +435,7 @@ def test_euler_step(rows, vocab, dtype, device):
 # ---- the operators under torch.compile and opcheck
 
 
-COMPILED = [*ops.__all__, "noise_interpolate of the posterior"]
+COMPILED = [*ops.__all__, "noise_interpolate of the posterior", "noise_posterior of boosts"]
 
 
 def compiled_cases(device):
@@ -454,6 +454,16 @@ def compiled_cases(device):
         "topk_renoise": lambda: ops.topk_renoise(logits, 5, 0.2, rng),
         "euler_step": lambda: ops.euler_step(log_x, logits, 0.1),
         "noise_posterior": lambda: ops.noise_posterior(target, 0.2, rng, log_x[0], top=5),
+        "noise_posterior of boosts": lambda: ops.noise_posterior(
+            target.view(3, 2), 0.2, rng, log_x[0], top=5, boost=logits[:3, :2]
+        ),
+        "token_posterior": lambda: ops.token_posterior(log_x, 0.2, log_x[0], top=5),
+        "posterior_embedding": lambda: ops.posterior_embedding(
+            target.view(3, 2), log_x[:3, :2].exp(), log_x[:3, 5].exp(), logits.T, log_x[0]
+        ),
+        "merge_boosts": lambda: ops.merge_boosts(
+            target.view(3, 2), logits[:3, :2], target.view(3, 2), logits[:3, :2], 3
+        ),
         "noise_embedding": lambda: ops.noise_embedding(target % 6, 0.2, logits, rng, log_prior=log_x[:, 0], top=5),
     }
 

@@ -24,9 +24,10 @@ void posterior_tile(const NoiseTileParams& p, int64_t row, const PhiloxKey& key,
     exponentials(key, p.column + i, v);
     for (int j = 0; j < 2 * kChains; ++j) store(q + i + j * kLanes, v[j]);
   }
-  evidence_block(Evidence(s, noise + std::expm1(s) * own, p.vocab), q, p.log_prior + p.column, p.columns, q);
+  const Split split = Split::of_noise(noise, own, s, s);
+  evidence_block(Evidence(s, split.sum(), p.vocab), q, p.log_prior + p.column, p.columns, q);
   if (token >= p.column && token < p.column + p.columns)
-    q[token - p.column] = p.log_prior[token] + own_evidence(s, own, noise, p.vocab);
+    q[token - p.column] = p.log_prior[token] + split.own_evidence(p.vocab);
   const float log_total = std::log(stats[2]);
   for_vectors(p.columns, [&](int64_t i, int m) {
     const vf z = load_n(q + i, m, -kInf) - shift;

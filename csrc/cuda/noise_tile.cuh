@@ -1,7 +1,7 @@
 // A tile of the rows that noise_embedding multiplies by the weight, straight from the noise contract: y (and its sum)
-// or the posterior q or log q (NoiseTileParams in common/params.h). A warp makes a row of the tile, so that narrow tiles leave
-// no thread idle and no barrier is needed. Never materialised: more of a row than the tile; x_0, l_t, evidence. Bytes:
-// one write of the tile, which stays in L2. Bound: instructions, about 30 an element.
+// or the posterior q or log q (NoiseTileParams in common/params.h). A warp makes a row of the tile, so that narrow
+// tiles leave no thread idle and no barrier is needed. Never materialised: more of a row than the tile; x_0, l_t,
+// evidence. Bytes: one write of the tile, which stays in L2. Bound: instructions, about 30 an element.
 #pragma once
 
 #include "evidence.cuh"
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 2) noise_tile_kernel(NoiseTileParams
     const float own_noise = exact_noise(words_of(own), token);
     if (kPosterior) {
       const float* stats = p.stats + 3 * row;
-      const Evidence evidence(stats[0], own_noise, gain, p.vocab);
+      const Evidence evidence(split_of_noise(stats[0], own_noise, gain, gain), gain, p.vocab);
       const float shift = stats[1], inverse = 1.0f / stats[2], log_total = kLog ? logf(stats[2]) : 0.0f;
       auto result = [&](float z) { return kLog ? z - shift - log_total : mass_of(z, shift) * inverse; };
       const float* log_prior = p.log_prior + first;

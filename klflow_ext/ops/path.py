@@ -51,7 +51,7 @@ def noise_interpolate(
     """
     check_tensor("target", target, INTEGERS)
     vocab = check_int("vocab_size", vocab_size, 2, 2**30, "an integer V in [2, 2^30]")
-    shape, rows, device = target.shape, target.numel(), target.device
+    shape, device = target.shape, target.device
     if output not in ("simplex", "posterior"):
         fail(ValueError, "output", repr(output), "'simplex' or 'posterior'")
     if output == "posterior":
