@@ -367,7 +367,7 @@ T* matrix_of(const Tensor& t, int64_t rows, int64_t columns, ScalarType dtype, c
 }
 
 void noise_tile(Tensor target, Tensor t, Tensor rng, OptionalTensor given, OptionalTensor log_prior,
-                OptionalTensor stats, double beta, int64_t row_offset, int64_t vocab, int64_t column,
+                OptionalTensor stats, double beta, int64_t row_offset, int64_t vocab, int64_t column, bool log,
                 OptionalTensor sum, Tensor out) {
   check(out.dim() == 2, "out: must have two axes");
   NoiseTileParams p{};
@@ -384,6 +384,8 @@ void noise_tile(Tensor target, Tensor t, Tensor rng, OptionalTensor given, Optio
   p.c = gap(beta, vocab);
   check(log_prior.has_value() == stats.has_value() && log_prior.has_value() != sum.has_value(),
         "needed are either log_prior and stats, or sum");
+  check(!log || log_prior.has_value(), "log: allowed with log_prior only");
+  p.log = log;
   if (log_prior.has_value()) {
     p.log_prior = log_prior_of(*log_prior, vocab);
     p.stats = matrix_of<float>(*stats, p.rows, 3, ScalarType::Float, "stats");
@@ -398,27 +400,68 @@ void noise_tile(Tensor target, Tensor t, Tensor rng, OptionalTensor given, Optio
   KLFLOW_RUN(noise_tile, p, out);
 }
 
-void noise_posterior(Tensor target, Tensor t, Tensor rng, OptionalTensor given, Tensor log_prior, double beta,
-                     int64_t row_offset, Tensor ids, Tensor q, Tensor rest, OptionalTensor stats) {
+PosteriorParams posterior_params(const Tensor& t, const Tensor& log_prior, double beta, const Tensor& ids,
+                                 const Tensor& q, const Tensor& rest) {
   check(ids.dim() == 2 && log_prior.dim() == 1, "ids: must have two axes, log_prior one");
-  NoisePosteriorParams p{};
+  PosteriorParams p{};
   p.rows = ids.size(0);
   p.vocab = log_prior.size(0);
   p.top = ids.size(1);
   check(p.top <= p.vocab, "ids: more columns than V = ", p.vocab);
-  p.target = tokens_of(target, p.rows, "target");
   p.t = scalars_of(t, p.rows, "t");
-  p.rng = rng_of(rng, p.rows, row_offset);
-  p.given = given_of(given, std::nullopt, p.rows);
   p.c = gap(beta, p.vocab);
   p.log_prior = log_prior_of(log_prior, p.vocab);
   p.ids = matrix_of<int32_t>(ids, p.rows, p.top, ScalarType::Int, "ids");
   p.q = matrix_of<float>(q, p.rows, p.top, ScalarType::Float, "q");
   p.rest = vector_of(rest, p.rows, "rest");
+  return p;
+}
+
+// With boosts, target is (rows, slots): a slot holds a token or -1, and the first of a given row its token.
+void check_slots(const PosteriorParams& p) {
+  const Tokens tokens{p.target.data, 1, p.target.is_int32, 0};
+  for (int64_t row = 0; row < p.rows; ++row)
+    for (int64_t slot = 0; slot < p.slots; ++slot) {
+      const int64_t value = token_at(tokens, row * p.slots + slot);
+      const bool given = slot == 0 && p.given.flags != nullptr && p.given.flags[row * p.given.stride];
+      if (value >= (given ? 0 : -1) && value < p.vocab) continue;
+      std::ostringstream message;
+      message << "target: row " << row << " holds " << value << ", allowed is 0 to V - 1 = " << p.vocab - 1
+              << (given ? " (a given row)" : " or -1, an unused slot");
+      throw std::out_of_range(message.str());
+    }
+}
+
+void noise_posterior(Tensor target, Tensor t, Tensor rng, OptionalTensor given, OptionalTensor boost, Tensor log_prior,
+                     double beta, int64_t row_offset, Tensor ids, Tensor q, Tensor rest, OptionalTensor stats) {
+  PosteriorParams p = posterior_params(t, log_prior, beta, ids, q, rest);
+  p.slots = 1;
+  if (boost.has_value()) {
+    check(boost->dim() == 2 && target.dim() == 2 && target.is_contiguous() && !stats.has_value(),
+          "boost: target must be contiguous of the same two axes, stats absent");
+    p.slots = boost->size(1);
+    p.boost = matrix_of<float>(*boost, p.rows, p.slots, ScalarType::Float, "boost");
+    check(target.size(0) == p.rows && target.size(1) == p.slots && p.slots >= 1,
+          "target: must have the shape of boost");
+    const bool int32 = target.scalar_type() == ScalarType::Int;
+    check(int32 || target.scalar_type() == ScalarType::Long, "target: dtype must be int64 or int32");
+    p.target = {target.data_ptr(), p.slots, int32, 0};
+  } else {
+    p.target = tokens_of(target, p.rows, "target");
+  }
+  p.rng = rng_of(rng, p.rows, row_offset);
+  p.given = given_of(given, std::nullopt, p.rows);
   if (stats.has_value()) p.stats = matrix_of<float>(*stats, p.rows, 3, ScalarType::Float, "stats");
   if (p.rows == 0) return;
-  if (ids.is_cpu()) check_targets(p.target, p.rows, p.vocab, "target", nullptr, nullptr);
-  KLFLOW_RUN(noise_posterior, p, ids);
+  if (ids.is_cpu() && p.boost != nullptr) check_slots(p);
+  if (ids.is_cpu() && p.boost == nullptr) check_targets(p.target, p.rows, p.vocab, "target", nullptr, nullptr);
+  KLFLOW_RUN(posterior, p, ids);
+}
+
+void token_posterior(Tensor log_x, Tensor t, Tensor log_prior, double beta, Tensor ids, Tensor q, Tensor rest) {
+  PosteriorParams p = posterior_params(t, log_prior, beta, ids, q, rest);
+  p.log_x = rows_of(log_x, p.rows, p.vocab, "log_x");
+  if (p.rows > 0) KLFLOW_RUN(posterior, p, ids);
 }
 
 void gather_rows(Tensor ids, Tensor q, Tensor rest, Tensor weight, Tensor mean, Tensor out) {
@@ -526,10 +569,14 @@ STABLE_TORCH_LIBRARY(klflow, m) {
       "Tensor? known, Tensor(a!) log_x_next, Tensor(b!) x_next) -> ()");
   m.def(
       "noise_tile(Tensor target, Tensor t, Tensor rng, Tensor? given, Tensor? log_prior, Tensor? stats, float beta, "
-      "int row_offset, int vocab, int column, Tensor(a!)? sum, Tensor(b!) out) -> ()");
+      "int row_offset, int vocab, int column, bool log, Tensor(a!)? sum, Tensor(b!) out) -> ()");
   m.def(
-      "noise_posterior(Tensor target, Tensor t, Tensor rng, Tensor? given, Tensor log_prior, float beta, "
+      "noise_posterior(Tensor target, Tensor t, Tensor rng, Tensor? given, Tensor? boost, Tensor log_prior, float "
+      "beta, "
       "int row_offset, Tensor(a!) ids, Tensor(b!) q, Tensor(c!) rest, Tensor(d!)? stats) -> ()");
+  m.def(
+      "token_posterior(Tensor log_x, Tensor t, Tensor log_prior, float beta, Tensor(a!) ids, Tensor(b!) q, "
+      "Tensor(c!) rest) -> ()");
   m.def("gather_rows(Tensor ids, Tensor q, Tensor rest, Tensor weight, Tensor mean, Tensor(a!) out) -> ()");
   m.def(
       "scatter_rows(Tensor order, Tensor starts, Tensor q, Tensor prior, Tensor g, Tensor dout, Tensor(a!) dweight) "
@@ -550,6 +597,7 @@ STABLE_TORCH_LIBRARY(klflow, m) {
   m.impl("euler_step", TORCH_BOX(&klflow::euler_step));                         \
   m.impl("noise_tile", TORCH_BOX(&klflow::noise_tile));                         \
   m.impl("noise_posterior", TORCH_BOX(&klflow::noise_posterior));               \
+  m.impl("token_posterior", TORCH_BOX(&klflow::token_posterior));               \
   m.impl("gather_rows", TORCH_BOX(&klflow::gather_rows));                       \
   m.impl("scatter_rows", TORCH_BOX(&klflow::scatter_rows));
 

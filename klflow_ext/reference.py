@@ -111,18 +111,28 @@ def _onehot_rows(x, given, known, shape, log=False):
 
 
 def noise_interpolate(
-    target, t, rng, *, vocab_size, beta=0.01, given=None, row_offset=0, dtype=None, log=False, out=None
-):
-    """x_t = softmax((1 - t) log E + t c onehot(target)), E the noise of the contract; given rows are onehot(target).
+    target, t, rng, *, vocab_size, beta=0.01, given=None, row_offset=0, dtype=None, log=False, out=None,
+    output="simplex", log_prior=None,
+):  # fmt: skip
+    """x_t = softmax((1 - t) log E + t c onehot(target)), E the noise of the contract; given rows are onehot(target). With
+    output="posterior", the row q of `noise_posterior` instead, all of it.
 
     Equivalent to, for target (rows,) and t (rows,), c = log(V / beta - V + 1):
         log_e = simplex_noise(len(target), vocab_size, rng, row_offset).log()
         onehot = torch.nn.functional.one_hot(target, vocab_size)
         result = ((1 - t)[:, None] * log_e + t[:, None] * gap(vocab_size, beta) * onehot).softmax(-1)
+    for output="posterior":
+        ids, q, rest = noise_posterior(
+            target, t, rng, log_prior, top=vocab_size, beta=beta, given=given, row_offset=row_offset)
+        result = q.log() if log else q
     """
     dtype = dtype or (torch.float32 if out is None else out.dtype)
     shape, device = target.shape, target.device
     work = torch.float64 if dtype == torch.float64 else torch.float32
+    if output == "posterior":
+        x = _posterior_rows(target, t, rng, log_prior.to(work), beta, given, row_offset)
+        x = (x if log else x.exp()).to(dtype).reshape(*shape, vocab_size)
+        return x if out is None else out.copy_(x)
     e = simplex_noise(target.numel(), vocab_size, state_of(rng, shape, row_offset), row_offset, work, device)
     t = _rows(t, shape, work, device)
     k = target.reshape(-1, 1).long()
@@ -133,32 +143,60 @@ def noise_interpolate(
     return x if out is None else out.copy_(x)
 
 
-def _posterior_rows(target, t, rng, log_prior, beta, given, row_offset):
+def _log_evidence(m, s):
+    """e_j = -V log(1 - (1 - e^-s) u_j), u = softmax(m), for m (rows, V) and s (rows, 1).
+
+    The largest u may be so near 1 that its logarithm is that of e^-s + (1 - u) / u, 1 - u summed over the others.
+    """
+    vocab = m.shape[-1]
+    log_u = m.log_softmax(-1)
+    top = log_u.argmax(-1, keepdim=True)
+    own, others = log_u.gather(-1, top), log_u.scatter(-1, top, -math.inf).logsumexp(-1, keepdim=True)
+    share = torch.log(-torch.expm1(-s))
+    evidence = -vocab * torch.log1p(torch.expm1(-s) * log_u.exp())
+    return evidence.scatter(
+        -1, top, vocab * torch.logaddexp(torch.zeros_like(own), share + own - torch.logaddexp(others, own - s))
+    )
+
+
+def _posterior_rows(target, t, rng, log_prior, beta, given, row_offset, boost=None):
     """log q of flattened rows, in the dtype of log_prior (float64 or float32)."""
     vocab, device = log_prior.shape[0], target.device
+    shape = target.shape if boost is None else target.shape[:-1]
     work = torch.float64 if log_prior.dtype == torch.float64 else torch.float32
-    e = simplex_noise(target.numel(), vocab, state_of(rng, target.shape, row_offset), row_offset, work, device)
-    t = _rows(t, target.shape, work, device)
-    k = target.reshape(-1, 1).long()
+    e = simplex_noise(shape.numel(), vocab, state_of(rng, shape, row_offset), row_offset, work, device)
+    t = _rows(t, shape, work, device)
     s = gap(vocab, beta) * t / (1 - t)
-    certain = ~(s < 80)  # t = 1 too: every other token's posterior is below the smallest float32
-    s = torch.where(certain, 0.0, s)
-    pull = torch.expm1(s) * e.gather(1, k)
-    total = e.sum(-1, keepdim=True)
-    evidence = -vocab * torch.log1p(torch.expm1(-s) * e / (total + pull))
-    evidence = evidence.scatter(
-        1, k, vocab * torch.log1p(pull / total)
-    )  # the same for the target, without cancellation
-    log_q = (log_prior.to(work) + evidence).log_softmax(-1)
-    log_q = torch.where(certain, torch.full_like(log_q, -math.inf).scatter(1, k, 0.0), log_q)
-    return _onehot_rows(log_q, given, target, target.shape, log=True)
+    k = target.reshape(len(e), -1).long()
+    if boost is None:
+        certain = ~(s < 80)  # t = 1 too: every other token's posterior is below the smallest float32
+        s = torch.where(certain, 0.0, s)
+        boost = s
+    else:
+        certain = torch.zeros_like(s, dtype=torch.bool)
+        boost = torch.where(k < 0, 0.0, boost.to(work).reshape(k.shape).clamp(-60, 60))
+    m = e.log().scatter_add(1, k.clamp(min=0), boost)
+    log_q = (log_prior.to(work) + _log_evidence(m, s)).log_softmax(-1)
+    known = k[:, :1].clamp(min=0)
+    log_q = torch.where(certain, torch.full_like(log_q, -math.inf).scatter(1, known, 0.0), log_q)
+    return _onehot_rows(log_q, given, known.reshape(shape), shape, log=True)
 
 
-def noise_posterior(target, t, rng, log_prior, *, top=512, beta=0.01, given=None, row_offset=0):
+def _largest_entries(log_q, top, shape):
+    """(ids, q, rest) of flattened rows of log q."""
+    ids = log_q.argsort(dim=-1, descending=True, stable=True)[:, :top].sort(-1).values
+    full = log_q.exp()
+    q = full.gather(1, ids)
+    rest = full.scatter(1, ids, 0.0).sum(-1)
+    return ids.int().reshape(*shape, top), q.reshape(*shape, top), rest.reshape(shape)
+
+
+def noise_posterior(target, t, rng, log_prior, *, top=512, beta=0.01, given=None, row_offset=0, boost=None):
     """(ids, q, rest) of q = softmax(log_prior + e): its `top` largest entries by ascending id, and the others' mass.
 
     e_j = -V log(1 - (1 - e^-s) u_j) is the log-likelihood of token j given x_t, with u = softmax(log x_t / (1 - t)) and
-    s = c t / (1 - t), c = log(V / beta - V + 1). A given row, and one at t = 1, is onehot(target).
+    s = c t / (1 - t), c = log(V / beta - V + 1). A given row, and one at t = 1, is onehot(target). With boost (*rows, K)
+    and target (*rows, K), u = softmax(log E + sum_i boost_i onehot(target_i)), E the noise; target -1 is an unused slot.
 
     Equivalent to, for target (rows,) and t < 1 (rows,) where nothing is given:
         log_x = noise_interpolate(target, t, rng, vocab_size=V, beta=beta, row_offset=row_offset, log=True)
@@ -169,16 +207,52 @@ def noise_posterior(target, t, rng, log_prior, *, top=512, beta=0.01, given=None
         q = full.gather(1, ids)
         result = ids, q, 1 - q.sum(-1)
     """
-    log_q = _posterior_rows(target, t, rng, log_prior, beta, given, row_offset)
-    ids = log_q.argsort(dim=-1, descending=True, stable=True)[:, :top].sort(-1).values
-    full = log_q.exp()
-    q = full.gather(1, ids)
-    rest = full.scatter(1, ids, 0.0).sum(-1)
-    shape = target.shape
-    return ids.int().reshape(*shape, top), q.reshape(*shape, top), rest.reshape(shape)
+    log_q = _posterior_rows(target, t, rng, log_prior, beta, given, row_offset, boost)
+    return _largest_entries(log_q, top, target.shape if boost is None else target.shape[:-1])
 
 
-def noise_embedding(target, t, weight, rng, *, beta=0.01, given=None, row_offset=0, log_prior=None, top=512):
+def token_posterior(log_x, t, log_prior, *, top=512, beta=0.01):
+    """(ids, q, rest) of `noise_posterior` from the rows log x_t (up to a constant each) instead of their noise. A row with
+    one entry above -infinity, and at t = 1 any, is onehot of its largest.
+
+    Equivalent to, for log_x (rows, V) and t < 1 (rows,):
+        u = (log_x / (1 - t)[:, None]).softmax(-1)
+        s = gap(V, beta) * t / (1 - t)
+        full = (log_prior + -V * torch.log1p(torch.expm1(-s)[:, None] * u)).softmax(-1)
+        ids = full.argsort(dim=-1, descending=True, stable=True)[:, :top].sort(-1).values
+        q = full.gather(1, ids)
+        result = ids, q, 1 - q.sum(-1)
+    """
+    shape, vocab = log_x.shape[:-1], log_x.shape[-1]
+    work = torch.float64 if log_x.dtype == torch.float64 else torch.float32
+    log_x = log_x.reshape(-1, vocab).to(work)
+    t = _rows(t, shape, work, log_x.device)
+    top_entry = log_x.argmax(-1, keepdim=True)
+    certain = (t == 1) | ((log_x > -math.inf).sum(-1, keepdim=True) == 1)
+    t = torch.where(certain, 0.0, t)
+    evidence = _log_evidence(log_x / (1 - t), gap(vocab, beta) * t / (1 - t))
+    log_q = (log_prior.to(work) + evidence).log_softmax(-1)
+    log_q = torch.where(certain, torch.full_like(log_q, -math.inf).scatter(1, top_entry, 0.0), log_q)
+    return _largest_entries(log_q, top, shape)
+
+
+def posterior_embedding(ids, q, rest, weight, log_prior):
+    """sum_i q_i weight[ids_i] + rest (the mean of the other tokens' embeddings under the prior).
+
+    Equivalent to, for ids (rows, top), in the dtype of weight:
+        others = log_prior.softmax(0).expand(len(ids), -1).scatter(-1, ids.long(), 0.0)
+        others = rest[:, None] * others / others.sum(-1, keepdim=True)
+        result = others.scatter(-1, ids.long(), q) @ weight
+    """
+    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    others = log_prior.to(work).softmax(0).expand(*rest.shape, len(weight)).scatter(-1, ids.long(), 0.0)
+    others = rest.to(work)[..., None] * others / others.sum(-1, keepdim=True).clamp_min(1e-30)
+    return (others.scatter(-1, ids.long(), q.to(work)) @ weight.to(work)).to(weight.dtype)
+
+
+def noise_embedding(
+    target, t, weight, rng, *, beta=0.01, given=None, row_offset=0, log_prior=None, top=512, boost=None
+):
     """x_t @ weight; with log_prior q @ weight, where the entries of q beyond the `top` largest are those of the prior, scaled
     to the mass that is left.
 
@@ -189,10 +263,8 @@ def noise_embedding(target, t, weight, rng, *, beta=0.01, given=None, row_offset
             ids, q, rest = noise_posterior(target, t, rng, log_prior, top=len(weight), ...)
             result = q @ weight
         else:
-            ids, q, rest = noise_posterior(target, t, rng, log_prior, top=top, ...)
-            others = log_prior.exp().expand(*rest.shape, -1).scatter(-1, ids.long(), 0.0)
-            others = rest[..., None] * others / others.sum(-1, keepdim=True)
-            result = others.scatter(-1, ids.long(), q) @ weight
+            ids, q, rest = noise_posterior(target, t, rng, log_prior, top=top, boost=boost, ...)
+            result = posterior_embedding(ids, q, rest, weight, log_prior)
     """
     vocab, width = weight.shape
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -202,12 +274,11 @@ def noise_embedding(target, t, weight, rng, *, beta=0.01, given=None, row_offset
         out = noise_interpolate(target, t, rng, vocab_size=vocab, dtype=work, **options) @ matrix
     elif top is None:
         out = _posterior_rows(target, t, rng, log_prior.to(work), **options).exp() @ matrix
+        out = out.reshape(*target.shape, width)
     else:
-        ids, q, rest = noise_posterior(target, t, rng, log_prior.to(work), top=min(top, vocab), **options)
-        others = log_prior.to(work).softmax(0).expand(*target.shape, vocab).scatter(-1, ids.long(), 0.0)
-        others = rest[..., None] * others / others.sum(-1, keepdim=True).clamp_min(1e-30)
-        out = others.scatter(-1, ids.long(), q) @ matrix
-    return out.reshape(*target.shape, width).to(weight.dtype)
+        entries = noise_posterior(target, t, rng, log_prior.to(work), top=min(top, vocab), boost=boost, **options)
+        out = posterior_embedding(*entries, matrix, log_prior)
+    return out.to(weight.dtype)
 
 
 def logit_interpolate(log_x0, log_x1, t, *, beta=0.01, log=False, out=None):

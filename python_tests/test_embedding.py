@@ -8,6 +8,7 @@ from test_ops import assert_close, targets_of
 
 from klflow_ext import ops, reference
 from klflow_ext.ops import embedding
+from klflow_ext.oracle import log_evidence
 
 SHAPES = [(60, 2), (60, 3), (40, 31), (9, 1000), (9, 2500), (3, 50257)]
 TIMES = [0.0, 0.02, 0.1, 0.2, 0.3, 0.5, 0.8, 0.99, 1.0]
@@ -105,6 +106,74 @@ def test_the_posterior_is_that_of_the_noisy_row(device):
     u = (to64(log_x) / (1 - t64)).softmax(-1)
     evidence = -vocab * torch.log1p(torch.expm1(-reference.gap(vocab, 0.01) * t64 / (1 - t64)) * u)
     torch.testing.assert_close(q.double().cpu(), (to64(log_prior) + evidence).softmax(-1), rtol=2e-3, atol=1e-6)
+
+
+# ---- all of the posterior: noise_interpolate(..., output="posterior")
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("rows,vocab", SHAPES)
+def test_the_whole_posterior(rows, vocab, log, device):
+    target, t, rng, given = case_of(rows, vocab, device)
+    log_prior = prior_of(vocab, device, never=True)
+    options = {"given": given, "row_offset": 11, "vocab_size": vocab, "output": "posterior", "log": log}
+    room = torch.full((rows, vocab + 3), math.nan, device=device)
+    out = room[:, 1 : 1 + vocab]
+    got = ops.noise_interpolate(target, t, rng, log_prior=log_prior, out=out, **options)
+    assert got.data_ptr() == out.data_ptr() and room[:, 0].isnan().all() and room[:, 1 + vocab :].isnan().all()
+    options["given"] = to64(given)
+    want = reference.noise_interpolate(
+        to64(target), to64(t), to64(rng), log_prior=to64(log_prior), dtype=torch.float64, **options
+    )
+    if log:  # z is right to 1e-6 of the evidence, whose largest is about that of log q over the prior
+        largest = (want - to64(log_prior)).nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True)
+        error = torch.where(got.double().cpu() == want, 0.0, (got.double().cpu() - want).abs())  # -inf - -inf
+        assert (error <= 1e-6 * largest + 1e-5).all(), (error / (1e-6 * largest + 1e-5)).max()
+    else:
+        assert_close(got, want, torch.float32, scale=60, absolute=1e-10)
+        torch.testing.assert_close(got.sum(-1), torch.ones(rows, device=device), rtol=6e-5, atol=0)
+    onehot = given | (t == 1)
+    assert torch.equal(got[onehot].double().cpu(), want[onehot.cpu()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_whole_posterior_in_low_precision(dtype, device):
+    target, t, rng, given = case_of(20, 300, device)
+    options = {"vocab_size": 300, "output": "posterior"}
+    got = ops.noise_interpolate(target, t, rng, given=given, log_prior=prior_of(300, device), dtype=dtype, **options)
+    want = reference.noise_interpolate(
+        to64(target),
+        to64(t),
+        to64(rng),
+        given=to64(given),
+        log_prior=to64(prior_of(300)),
+        dtype=torch.float64,
+        **options,
+    )
+    assert got.dtype == dtype
+    assert_close(got, want, dtype, scale=1.02, absolute=1e-10)
+
+
+def test_the_whole_posterior_is_that_of_the_oracle(device):
+    """The closed form of oracle.log_evidence, from the float64 rows x_t of the same noise."""
+    rows, vocab = 30, 200
+    target, t = targets_of(rows, vocab, device), torch.linspace(0.0, 0.6, rows, device=device)
+    options = {"vocab_size": vocab, "log": True}
+    log_prior = prior_of(vocab, device)
+    got = ops.noise_interpolate(target, t, 5, output="posterior", log_prior=log_prior, **options)
+    log_x = reference.noise_interpolate(to64(target), to64(t), 5, dtype=torch.float64, **options)
+    want = (to64(log_prior) + log_evidence(log_x, to64(t), reference.gap(vocab, 0.01))).log_softmax(-1)
+    torch.testing.assert_close(got.double().cpu(), want, rtol=1e-5, atol=2e-5)
+
+
+def test_slices_of_the_whole_posterior_have_the_same_bits(device):
+    target, t, rng, given = case_of(12, 2500, device)
+    for log in (False, True):
+        options = {"vocab_size": 2500, "output": "posterior", "log_prior": prior_of(2500, device), "log": log}
+        whole = ops.noise_interpolate(target, t, rng, given=given, **options)
+        part = ops.noise_interpolate(target[5:8], t[5:8], rng, given=given[5:8], row_offset=5, **options)
+        assert torch.equal(whole[5:8], part)
+        assert ops.noise_interpolate(target[:0], 0.1, rng, **options).shape == (0, 2500)
 
 
 # ---- noise_embedding: (log_prior given, top) of its three forms
@@ -271,17 +340,20 @@ def test_opcheck(device):
     order, starts = embedding._group_by_token(ids, 64)
     dout, stats = weight_of(6, 8, device), torch.empty(6, 3, device=device)
     total, plain = torch.zeros(6, dtype=torch.float64, device=device), weight.detach()
-    klflow.noise_posterior(target, t, rng, None, log_prior, 0.01, 0, ids[:, :0], q[:, :0], rest.clone(), stats)
+    klflow.noise_posterior(target, t, rng, None, None, log_prior, 0.01, 0, ids[:, :0], q[:, :0], rest.clone(), stats)
     empty = {"dtype": torch.float32, "device": device}
     for op, args in [
-        (klflow.noise_tile, (target, t, rng, given, None, None, 0.01, 0, 64, 8, total, torch.empty(6, 20, **empty))),
         (
             klflow.noise_tile,
-            (target, t, rng, None, log_prior, stats, 0.01, 0, 64, 8, None, torch.empty(6, 20, **empty)),
+            (target, t, rng, given, None, None, 0.01, 0, 64, 8, False, total, torch.empty(6, 20, **empty)),
+        ),
+        (
+            klflow.noise_tile,
+            (target, t, rng, None, log_prior, stats, 0.01, 0, 64, 8, True, None, torch.empty(6, 20, **empty)),
         ),
         (
             klflow.noise_posterior,
-            (target, t, rng, given, log_prior, 0.01, 0, ids.clone(), q.clone(), rest.clone(), stats),
+            (target, t, rng, given, None, log_prior, 0.01, 0, ids.clone(), q.clone(), rest.clone(), stats),
         ),
         (klflow.gather_rows, (ids, q, rest, plain, plain[0].clone(), torch.empty(6, 8, **empty))),
         (klflow.scatter_rows, (order, starts, q, log_prior.exp(), plain[0].clone(), dout, torch.empty(64, 8, **empty))),
@@ -310,6 +382,14 @@ BAD = [
     (lambda: ops.noise_posterior(Y, 0.1, 0, P, top=3, beta=0.0), ValueError, "beta: got 0.0"),
     (lambda: ops.noise_posterior(Y, 0.1, 0, P, top=3, given=Y), TypeError, "given: got torch.int64"),
     (lambda: ops.noise_posterior(Y, 0.1, 0, P, top=3, row_offset=-1), ValueError, "row_offset: got -1"),
+    (lambda: ops.noise_interpolate(Y, 0.1, 0, vocab_size=10, output="q"), ValueError, "output: got 'q'"),
+    (lambda: ops.noise_interpolate(Y, 0.1, 0, vocab_size=10, output="posterior"), ValueError, "log_prior: got None"),
+    (lambda: ops.noise_interpolate(Y, 0.1, 0, vocab_size=10, log_prior=P), ValueError, "log_prior: got Tensor"),
+    (
+        lambda: ops.noise_interpolate(Y, 0.1, 0, vocab_size=10, output="posterior", log_prior=P[:9]),
+        ValueError,
+        r"log_prior: got shape \(9,\)",
+    ),
     (lambda: ops.noise_embedding(Y, 0.1, W.long(), 0), TypeError, "weight: got torch.int64"),
     (lambda: ops.noise_embedding(Y, 0.1, W[0], 0), ValueError, r"weight: got shape \(3,\)"),
     (lambda: ops.noise_embedding(Y - 1, 0.1, W, 0), IndexError, "target: row 0 holds -1"),

@@ -435,11 +435,17 @@ def test_euler_step(rows, vocab, dtype, device):
 # ---- the operators under torch.compile and opcheck
 
 
+COMPILED = [*ops.__all__, "noise_interpolate of the posterior", "noise_posterior of boosts"]
+
+
 def compiled_cases(device):
     logits, target = logits_of(6, 64, device=device), targets_of(6, 64, device)
     log_x, rng = logits.log_softmax(-1), torch.tensor([1, 2], device=device)
     return {
         "noise_interpolate": lambda: ops.noise_interpolate(target, 0.2, rng, vocab_size=64),
+        "noise_interpolate of the posterior": lambda: ops.noise_interpolate(
+            target, 0.2, rng, vocab_size=64, output="posterior", log_prior=log_x[0], log=True
+        ),
         "logit_interpolate": lambda: ops.logit_interpolate(log_x, logits, 0.3),
         "cross_entropy": lambda: ops.cross_entropy(logits, target, label_smoothing=0.1, return_lse=True),
         "cross_entropy_grad": lambda: ops.cross_entropy_grad(logits, target),
@@ -448,12 +454,22 @@ def compiled_cases(device):
         "topk_renoise": lambda: ops.topk_renoise(logits, 5, 0.2, rng),
         "euler_step": lambda: ops.euler_step(log_x, logits, 0.1),
         "noise_posterior": lambda: ops.noise_posterior(target, 0.2, rng, log_x[0], top=5),
+        "noise_posterior of boosts": lambda: ops.noise_posterior(
+            target.view(3, 2), 0.2, rng, log_x[0], top=5, boost=logits[:3, :2]
+        ),
+        "token_posterior": lambda: ops.token_posterior(log_x, 0.2, log_x[0], top=5),
+        "posterior_embedding": lambda: ops.posterior_embedding(
+            target.view(3, 2), log_x[:3, :2].exp(), log_x[:3, 5].exp(), logits.T, log_x[0]
+        ),
+        "merge_boosts": lambda: ops.merge_boosts(
+            target.view(3, 2), logits[:3, :2], target.view(3, 2), logits[:3, :2], 3
+        ),
         "noise_embedding": lambda: ops.noise_embedding(target % 6, 0.2, logits, rng, log_prior=log_x[:, 0], top=5),
     }
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("name", ops.__all__)
+@pytest.mark.parametrize("name", COMPILED)
 def test_cuda_graph_replays(name):
     call = compiled_cases(torch.device("cuda"))[name]
     side = torch.cuda.Stream()
@@ -488,7 +504,7 @@ def test_a_replay_draws_new_noise_when_the_step_advances():
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
-@pytest.mark.parametrize("name", ops.__all__)
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiles_as_one_graph(name, device):
     case = compiled_cases(device)[name]
     torch._dynamo.reset()

@@ -21,7 +21,7 @@ VECTORIZED = {
     "topk_renoise": (True, True),
     "euler_step": (True, True),
     "noise_tile": (False, True),
-    "noise_posterior": (True, False),
+    "posterior": (True, False),
     "gather_rows": (True, False),
     "scatter_rows": (True, False),
 }

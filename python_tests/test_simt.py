@@ -120,6 +120,10 @@ def test_schedule_and_poison_never_change_a_result(simt_library):
                 *ops.topk_renoise(logits, 40, 0.2, 2),
                 *ops.euler_step(logits, logits, 0.1),
                 *ops.noise_posterior(target, 0.05, torch.arange(6).reshape(3, 2), log_prior, top=50),
+                *ops.noise_posterior(
+                    (target[:, None] + torch.arange(3)) % 1003, 0.05, 3, log_prior, top=50, boost=logits[:, :3].abs()
+                ),
+                *ops.token_posterior(logits, 0.05, log_prior, top=50),
                 *embedding_and_gradient(target.repeat(15), log_prior),
             ])  # fmt: skip
     finally:
@@ -136,7 +140,16 @@ def test_a_prior_that_is_none_gives_nan_and_tokens(simt_library, bad):
     log_prior[1234] = bad
     ids, q = torch.full((3, top), -1, dtype=torch.int32), torch.zeros(3, top)
     rest, stats = torch.zeros(3), torch.zeros(3, 3)
-    arguments = torch.tensor([1234, 0, 2499]), torch.full((3,), 0.1), torch.tensor([1, 2]), None, log_prior, 0.01, 0
+    arguments = (
+        torch.tensor([1234, 0, 2499]),
+        torch.full((3,), 0.1),
+        torch.tensor([1, 2]),
+        None,
+        None,
+        log_prior,
+        0.01,
+        0,
+    )
     _C.use_backend(str(simt_library))
     try:
         torch.ops.klflow.noise_posterior(*arguments, ids, q, rest, stats)
@@ -192,6 +205,8 @@ LAYOUTS = [
     ("noise_posterior", torch.float32, 50259, 2, 2),
     ("noise_posterior", torch.float32, 128256, 8, 2),
     ("noise_posterior", torch.float32, 262144, 8, 1),
+    ("noise_posterior_boosted", torch.float32, 50259, 2, 2),
+    ("token_posterior", torch.bfloat16, 50259, 2, 2),
     ("noise_embedding", torch.bfloat16, 50259, 1, 2),
     ("noise_embedding_sparse", torch.bfloat16, 50259, 1, 2),
 ]
@@ -209,6 +224,10 @@ def test_shared_memory_is_as_designed(simt_library, op, dtype, vocab, blocks, re
         "euler_step": lambda: ops.euler_step(logits, logits, 0.1),
         "logit_interpolate": lambda: ops.logit_interpolate(logits, target, 0.2),
         "noise_posterior": lambda: ops.noise_posterior(target, 0.2, 0, logits[0]),
+        "noise_posterior_boosted": lambda: ops.noise_posterior(
+            target[:, None], 0.2, 0, logits[0], boost=torch.ones(1, 1)
+        ),
+        "token_posterior": lambda: ops.token_posterior(logits, 0.2, logits[0]),
         "noise_embedding": lambda: ops.noise_embedding(target, 0.2, weight, 0),
         "noise_embedding_sparse": lambda: ops.noise_embedding(target, 0.2, weight, 0, log_prior=logits[0]),
     }

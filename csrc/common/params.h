@@ -119,8 +119,8 @@ struct EulerStepParams {
 
 // Columns [column, column + columns) of the rows that noise_embedding multiplies by the weight, from in-kernel noise.
 // log_prior == null, the simplex form, not normalised: y_j = E_j^(1 - t) exp(t c [j = k]); sum += sum_j y_j over the
-// tile. Otherwise the posterior form, normalised by the stats of noise_posterior: q_j = exp(z_j - shift) / total. A
-// given row is onehot(target), with a sum of 1.
+// tile. Otherwise the posterior form, normalised by the stats of the posterior: q_j = exp(z_j - shift) / total, or its
+// logarithm. A given row is onehot(target), with a sum of 1.
 struct NoiseTileParams {
   int64_t rows, vocab, column, columns;  // column: a multiple of 4
   Tokens target;
@@ -129,19 +129,29 @@ struct NoiseTileParams {
   Given given;  // known is unused
   float c;
   const float* log_prior;  // (V,) or null
-  const float* stats;      // (rows, 3) contiguous, written by noise_posterior: posterior form only
+  const float* stats;      // (rows, 3) contiguous, written by the posterior op: posterior form only
+  int32_t log;             // write log q: posterior form only
   double* sum;             // (rows,) contiguous: simplex form only
   Rows out;                // (rows, columns)
 };
 
 // The posterior of each token given its own noisy row, q = softmax(z), z_j = log_prior_j + e_j, with the evidence
-// e_j = -V log(1 - (1 - e^-s) u_j), u = softmax(l_t / (1 - t)), s = c t / (1 - t): straight from the noise,
-// u_j = E_j e^(s [j = k]) / S, S = sum_j E_j + (e^s - 1) E_k; and 1 - (1 - e^-s) u_k = sum_j E_j / S without
-// cancellation. The `top` largest q (ties to the lower column), in ascending order of column, and the mass of all the
-// others. A given row, and one at t = 1, is onehot(target): its other ids are the lowest columns, with q = 0.
-struct NoisePosteriorParams {
+// e_j = -V log(1 - (1 - e^-s) u_j), u = softmax(m), s = c t / (1 - t). Where m = log x_t / (1 - t) comes from:
+// - the noise and a target: m_j = log E_j + s [j = k]. A given row, and one at t = 1, is onehot(k).
+// - the noise and boosts: m_j = log E_j + sum_i boost_i [target_i = j] over the slots of the row. A given row is
+//   onehot(target_0). Boosts beyond +-60 count as +-60.
+// - a dense state: m = log_x / (1 - t). A row whose only entry above -infinity is k, and the largest entry of one at
+//   t = 1, is onehot(k).
+// With E_j = e^m_j, S their sum and k the largest (the target, the largest boosted column), the terms are u_j = E_j / S
+// and, without cancellation, 1 - (1 - e^-s) u_k = (the sum of the other E_j + e^-s E_k) / S.
+// The `top` largest q (ties to the lower column), in ascending order of column, and the mass of all the others. The
+// other ids of a onehot row are the lowest columns, with q = 0.
+struct PosteriorParams {
   int64_t rows, vocab, top;  // top == 0: only the stats
-  Tokens target;
+  Rows log_x;                // (rows, V); data == null: from the noise
+  Tokens target;             // (rows, slots), slots contiguous; with boosts, -1 is an unused slot
+  int64_t slots;             // 1 without boosts
+  const float* boost;        // (rows, slots) contiguous, or null
   Scalars t;
   Rng rng;
   Given given;  // known is unused
@@ -150,8 +160,9 @@ struct NoisePosteriorParams {
   int32_t* ids;            // (rows, top) contiguous
   float* q;                // (rows, top) contiguous
   float* rest;             // (rows,) contiguous
-  float* stats;  // (rows, 3) contiguous: sum_j E_j, shift = max_j z_j, total = sum_j exp(z_j - shift); or null. Not S:
-                 // e_k needs S / sum_j E_j to a part in V, so who reads the stats makes E_k again
+  float* stats;  // of a target's rows, (rows, 3) contiguous: sum_j E_j of the noise alone, shift = max_j z_j, total =
+                 // sum_j exp(z_j - shift); or null. Not S: e_k needs S / sum_j E_j to a part in V, so who reads the
+                 // stats makes E_k again
 };
 
 // out_n = sum_i q_ni weight[ids_ni] + rest_n mean: the embedding of sparse rows.

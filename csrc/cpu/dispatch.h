@@ -14,7 +14,7 @@ namespace klflow {
   X(topk_renoise, TopkRenoiseParams)           \
   X(euler_step, EulerStepParams)               \
   X(noise_tile, NoiseTileParams)               \
-  X(noise_posterior, NoisePosteriorParams)     \
+  X(posterior, PosteriorParams)                \
   X(gather_rows, GatherRowsParams)             \
   X(scatter_rows, ScatterRowsParams)
 

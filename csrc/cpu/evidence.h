@@ -1,4 +1,4 @@
-// The evidence e_j of a noisy row (NoisePosteriorParams of common/params.h) from its noise, a vector at a time. E is in
+// The evidence e_j of a noisy row (PosteriorParams of common/params.h) from its noise, a vector at a time. E is in
 // units of ln 2 throughout (it comes from log2), which cancels in E_j / S.
 #pragma once
 
@@ -19,14 +19,15 @@ struct Pull {
 struct Evidence {
   double slope;      // (1 - e^-s) / S
   float w, v_w;      // slope and V slope in float32: E to w and to the first term of e
-  bool needs_log1p;  // some w may be too large for the series (small V)
+  bool needs_log1p;  // some w may be too large for the series
   int64_t vocab;
 
-  Evidence(double s, double sum, int64_t vocab)
+  // largest: no E is above; that of the noise by default, 33 ln 2.
+  Evidence(double s, double sum, int64_t vocab, float largest = 33.1f)
       : slope(-std::expm1(-s) / sum),
         w(static_cast<float>(slope)),
         v_w(static_cast<float>(slope * vocab)),
-        needs_log1p(slope * 33.1 > kSeries),  // E <= 33 ln 2
+        needs_log1p(slope * largest > kSeries),
         vocab(vocab) {}
 
   // e = -V log(1 - slope E) = V (w + w^2 / 2 + w^3 / 3 + ...).
@@ -41,10 +42,16 @@ struct Evidence {
   float log1p(float e) const { return static_cast<float>(-vocab * std::log1p(-slope * e)); }
 };
 
-// e_k of the target: V log(S / sum_j E_j).
-inline float own_evidence(double s, double own, double sum, int64_t vocab) {
-  return static_cast<float>(vocab * std::log1p(std::expm1(s) * own / sum));
-}
+// S = base + raised, split so that base / S = 1 - (1 - e^-s) u_k without cancellation.
+struct Split {
+  double base, raised;
+  double sum() const { return base + raised; }
+  // Of noise that sums to `noise`, E_k of which, `own`, is boosted.
+  static Split of_noise(double noise, double own, double boost, double s) {
+    return {noise + std::expm1(boost - s) * own, -std::expm1(-s) * std::exp(boost) * own};
+  }
+  float own_evidence(int64_t vocab) const { return static_cast<float>(vocab * std::log1p(raised / base)); }  // e_k
+};
 
 // z = log_prior + e over n columns of E; the target's own is for the caller to put right.
 KLFLOW_INLINE void evidence_block(const Evidence& evidence, const float* e, const float* log_prior, int64_t n,

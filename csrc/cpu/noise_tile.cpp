@@ -14,7 +14,7 @@ double exponential(const PhiloxKey& key, int64_t column) {
   return -std::log2(static_cast<double>(simplex_uniform(words.w[column % 4])));
 }
 
-// q_j = exp(z_j - shift) / total over the tile.
+// q_j = exp(z_j - shift) / total over the tile, or log q_j.
 void posterior_tile(const NoiseTileParams& p, int64_t row, const PhiloxKey& key, int64_t token, double s, float* q) {
   const float* stats = p.stats + 3 * row;
   const float shift = stats[1], scale = 1.0f / stats[2];
@@ -24,10 +24,15 @@ void posterior_tile(const NoiseTileParams& p, int64_t row, const PhiloxKey& key,
     exponentials(key, p.column + i, v);
     for (int j = 0; j < 2 * kChains; ++j) store(q + i + j * kLanes, v[j]);
   }
-  evidence_block(Evidence(s, noise + std::expm1(s) * own, p.vocab), q, p.log_prior + p.column, p.columns, q);
+  const Split split = Split::of_noise(noise, own, s, s);
+  evidence_block(Evidence(s, split.sum(), p.vocab), q, p.log_prior + p.column, p.columns, q);
   if (token >= p.column && token < p.column + p.columns)
-    q[token - p.column] = p.log_prior[token] + own_evidence(s, own, noise, p.vocab);
-  for_vectors(p.columns, [&](int64_t i, int m) { store_n(q + i, expv(load_n(q + i, m, -kInf) - shift) * scale, m); });
+    q[token - p.column] = p.log_prior[token] + split.own_evidence(p.vocab);
+  const float log_total = std::log(stats[2]);
+  for_vectors(p.columns, [&](int64_t i, int m) {
+    const vf z = load_n(q + i, m, -kInf) - shift;
+    store_n(q + i, p.log ? z - log_total : expv(z) * scale, m);
+  });
 }
 
 }  // namespace
@@ -42,8 +47,8 @@ void noise_tile(const NoiseTileParams& p, int64_t begin, int64_t end) {
       const float t = p.t.data[row * p.t.stride];
       const Pull pull(t, p.c);
       if ((p.given.flags != nullptr && p.given.flags[row * p.given.stride]) || (p.sum == nullptr && pull.certain)) {
-        fill_row(out, p.columns, 0.0f);
-        if (mine) out[token - p.column] = from_float<T>(1.0f);
+        fill_row(out, p.columns, p.log ? -kInf : 0.0f);
+        if (mine) out[token - p.column] = from_float<T>(p.log ? 0.0f : 1.0f);
         if (p.sum != nullptr && mine) p.sum[row] += 1.0;
         continue;
       }

@@ -14,7 +14,7 @@ struct Backend {
   const char* (*topk_renoise)(const TopkRenoiseParams&, void*);
   const char* (*euler_step)(const EulerStepParams&, void*);
   const char* (*noise_tile)(const NoiseTileParams&, void*);
-  const char* (*noise_posterior)(const NoisePosteriorParams&, void*);
+  const char* (*posterior)(const PosteriorParams&, void*);
   const char* (*gather_rows)(const GatherRowsParams&, void*);
   const char* (*scatter_rows)(const ScatterRowsParams&, void*);
 };

@@ -1,4 +1,4 @@
-// The evidence e_j of every token in a row (NoisePosteriorParams in common/params.h) from the noise E_j and its sum.
+// The evidence e_j of every token in a row (PosteriorParams in common/params.h) from E_j and their sum.
 #pragma once
 
 #include "row.cuh"
@@ -18,25 +18,39 @@ __device__ __forceinline__ float exact_noise(const Words4& words, int64_t column
 constexpr float kMostGain = 80.0f;
 __device__ __forceinline__ float gain_of(float t, float c) { return c * t / (1.0f - t); }
 
+constexpr float kSeries = 0.015625f;  // 2^-6: largest w for which four terms of -log(1 - w) are within 2e-8
+
+// S = base + raised, split so that base / S = 1 - (1 - e^-s) u_k without cancellation.
+struct Split {
+  double base;
+  float raised;
+};
+// Of noise that sums to noise_sum, E_k of which, own_noise, is boosted.
+__device__ __forceinline__ Split split_of_noise(double noise_sum, float own_noise, float boost, float gain) {
+  return {noise_sum + expm1f(boost - gain) * own_noise, -expm1f(-gain) * expf(boost) * own_noise};
+}
+
 struct Evidence {
-  double sum;         // S = sum of E_j + (e^s - 1) E_k
+  double sum;         // S
   float vocab, stay;  // V, e^-s
   float share;        // (1 - e^-s) / S
   float own;          // e_k
 
-  // noise_sum: the sum of all E_j; own_noise: E_k.
-  __device__ __forceinline__ Evidence(double noise_sum, float own_noise, float gain, int64_t columns) {
-    const float raised = expm1f(gain) * own_noise;
-    sum = noise_sum + raised;
+  __device__ __forceinline__ Evidence(Split split, float gain, int64_t columns) {
+    sum = split.base + split.raised;
     vocab = static_cast<float>(columns);
     stay = expf(-gain);
     share = -expm1f(-gain) / static_cast<float>(sum);
-    own = vocab * log1pf(raised / static_cast<float>(noise_sum));
+    own = vocab * log1pf(split.raised / static_cast<float>(split.base));
   }
   // z_j = log_prior_j + e_j of any other token of a long row.
   __device__ __forceinline__ float posterior(float noise, float log_prior) const {
     const float w = share * noise;
     return vocab * w * (1.0f + w * (0.5f + w * (0.33333334f + w * 0.25f))) + log_prior;
+  }
+  // The same where w may be large: up to 1/2.
+  __device__ __forceinline__ float any_posterior(float noise, float log_prior) const {
+    return share * noise <= kSeries ? posterior(noise, log_prior) : log_prior - vocab * log1pf(-share * noise);
   }
   // e_j of any other token of a narrow row.
   __device__ __forceinline__ float narrow(float noise) const {

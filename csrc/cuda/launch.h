@@ -12,7 +12,7 @@ const char* topk_sample(const TopkSampleParams& params, void* stream);
 const char* topk_renoise(const TopkRenoiseParams& params, void* stream);
 const char* euler_step(const EulerStepParams& params, void* stream);
 const char* noise_tile(const NoiseTileParams& params, void* stream);
-const char* noise_posterior(const NoisePosteriorParams& params, void* stream);
+const char* posterior(const PosteriorParams& params, void* stream);
 const char* gather_rows(const GatherRowsParams& params, void* stream);
 const char* scatter_rows(const ScatterRowsParams& params, void* stream);
 

@@ -1,7 +1,7 @@
 // A tile of the rows that noise_embedding multiplies by the weight, straight from the noise contract: y (and its sum)
-// or the posterior q (NoiseTileParams in common/params.h). A warp makes a row of the tile, so that narrow tiles leave
-// no thread idle and no barrier is needed. Never materialised: more of a row than the tile; x_0, l_t, evidence. Bytes:
-// one write of the tile, which stays in L2. Bound: instructions, about 30 an element.
+// or the posterior q or log q (NoiseTileParams in common/params.h). A warp makes a row of the tile, so that narrow
+// tiles leave no thread idle and no barrier is needed. Never materialised: more of a row than the tile; x_0, l_t,
+// evidence. Bytes: one write of the tile, which stays in L2. Bound: instructions, about 30 an element.
 #pragma once
 
 #include "evidence.cuh"
@@ -38,7 +38,7 @@ __device__ __forceinline__ void store_tile_row(T* out, int64_t columns, int lane
   }
 }
 
-template <class Out, bool kPosterior>
+template <class Out, bool kPosterior, bool kLog>
 __global__ void __launch_bounds__(kThreads, 2) noise_tile_kernel(NoiseTileParams p, bool) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   unsigned char* round_keys = shared_memory() + kWarpKeys * warp;
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kThreads, 2) noise_tile_kernel(NoiseTileParams
     if (!valid || is_given(p.given, row) || (kPosterior && !(gain <= kMostGain))) {
       store_tile_row(out, p.columns, lane, [&](int column, float (&v)[kVector]) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) v[i] = !valid ? not_a_number() : column + i == own ? 1.0f : 0.0f;
+        for (int i = 0; i < kVector; ++i)
+          v[i] = !valid ? not_a_number() : column + i == own ? (kLog ? 0.0f : 1.0f) : (kLog ? -infinity() : 0.0f);
       });
       if (!kPosterior && lane == 0) p.sum[row] += !valid ? not_a_number() : own >= 0 && own < p.columns ? 1.0 : 0.0;
       continue;
@@ -67,14 +68,15 @@ __global__ void __launch_bounds__(kThreads, 2) noise_tile_kernel(NoiseTileParams
     const float own_noise = exact_noise(words_of(own), token);
     if (kPosterior) {
       const float* stats = p.stats + 3 * row;
-      const Evidence evidence(stats[0], own_noise, gain, p.vocab);
-      const float shift = stats[1], inverse = 1.0f / stats[2];
+      const Evidence evidence(split_of_noise(stats[0], own_noise, gain, gain), gain, p.vocab);
+      const float shift = stats[1], inverse = 1.0f / stats[2], log_total = kLog ? logf(stats[2]) : 0.0f;
+      auto result = [&](float z) { return kLog ? z - shift - log_total : mass_of(z, shift) * inverse; };
       const float* log_prior = p.log_prior + first;
-      const float own_q = own >= 0 && own < p.columns ? mass_of(log_prior[own] + evidence.own, shift) * inverse : 0.0f;
+      const float own_q = own >= 0 && own < p.columns ? result(log_prior[own] + evidence.own) : 0.0f;
       if (p.vocab <= kNarrow) {
         for (int column = lane; column < p.columns; column += 32) {
           const float noise = exact_noise(words_of(column), column);
-          const float q = mass_of(log_prior[column] + evidence.narrow(noise), shift) * inverse;
+          const float q = result(log_prior[column] + evidence.narrow(noise));
           out[column] = from_float<Out>(column == own ? own_q : q);
         }
       } else {
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 2) noise_tile_kernel(NoiseTileParams
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const float z = evidence.posterior(exponential_noise(words.w[i]), prior.element[4 * half + i]);
-              v[4 * half + i] = mass_of(z, shift) * inverse;
+              v[4 * half + i] = result(z);
             }
           }
 #pragma unroll

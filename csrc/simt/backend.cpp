@@ -7,9 +7,8 @@
 
 KLFLOW_EXPORT const klflow::Backend* klflow_backend() {
   using namespace klflow::cuda;
-  static const klflow::Backend backend{noise_interpolate, logit_interpolate, cross_entropy, topk_sample,
-                                       topk_renoise,      euler_step,        noise_tile,    noise_posterior,
-                                       gather_rows,       scatter_rows};
+  static const klflow::Backend backend{noise_interpolate, logit_interpolate, cross_entropy, topk_sample, topk_renoise,
+                                       euler_step,        noise_tile,        posterior,     gather_rows, scatter_rows};
   return &backend;
 }
 KLFLOW_EXPORT void klflow_simt_seed(uint64_t value) { simt::seed(value); }

@@ -96,15 +96,16 @@ def token_rows(name, value, shape, rows, vocab, device, where=None, ignore_index
 
 
 def check_tokens(name, flat, vocab, where=None, ignore_index=None):
+    """flat: (rows,) or (rows, K)."""
     bad = (flat < 0) | (flat >= vocab)
     if where is not None:
         bad &= where
     if ignore_index is not None:
         bad &= flat != ignore_index
     if bad.any():
-        row = int(bad.nonzero()[0])
+        index = tuple(bad.nonzero()[0].tolist())
         raise IndexError(
-            f"{name}: row {row} holds {flat[row].item()}, allowed is 0 to V - 1 = {vocab - 1}"
+            f"{name}: row {index[0]} holds {flat[index].item()}, allowed is 0 to V - 1 = {vocab - 1}"
             + ("" if ignore_index is None else f" or ignore_index = {ignore_index}")
         )
 
@@ -148,6 +149,52 @@ def rng_state(rng, shape, rows, device, row_offset=0):
 
 def check_row_offset(row_offset):
     return check_int("row_offset", row_offset, 0, 2**32 - 1, "an integer in [0, 2^32)")
+
+
+def check_log_prior(log_prior, vocab, device):
+    check_tensor("log_prior", log_prior, (*FLOATS, torch.float64), device)
+    if log_prior.shape != (vocab,) or vocab < 2:
+        fail(
+            ValueError, "log_prior", f"shape {tuple(log_prior.shape)}", "one log-probability for each of V >= 2 tokens"
+        )
+    if looks_at_values(device) and not log_prior.max() < float("inf"):  # NaN too
+        fail(ValueError, "log_prior", f"a maximum of {log_prior.max().item()}", "numbers below infinity")
+    return log_prior.detach().float().contiguous()
+
+
+def boost_rows(boost, target):
+    """The boosts of the slots of each row, (rows, K) float32, or None."""
+    if boost is None:
+        return None
+    check_tensor("boost", boost, (*FLOATS, torch.float64), target.device)
+    if boost.dim() < 1 or boost.shape[-1] < 1 or boost.shape != target.shape:
+        fail(
+            ValueError,
+            "boost",
+            f"shape {tuple(boost.shape)}",
+            f"that of target, {tuple(target.shape)}, (*rows, K >= 1)",
+        )
+    if looks_at_values(target.device) and boost.isnan().any():
+        fail(ValueError, "boost", "nan", "numbers")
+    return boost.detach().float().reshape(boost.shape[:-1].numel(), boost.shape[-1]).contiguous()
+
+
+def noise_arguments(target, t, rng, beta, given, row_offset, vocab, boost=None):
+    """(target, t, rng, given) as flat rows, (beta, row_offset). With boosts, target is (*rows, K) and then (rows, K)."""
+    shape, device = target.shape if boost is None else target.shape[:-1], target.device
+    rows = shape.numel()
+    if boost is None:
+        tokens = token_rows("target", target, shape, rows, vocab, device)
+    else:
+        tokens = target.reshape(rows, target.shape[-1]).contiguous()
+        if device.type != "cpu" and looks_at_values(device):
+            check_tokens("target", tokens, vocab, ignore_index=-1)
+    return (
+        tokens,
+        row_scalars("t", t, shape, rows, device, 0, 1).detach(),
+        rng_state(rng, shape, rows, device, check_row_offset(row_offset)),
+        row_flags("given", given, shape, rows, device),
+    ), (check_beta(beta), row_offset)
 
 
 def as_rows(tensor, vocab):

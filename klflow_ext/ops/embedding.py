@@ -6,18 +6,17 @@ from torch import Tensor
 from klflow_ext.ops.arguments import (
     FLOATS,
     INTEGERS,
-    check_beta,
+    boost_rows,
     check_int,
-    check_row_offset,
+    check_log_prior,
     check_tensor,
+    check_tokens,
     fail,
     looks_at_values,
+    noise_arguments,
     register_fake_mutation,
-    rng_state,
-    row_flags,
-    row_scalars,
-    token_rows,
 )
+from klflow_ext.ops.posterior import largest_entries
 
 _klflow = torch.ops.klflow
 
@@ -26,101 +25,88 @@ _klflow = torch.ops.klflow
 TILE = {"cpu": (512, 2048), "cuda": (2048, 4096)}
 
 
-def _log_prior(log_prior, vocab, device):
-    check_tensor("log_prior", log_prior, (*FLOATS, torch.float64), device)
-    if log_prior.shape != (vocab,) or vocab < 2:
-        fail(
-            ValueError, "log_prior", f"shape {tuple(log_prior.shape)}", "one log-probability for each of V >= 2 tokens"
-        )
-    if looks_at_values(device) and not log_prior.max() < float("inf"):  # NaN too
-        fail(ValueError, "log_prior", f"a maximum of {log_prior.max().item()}", "numbers below infinity")
-    return log_prior.detach().float().contiguous()
-
-
-def _noise_arguments(target, t, rng, beta, given, row_offset, vocab):
-    """(target, t, rng, given) as flat rows, (beta, row_offset)."""
-    shape, rows, device = target.shape, target.numel(), target.device
-    return (
-        token_rows("target", target, shape, rows, vocab, device),
-        row_scalars("t", t, shape, rows, device, 0, 1).detach(),
-        rng_state(rng, shape, rows, device, check_row_offset(row_offset)),
-        row_flags("given", given, shape, rows, device),
-    ), (check_beta(beta), row_offset)
-
-
-def _posterior(noise, options, log_prior, top, stats=None):
-    rows, device = noise[0].shape[0], log_prior.device
-    ids = torch.empty(rows, top, dtype=torch.int32, device=device)
-    q, rest = torch.empty(rows, top, device=device), torch.empty(rows, device=device)
-    _klflow.noise_posterior(*noise, log_prior, *options, ids, q, rest, stats)
-    return ids, q, rest
-
-
-def noise_posterior(target, t, rng, log_prior, *, top=512, beta=0.01, given=None, row_offset=0):
-    """The largest entries of each token's posterior given its own noisy row x_t, straight from in-kernel noise.
-
-    q = softmax(log_prior + e), e_j = -V log(1 - (1 - e^-s) u_j), u = softmax(log x_t / (1 - t)), s = c t / (1 - t): the
-    exact posterior of a position with that prior, given x_t of `noise_interpolate(target, t, rng)` (DESIGN: posterior
-    input). x_t, e and q are never built. A given row, and one at t = 1, is onehot(target).
-
-    Args:
-        target, t, rng, beta, given, row_offset: as in `noise_interpolate`.
-        log_prior: (V,) log-probabilities of the tokens up to a constant; -inf for one that never occurs.
-        top: how many entries are kept, in [1, V].
-
-    Returns: (ids int32 (*rows, top) in ascending order, q float32 (*rows, top), rest float32 (*rows): the mass of the
-        others). Of equal entries the lower columns are kept. Not differentiable.
-    Errors: TypeError, ValueError; IndexError for a target outside [0, V) (on CUDA its q and rest are NaN; KLFLOW_CHECK=1
-        checks).
-    """
-    check_tensor("target", target, INTEGERS)
-    check_tensor("log_prior", log_prior, (*FLOATS, torch.float64), target.device)
-    vocab = log_prior.numel()
-    log_prior = _log_prior(log_prior, vocab, target.device)
-    check_int("top", top, 1, vocab, f"an integer in [1, V = {vocab}]")
-    noise, options = _noise_arguments(target, t, rng, beta, given, row_offset, vocab)
-    ids, q, rest = _posterior(noise, options, log_prior, top)
-    shape = target.shape
-    return ids.reshape(*shape, top), q.reshape(*shape, top), rest.reshape(shape)
-
-
-def noise_embedding(target, t, weight, rng, *, beta=0.01, given=None, row_offset=0, log_prior=None, top=512):
+def noise_embedding(
+    target, t, weight, rng, *, beta=0.01, given=None, row_offset=0, log_prior=None, top=512, boost=None
+):
     """Noisy rows as embeddings, x_t @ weight, or their posteriors, q @ weight; x_t and q are never built.
 
     Without log_prior: x_t of `noise_interpolate(target, t, rng)` times the weight. With it: q of `noise_posterior`, either
-    all of it (top=None) or its `top` largest entries, gathered, and the rest of the mass times the mean embedding of the
-    other tokens under the prior: sum_i q_i weight[ids_i] + rest (sum_{j not in ids} prior_j weight_j) / (1 - prior[ids].sum()),
-    a hundred times less arithmetic, and exact at t = 0. The backward pass of the dense products makes the noise again. A
-    given row is exactly weight[target].
+    all of it (top=None) or its `top` largest entries and their rest as `posterior_embedding` does it, a hundred times less
+    arithmetic, and exact at t = 0. The backward pass of the dense products makes the noise again. A given row is exactly
+    weight[target].
 
     Args:
         target, t, rng, beta, given, row_offset: as in `noise_interpolate`.
         weight: (V, D), as torch.nn.Embedding holds it; float32, bfloat16 or float16.
         log_prior: None or (V,) log-probabilities of the tokens up to a constant.
         top: with log_prior, the entries kept of each row (from V on all of them), or None for the dense product.
+        boost: with log_prior and top, None or floats (*rows, K), target then (*rows, K) too: see `noise_posterior`.
 
     Returns: (*rows, D) in the dtype of weight, sums in float32. Differentiable in weight only.
     Errors: TypeError, ValueError; IndexError for a target outside [0, V).
     """
     check_tensor("target", target, INTEGERS)
-    check_tensor("weight", weight, FLOATS, target.device)
-    if weight.dim() != 2 or weight.shape[0] < 2 or weight.shape[1] < 1:
-        fail(ValueError, "weight", f"shape {tuple(weight.shape)}", "(V, D) with V >= 2 and D >= 1")
+    weight = _check_weight(weight, target.device)
     vocab, width = weight.shape
     if log_prior is not None:
-        log_prior = _log_prior(log_prior, vocab, target.device)
+        log_prior = check_log_prior(log_prior, vocab, target.device)
     if top is not None:
         check_int("top", top, 1, 2**30, "None or an integer >= 1")
-    noise, options = _noise_arguments(target, t, rng, beta, given, row_offset, vocab)
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()
+    if boost is not None and (log_prior is None or top is None):
+        fail(ValueError, "boost", type(boost).__name__, "None unless log_prior and top are given")
+    boost = boost_rows(boost, target)
+    noise, options = noise_arguments(target, t, rng, beta, given, row_offset, vocab, boost)
     if log_prior is None or top is None:
         out, _ = _dense(*noise, weight, log_prior, *options)
     else:
-        prior = log_prior.softmax(0)
-        ids, q, rest = _posterior(noise, options, log_prior, min(top, vocab))
-        out = _sparse(ids, *_shares(ids, q, rest, prior), weight, prior)
-    return out.reshape(*target.shape, width)
+        out = _embed(*largest_entries(noise, options, log_prior, min(top, vocab), boost), weight, log_prior)
+    return out.reshape(*(target.shape if boost is None else target.shape[:-1]), width)
+
+
+def posterior_embedding(ids, q, rest, weight, log_prior):
+    """Sparse posteriors as embeddings: their entries, gathered, and the mean of the other tokens for the rest of the mass.
+
+    sum_i q_i weight[ids_i] + rest (sum_{j not in ids} prior_j weight_j) / (1 - prior[ids].sum()), prior = softmax(log_prior):
+    what `noise_embedding(..., log_prior=, top=)` does with the (ids, q, rest) of `noise_posterior`, for those of
+    `token_posterior` too.
+
+    Args:
+        ids: int32 or int64 (*rows, top), in [0, V), different within a row. q: floats (*rows, top). rest: floats (*rows).
+        weight: (V, D), as torch.nn.Embedding holds it; float32, bfloat16 or float16.
+        log_prior: (V,) log-probabilities of the tokens up to a constant.
+
+    Returns: (*rows, D) in the dtype of weight, sums in float32. Differentiable in weight only.
+    Errors: TypeError, ValueError; IndexError for an id outside [0, V) (on CUDA and under torch.compile its row is NaN;
+        KLFLOW_CHECK=1 checks).
+    """
+    check_tensor("ids", ids, INTEGERS)
+    weight = _check_weight(weight, ids.device)
+    vocab, width = weight.shape
+    log_prior = check_log_prior(log_prior, vocab, ids.device)
+    check_tensor("q", q, (*FLOATS, torch.float64), ids.device)
+    check_tensor("rest", rest, (*FLOATS, torch.float64), ids.device)
+    if ids.dim() < 1 or ids.shape[-1] < 1:
+        fail(ValueError, "ids", f"shape {tuple(ids.shape)}", "(*rows, top >= 1)")
+    shape, top = ids.shape[:-1], ids.shape[-1]
+    if q.shape != ids.shape:
+        fail(ValueError, "q", f"shape {tuple(q.shape)}", f"that of ids, {tuple(ids.shape)}")
+    if rest.shape != shape:
+        fail(ValueError, "rest", f"shape {tuple(rest.shape)}", f"that of the rows of ids, {tuple(shape)}")
+    ids, q = ids.reshape(-1, top), q.detach().float().reshape(-1, top)
+    if looks_at_values(ids.device):
+        check_tokens("ids", ids, vocab)
+    else:
+        q = torch.where((ids >= 0) & (ids < vocab), q, torch.nan)
+        ids = ids.clamp(0, vocab - 1)
+    ids, rest = ids.int().contiguous(), rest.detach().float().reshape(-1).contiguous()
+    return _embed(ids, q.contiguous(), rest, weight, log_prior).reshape(*shape, width)
+
+
+def _check_weight(weight, device):
+    check_tensor("weight", weight, FLOATS, device)
+    if weight.dim() != 2 or weight.shape[0] < 2 or weight.shape[1] < 1:
+        fail(ValueError, "weight", f"shape {tuple(weight.shape)}", "(V, D) with V >= 2 and D >= 1")
+    return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
 # ---- the dense forms: tile by tile, the noise of a tile in one buffer that is used again
@@ -167,7 +153,7 @@ class _Noise:
         _klflow.noise_tile(
             target[rows], t[rows], rng if rng.dim() == 1 else rng[rows], None if given is None else given[rows],
             self.log_prior, self.stats[rows] if dense else None, self.beta, self.row_offset + rows.start, self.vocab,
-            columns.start, None if dense else (self.scratch(height) if total is None else total[rows]), out,
+            columns.start, False, None if dense else (self.scratch(height) if total is None else total[rows]), out,
         )  # fmt: skip
         return out
 
@@ -186,7 +172,7 @@ def _dense(
         stats = torch.zeros(rows, dtype=torch.float64, device=device)
     else:
         stats = torch.empty(rows, 3, device=device)
-        _posterior((target, t, rng, given), (beta, row_offset), log_prior, 0, stats)
+        largest_entries((target, t, rng, given), (beta, row_offset), log_prior, 0, stats=stats)
     dtype = _tile_dtype(weight.dtype, device)
     noise = _Noise(target, t, rng, given, log_prior, stats, beta, row_offset, vocab, dtype)
     out = torch.empty(rows, width, dtype=weight.dtype, device=device)
@@ -253,6 +239,11 @@ def _shares(ids, q, rest, prior):
     return q.addcmul(own, b[:, None], value=-1), b
 
 
+def _embed(ids, q, rest, weight, log_prior):
+    prior = log_prior.softmax(0)
+    return _sparse(ids, *_shares(ids, q, rest, prior), weight, prior)
+
+
 @torch.library.custom_op("klflow::embed_rows", mutates_args=())
 def _sparse(ids: Tensor, q: Tensor, rest: Tensor, weight: Tensor, prior: Tensor) -> Tensor:
     """sum_i q_i weight[ids_i] + rest (prior @ weight)."""
@@ -272,7 +263,7 @@ def _sparse_backward(dout: Tensor, ids: Tensor, q: Tensor, rest: Tensor, prior: 
 
 # ---- fake kernels and gradients
 
-for _name in ("noise_tile", "noise_posterior", "gather_rows", "scatter_rows", "group_by_token"):
+for _name in ("noise_tile", "gather_rows", "scatter_rows", "group_by_token"):
     register_fake_mutation(_name)
 
 

@@ -8,56 +8,66 @@ from klflow_ext.ops.arguments import (
     as_rows,
     check_beta,
     check_int,
-    check_row_offset,
+    check_log_prior,
     check_tensor,
     check_vocab,
     fail,
     needs_grad,
-    output,
+    noise_arguments,
     register_fake_mutation,
-    rng_state,
-    row_flags,
     row_scalars,
     token_rows,
 )
+from klflow_ext.ops.arguments import output as output_rows
+from klflow_ext.ops.posterior import all_entries
 
 _klflow = torch.ops.klflow
 
 
 def noise_interpolate(
-    target, t, rng, *, vocab_size, beta=0.01, given=None, row_offset=0, dtype=None, log=False, out=None
-):
+    target, t, rng, *, vocab_size, beta=0.01, given=None, row_offset=0, dtype=None, log=False, out=None,
+    output="simplex", log_prior=None,
+):  # fmt: skip
     """Noisy rows x_t on the KL geodesic from fresh Dirichlet(1) noise to the smoothed target, noise made in the kernel.
 
     x_t[j] is proportional to E_j^(1 - t) exp(t c [j = target]), E_j = -log U_j i.i.d. Exp(1) (DESIGN: KL geodesic; the
     paper's x_t = softmax((1 - t) log x_0 + t log x_1)). A given row is exactly onehot(target) at every t.
+    With output="posterior", the whole of the rows that `noise_posterior` gives the largest entries of instead: the exact
+    posterior q of each token given x_t, straight from the noise, at twice its arithmetic; x_t is never built.
 
     Args:
         target: int64 or int32 token ids, any shape `rows`, in [0, V).
         t: time in [0, 1], number or tensor that broadcasts to rows.
         rng: seed, generator or (seed, step) tensor; see the module.
         vocab_size: V >= 2. beta: smoothing in (0, 1). given: bool, broadcasts to rows.
-        row_offset: global index of the first row. dtype: of the result (float32). log: return log x_t instead.
+        row_offset: global index of the first row. dtype: of the result (float32). log: return log x_t, or log q, instead.
         out: tensor (*rows, V) to write into; on a CPU this saves page faults.
+        output: "simplex" for x_t, "posterior" for q.
+        log_prior: for q, (V,) log-probabilities of the tokens up to a constant; -inf for one that never occurs.
 
     Returns: (*rows, V) on the device of target. Before rounding to dtype, x_t is within 1e-6 of its value on a CPU and 8e-6
-        on CUDA, log x_t within 1e-5.
+        on CUDA, log x_t within 1e-5, log q within 1e-6 of the largest |log q - log_prior| of the row and 1e-5.
     Errors: TypeError, ValueError; IndexError for a target outside [0, V) (on CUDA its row is NaN; KLFLOW_CHECK=1 checks).
     """
     check_tensor("target", target, INTEGERS)
     vocab = check_int("vocab_size", vocab_size, 2, 2**30, "an integer V in [2, 2^30]")
-    shape, rows, device = target.shape, target.numel(), target.device
-    beta = check_beta(beta)
-    result, flat = output("out", out, (*shape, vocab), dtype or torch.float32, device)
+    shape, device = target.shape, target.device
+    if output not in ("simplex", "posterior"):
+        fail(ValueError, "output", repr(output), "'simplex' or 'posterior'")
+    if output == "posterior":
+        if log_prior is None:
+            fail(ValueError, "log_prior", None, "log-probabilities (V,), needed for output='posterior'")
+        log_prior = check_log_prior(log_prior, vocab, device)
+    elif log_prior is not None:
+        fail(ValueError, "log_prior", type(log_prior).__name__, "None for output='simplex'")
+    noise, options = noise_arguments(target, t, rng, beta, given, row_offset, vocab)
+    result, flat = output_rows("out", out, (*shape, vocab), dtype or torch.float32, device)
     if out is not None and dtype is not None and out.dtype != dtype:
         fail(TypeError, "dtype", dtype, f"the dtype of out, {out.dtype}")
-    _klflow.noise_interpolate(
-        token_rows("target", target, shape, rows, vocab, device),
-        row_scalars("t", t, shape, rows, device, 0, 1),
-        rng_state(rng, shape, rows, device, check_row_offset(row_offset)),
-        row_flags("given", given, shape, rows, device),
-        beta, row_offset, bool(log), flat,
-    )  # fmt: skip
+    if output == "posterior":
+        all_entries(noise, options, log_prior, bool(log), flat)
+    else:
+        _klflow.noise_interpolate(*noise, *options, bool(log), flat)
     return result
 
 
@@ -88,7 +98,7 @@ def logit_interpolate(log_x0, log_x1, t, *, beta=0.01, log=False, out=None):
     start = as_rows(log_x0, vocab)
     if out is None and needs_grad(start, end, times):
         return _klflow.logit_interpolate(start, end, times, beta, bool(log)).reshape(log_x0.shape)
-    result, flat = output("out", out, log_x0.shape, log_x0.dtype, device)
+    result, flat = output_rows("out", out, log_x0.shape, log_x0.dtype, device)
     _klflow.logit_interpolate_out(start, end, times, beta, bool(log), flat)
     return result
 

@@ -1,12 +1,12 @@
-// The `top` largest entries of each row's posterior and the mass of the others, straight from the noise contract
-// (NoisePosteriorParams in common/params.h). A cluster of blocks handles a row. The noise is made once and summed, and
+// The `top` largest entries of each row's posterior and the mass of the others (PosteriorParams in common/params.h). A
+// cluster of blocks handles a row. The row's E, from the noise contract or a dense state, is made once and summed, and
 // waits in shared memory as float32 (rows too long to keep are made again); there it becomes z_j = log q_j + const.
 // Selection: the top-th largest of the maxima of small groups of columns bounds the top-th z from below; the few z
 // above that bound are queued, and a radix descent over them (over the row, where they overflow the queue) finds the
 // top-th z exactly, and how many of its equals belong. Then each thread counts what is selected of a contiguous piece
 // of the row, and prefix sums give every entry its place in ascending order of column, ties going to the lower column.
-// Never materialised: x_t, evidence, q. Bytes: 8 top a row written; log_prior stays in L2. Bound: instructions, about
-// 50 an element, 21 of them the noise.
+// Never materialised: x_t, evidence, q. Bytes: 8 top a row written, a state read; log_prior stays in L2. Bound:
+// instructions, about 50 an element, 21 of them the noise.
 #pragma once
 
 #include "evidence.cuh"
@@ -121,8 +121,8 @@ __device__ __forceinline__ uint64_t row_prefix(uint64_t value) {
   return before;
 }
 
-// A row that needs no noise: onehot(token), or NaN.
-__device__ __forceinline__ void store_plain_row(const NoisePosteriorParams& p, int64_t row, int64_t token, bool valid) {
+// A row without E: onehot(token), or NaN.
+__device__ __forceinline__ void store_plain_row(const PosteriorParams& p, int64_t row, int64_t token, bool valid) {
   if (cluster_rank() != 0) return;
   for (int64_t i = threadIdx.x; i < p.top; i += kThreads) {
     const int64_t id = valid && i == p.top - 1 && token > i ? token : i;
@@ -135,8 +135,69 @@ __device__ __forceinline__ void store_plain_row(const NoisePosteriorParams& p, i
     for (int i = 0; i < 3; ++i) p.stats[3 * row + i] = !valid ? not_a_number() : i == 1 ? 0.0f : 1.0f;
 }
 
-template <bool kKeep>
-__global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePosteriorParams p, bool) {
+// Where a row's E comes from: the noise and a target, the noise and boosts, or a dense state of type T.
+struct NoiseSource {
+  static constexpr bool kBoosted = false, kDense = false;
+  using Type = float;
+};
+struct BoostedSource {
+  static constexpr bool kBoosted = true, kDense = false;
+  using Type = float;
+};
+template <class T>
+struct StateSource {
+  static constexpr bool kBoosted = false, kDense = true;
+  using Type = T;
+};
+
+constexpr float kMostBoost = 60.0f;
+
+// The largest of the boosted columns; value is +infinity where a slot holds no token or no number.
+struct Boosted {
+  float value, noise, boost;
+  int column;
+  __device__ __forceinline__ Boosted shuffle_down(int offset) const {
+    return {__shfl_down_sync(~0u, value, offset), __shfl_down_sync(~0u, noise, offset),
+            __shfl_down_sync(~0u, boost, offset), __shfl_down_sync(~0u, column, offset)};
+  }
+};
+__device__ __forceinline__ Boosted larger(const Boosted& a, const Boosted& b) {
+  return a.value > b.value || (a.value == b.value && a.column < b.column) ? a : b;
+}
+// Calls f(column, E, boost) for this thread's slots of a row; the column is -1 where they hold no token or no number.
+template <class F>
+__device__ __forceinline__ void each_slot(const PosteriorParams& p, int64_t row, const NoiseKey& key, F&& f) {
+  const Tokens columns{p.target.data, 1, p.target.is_int32, 0};
+  for (int64_t slot = threadIdx.x; slot < p.slots; slot += kThreads) {
+    const int64_t column = token_at(columns, row * p.slots + slot);
+    if (column == -1) continue;
+    const float boost = p.boost[row * p.slots + slot];
+    if (column < 0 || column >= p.vocab || !(boost == boost))
+      f(-1, 0.0f, 0.0f);
+    else
+      f(static_cast<int>(column), exact_noise(row_noise_words(key, static_cast<int>(column)), column),
+        fminf(fmaxf(boost, -kMostBoost), kMostBoost));
+  }
+}
+
+// The largest entry of a state, the lowest of equals, and how many are above -infinity; value is +infinity where one is
+// no number.
+struct Peak {
+  float value;
+  int column;
+  uint32_t entries;
+  __device__ __forceinline__ Peak shuffle_down(int offset) const {
+    return {__shfl_down_sync(~0u, value, offset), __shfl_down_sync(~0u, column, offset),
+            __shfl_down_sync(~0u, entries, offset)};
+  }
+};
+__device__ __forceinline__ Peak higher(const Peak& a, const Peak& b) {
+  const bool first = a.value > b.value || (a.value == b.value && a.column < b.column);
+  return {first ? a.value : b.value, first ? a.column : b.column, a.entries + b.entries};
+}
+
+template <bool kKeep, class Source>
+__global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams p, bool) {
   PosteriorShared& s = *reinterpret_cast<PosteriorShared*>(shared_memory() + kPartialBytes);
   float* kept = reinterpret_cast<float*>(shared_memory() + kPosteriorBytes);  // nothing is there unless kKeep
   const Slice slice = slice_of(p.vocab);                                      // columns below are of the slice
@@ -144,58 +205,139 @@ __global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePoste
   const int first = kQuad * static_cast<int>(threadIdx.x);
   const float* log_prior = p.log_prior + slice.begin;
   const bool narrow = kKeep && p.vocab <= kNarrow;
+  using T = typename Source::Type;
+  constexpr bool plain =
+      !Source::kBoosted && !Source::kDense;  // noise alone has no large w in a row that is not narrow
   const int in_words =
       (reinterpret_cast<uintptr_t>(log_prior) & 15) == 0 ? size : 0;  // columns read 16 bytes at a time
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
-    const int64_t token = token_at(p.target, row);
     const float t = scalar_at(p.t, row, 0.0f), gain = gain_of(t, p.c);
-    const bool valid = token >= 0 && token < p.vocab && t >= 0.0f && t <= 1.0f;
-    if (!valid || is_given(p.given, row) || !(gain <= kMostGain)) {
+    int64_t token = -1;  // the column whose evidence has no cancellation: the target, the largest boosted or entry
+    bool valid = t >= 0.0f && t <= 1.0f, certain = false;
+    NoiseKey key{};
+    float own_noise = 0.0f, own_boost = gain;
+    Peak peak{-infinity(), 0, 0};
+    if constexpr (Source::kDense) {
+      const T* log_x = row_of<T>(p.log_x, row) + slice.begin;
+      for (int column = kVector * static_cast<int>(threadIdx.x); column < size; column += kVector * kThreads) {
+        const Vector<T> raw = load_vector<T>(log_x, column, size, from_float<T>(-infinity()));
+        float v[kVector];
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          v[i] = to_float(raw.element[i]);
+          if (v[i] > peak.value || !(v[i] == v[i])) {
+            peak.value = v[i] == v[i] ? v[i] : infinity();
+            peak.column = slice.begin + column + i;
+          }
+          peak.entries += v[i] > -infinity();
+        }
+        if (kKeep) store_kept(kept, column, v);
+      }
+      peak = row_reduce(peak, [](const Peak& a, const Peak& b) { return higher(a, b); });
+      token = peak.column;
+      valid = valid && peak.value > -infinity() && peak.value < infinity();
+      certain = t == 1.0f || peak.entries == 1;
+    } else {
+      token = token_at(p.target, row);
+      certain = is_given(p.given, row) || (!Source::kBoosted && !(gain <= kMostGain));
+      if (!Source::kBoosted || certain) valid = valid && token >= 0 && token < p.vocab;
+    }
+    if (!valid || certain) {
       store_plain_row(p, row, token, valid);
       continue;
     }
-    const NoiseKey key = noise_key(p.rng, row);
-    store_round_keys(key);
+    if constexpr (!Source::kDense) {
+      key = noise_key(p.rng, row);
+      store_round_keys(key);
+    }
+    if constexpr (Source::kBoosted) {
+      Boosted mine{-infinity(), 0.0f, 0.0f, -1};
+      each_slot(p, row, key, [&](int column, float noise, float boost) {
+        mine = larger(mine, {column < 0 ? infinity() : noise * expf(boost), noise, boost, column});
+      });
+      mine = row_reduce<false>(mine, [](const Boosted& a, const Boosted& b) { return larger(a, b); });
+      if (!(mine.value < infinity())) {
+        store_plain_row(p, row, -1, false);
+        continue;
+      }
+      token = mine.column;
+      own_noise = mine.noise;
+      own_boost = mine.boost;
+    } else if constexpr (!Source::kDense) {
+      own_noise = exact_noise(row_noise_words(key, static_cast<int>(token)), token);
+    }
     const int own_column = static_cast<int>(token) - slice.begin;
     auto holds_own = [&](int column) { return static_cast<uint32_t>(own_column - column) < kQuad; };
-    const float own_noise = exact_noise(row_noise_words(key, static_cast<int>(token)), token);
     auto noise_at = [&](int column, float (&noise)[kQuad]) {
       const Words4 words = row_noise_words(key, slice.begin + column);
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) noise[i] = exponential_noise(words.w[i]);
     };
+    const float power = 1.4426950408889634f / (1.0f - t);  // of a state
+    auto state_at = [&](int column, float (&e)[kQuad]) {
+      if (kKeep) {
+        load_quad(kept + column, e);
+      } else {
+        const T* log_x = row_of<T>(p.log_x, row) + slice.begin;
+#pragma unroll
+        for (int i = 0; i < kQuad; ++i) e[i] = column + i < size ? to_float(log_x[column + i]) : -infinity();
+      }
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) e[i] = ex2_approx((e[i] - peak.value) * power);
+    };
 
-    // The noise and its sum. In the row's token and beyond the row it does not count.
+    // E and its sum. In the row's token and beyond the row it does not count.
     double sum = threadIdx.x == 0 && slice.begin == 0 ? own_noise : 0.0;
     if (narrow) {
       for (int column = static_cast<int>(threadIdx.x); column < size; column += kThreads) {
-        kept[column] = exact_noise(row_noise_words(key, column), column);
+        kept[column] = Source::kDense ? exp2f((kept[column] - peak.value) * power)
+                                      : exact_noise(row_noise_words(key, column), column);
         if (column != own_column) sum += kept[column];
       }
     } else {
       float partial = 0.0f;
       for (int column = first; column < size; column += stride) {
-        float noise[kQuad];
-        noise_at(column, noise);
-        if (kKeep) store_quad(kept + column, noise);
+        float e[kQuad];
+        if constexpr (Source::kDense)
+          state_at(column, e);
+        else
+          noise_at(column, e);
+        if (kKeep) store_quad(kept + column, e);
         if (holds_own(column) || column + kQuad > size) {
 #pragma unroll
-          for (int i = 0; i < kQuad; ++i) noise[i] = column + i < size && column + i != own_column ? noise[i] : 0.0f;
+          for (int i = 0; i < kQuad; ++i) e[i] = column + i < size && column + i != own_column ? e[i] : 0.0f;
         }
-        partial += (noise[0] + noise[1]) + (noise[2] + noise[3]);
+        partial += (e[0] + e[1]) + (e[2] + e[3]);
       }
       sum += partial;
     }
+    if constexpr (Source::kBoosted) {
+      static_assert(kKeep);
+      __syncthreads();
+      each_slot(p, row, key, [&](int column, float noise, float boost) {
+        if (column == static_cast<int>(token)) return;
+        const int in_slice = column - slice.begin;
+        if (in_slice < 0 || in_slice >= size) return;
+        sum += static_cast<double>(expm1f(boost)) * noise;
+        kept[in_slice] = noise * expf(boost);
+      });
+    }
     sum = row_sum(sum);
     if (is_leader() && p.stats != nullptr) p.stats[3 * row] = static_cast<float>(sum);
-    const Evidence evidence(sum, own_noise, gain, p.vocab);
-    const float own_z = p.log_prior[token] + evidence.own;
-
-    // z from what is kept of the noise (narrow rows: of z), with own_value in the row's token and -infinity beyond the
+    Split split;
+    if constexpr (Source::kDense)
+      split = {fmaxf(static_cast<float>(sum) + expf(-gain), 1e-37f), -expm1f(-gain)};  // 1e-37: e_k is then 85 V
+    else
+      split = split_of_noise(sum, own_noise, own_boost, gain);
+    const Evidence evidence(split, gain, p.vocab);
+    const float own_z = Source::kBoosted && token < 0 ? -infinity() : p.log_prior[token] + evidence.own;
+    // z from what is kept of E (narrow rows: of z), with own_value in the row's token and -infinity beyond the
     // row.
     auto z_at = [&](int column, float own_value, float (&z)[kQuad]) {
       if (kKeep)
         load_quad(kept + column, z);
+      else if constexpr (Source::kDense)
+        state_at(column, z);
       else
         noise_at(column, z);
       if (!narrow) {
@@ -207,7 +349,8 @@ __global__ void __launch_bounds__(kThreads, 2) noise_posterior_kernel(NoisePoste
           for (int i = 0; i < kQuad; ++i) prior[i] = column + i < size ? log_prior[column + i] : -infinity();
         }
 #pragma unroll
-        for (int i = 0; i < kQuad; ++i) z[i] = evidence.posterior(z[i], prior[i]);
+        for (int i = 0; i < kQuad; ++i)
+          z[i] = plain ? evidence.posterior(z[i], prior[i]) : evidence.any_posterior(z[i], prior[i]);
       }
       if (holds_own(column) || column + kQuad > size) {
 #pragma unroll
