@@ -255,27 +255,40 @@ class Denoiser(nn.Module):
             return F.embedding(x, self.embedding)
         x = x.to(self.embedding.dtype)
         if self.config.input == "posterior":
-            return self.posterior(x, self._times(t, *x.shape[:2])) @ self.embedding
+            t = self._times(t, *x.shape[:2])
+            if not self._is_sparse:
+                return self.posterior(x, t) @ self.embedding
+            entries = ops.token_posterior(
+                x.log(), t.reshape(len(t), -1), self.log_prior, top=self.config.top, beta=self.beta
+            )
+            return ops.posterior_embedding(*entries, self.embedding, self.log_prior)
         return self._centred(x @ self.embedding)
 
     def embed_noise(
-        self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, row_offset: int = 0
-    ) -> Tensor:
+        self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, row_offset: int = 0,
+        boost: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """embed(x_t, t) of x_t = noise_interpolate(target, t, rng), whose rows are never built.
 
         target (B, L); t a number, (B,) or (B, L); rng, given, row_offset as in `ops.noise_embedding`. With a posterior of
-        more than 4 top tokens, all but its `top` largest entries are embedded as their mean.
+        more than 4 top tokens, all but its `top` largest entries are embedded as their mean. With boost, target and boost
+        are (B, L, K): rows on the way of the basic scheme (`ops.noise_posterior`), for a posterior only.
         """
         config = self.config
         if config.input == "tokens" or self.beta is None:
             raise ValueError(f"input: got {config.input!r}, allowed in embed_noise are rows of a LogitPath")
-        t = self._times(t, *target.shape)
+        t = self._times(t, *target.shape[:2])
         options = {"beta": self.beta, "given": given, "row_offset": row_offset}
         t = t.reshape(len(t), -1)
         if config.input == "posterior":
-            top = config.top if config.top is not None and config.vocab_size > 4 * config.top else None
-            return ops.noise_embedding(target, t, self.embedding, rng, log_prior=self.log_prior, top=top, **options)
+            top = config.top if self._is_sparse else None if boost is None else config.vocab_size
+            options |= {"log_prior": self.log_prior, "top": top, "boost": boost}
+            return ops.noise_embedding(target, t, self.embedding, rng, **options)
         return self._centred(ops.noise_embedding(target, t, self.embedding, rng, **options))
+
+    @property
+    def _is_sparse(self) -> bool:
+        return self.config.top is not None and self.config.vocab_size > 4 * self.config.top
 
     def _centred(self, h: Tensor) -> Tensor:
         vocab = self.config.vocab_size

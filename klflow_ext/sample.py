@@ -124,6 +124,7 @@ class _Options:
     grid_power: float
     final: str | None
     euler: str
+    boosts: int | None
     progress: bool
     return_history: bool
 
@@ -143,6 +144,8 @@ class _Options:
             raise ValueError(f"euler: got {self.euler!r}, allowed is 'exact' or 'paper'")
         if not _is_integer(self.top_k, 1):
             raise ValueError(f"top_k: got {self.top_k!r}, allowed is None or an integer >= 1")
+        if self.boosts is not None and not 1 <= self.boosts <= 1024:
+            raise ValueError(f"boosts: got {self.boosts!r}, allowed is None or an integer in [1, 1024]")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: got {self.top_p!r}, allowed is a number in (0, 1]")
         if not 0 <= self.t_split <= 1:
@@ -234,6 +237,7 @@ class Sampler:
         grid_power: float = 1.0,
         final: str | None = None,
         euler: str = "exact",
+        boosts: int | None = 64,
         seed: int | Sequence[int] = 0,
         progress: bool = False,
         return_history: bool = False,
@@ -250,13 +254,16 @@ class Sampler:
             t_split: where hybrid turns to sampling (path.t_split). grid_power: of `path.time_grid`, below 1 for more late times.
             final: "argmax", or "draw" from the last p (path.final).
             euler: "exact" (1 - e^-h) or "paper" (h) rate of LogitPath's basic step.
+            boosts: of a Denoiser that reads posteriors, the entries of p that each exact basic step adds to the noise, and that
+                a position keeps of their sum; None: all, in a state of rows (B, L, V).
             seed: one seed, or one for each sequence: the same seed gives the same tokens in any batch.
 
         Raises:
             ValueError: an argument is outside its range or of a wrong shape; the message names it.
         """
         options = _Options(
-            self.path, steps, method, top_k, top_p, temperature, t_split, grid_power, final, euler, progress, return_history
+            self.path, steps, method, top_k, top_p, temperature, t_split, grid_power, final, euler, boosts,
+            progress, return_history,
         )  # fmt: skip
         if not isinstance(tokens, Tensor):
             return self._infill_ragged(tokens, given, _seeds(seed, len(tokens)), options)
@@ -340,11 +347,13 @@ class Sampler:
                 history.append(torch.where(given, tokens, path.resolve(state, prediction.draw(1, rng(0)))))
             return prediction
 
+        posterior = getattr(getattr(self.model, "config", None), "input", None) == "posterior"
+        boosts = options.boosts if posterior and hasattr(self.model, "embed_noise") else None
         state = path.renoise(known, 0.0, rng(0), given)
         for index in range(options.steps - 1):
             move = Move(
                 index, grid[index], grid[index + 1], path, rng(index + 1), given, known, options.top_k, options.top_p,
-                temperatures[index], options.t_split, options.euler,
+                temperatures[index], options.t_split, options.euler, boosts,
             )  # fmt: skip
             state = _samplers[options.method](state, predict(grid[index]), move)
         k = 1 if options.final == "argmax" else options.top_k
@@ -374,7 +383,7 @@ class Sampler:
         times = torch.full((len(given),), t, device=self.device)
         estimate = {"previous": previous} if self_conditions(model) else {}
         if state.x is None and hasattr(model, "embed_noise"):
-            h = model.embed_noise(state.tokens, state.t, state.rng, given=given)
+            h = model.embed_noise(state.tokens, state.t, state.rng, given=given, boost=state.boost)
             return Prediction(None, model.hidden(h, times, **estimate), model.head.weight)
         if state.x is None:
             state.x = path.sample(state.tokens, state.t, state.rng, given=given)

@@ -152,7 +152,13 @@ class LogitPath(Path):
         return State(log_x.exp(), log_x)
 
     def step(self, state: State, prediction: Prediction, move: Move) -> State:
-        """Algorithm 1: the marginal ODE dl/dtau = c p - l, by the exact exponential step or the paper's Euler step."""
+        """Algorithm 1: the marginal ODE dl/dtau = c p - l, by the exact exponential step or the paper's Euler step.
+
+        With move.boosts the exact step is made in m = l / (1 - t), where it only adds: m <- m + c (s' - s) p, s = t / (1 - t).
+        So m = log E + a sum, of which the `boosts` largest entries are kept: the noise is made again, and no row is stored.
+        """
+        if move.boosts is not None and move.euler == "exact" and state.x is None:
+            return self._sparse_step(state, prediction, move)
         rate = 1 - (1 - move.t_next) / (1 - move.t)  # 1 - e^-h
         if move.euler == "paper":
             rate = -torch.log1p(torch.tensor(-rate, dtype=torch.float64)).item()  # h
@@ -167,6 +173,19 @@ class LogitPath(Path):
             known=move.known, inplace=True, out=out,
         )  # fmt: skip
         return State(x, log_x)
+
+    def _sparse_step(self, state: State, prediction: Prediction, move: Move) -> State:
+        tokens, boost = state.tokens, state.boost
+        if boost is None:
+            tokens = tokens[..., None]
+            boost = torch.full(tokens.shape, self.odds(state.t), device=tokens.device)
+        ids, p = prediction.largest(min(move.boosts, self.vocab_size), move.temperature)
+        rise = self.odds(move.t_next) - self.odds(move.t)
+        tokens, boost = ops.merge_boosts(tokens, boost, ids, rise * p, move.boosts)
+        shown = torch.full_like(tokens, -1)
+        shown[..., 0] = move.known
+        tokens = torch.where(move.given[..., None], shown, tokens)
+        return State(None, tokens=tokens, t=move.t_next, rng=state.rng, boost=boost)
 
     def resample(self, state: State, prediction: Prediction, move: Move) -> State:
         if self.alpha != 1 or not prediction.is_dense:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ class Move:
     temperature: float
     t_split: float
     euler: str
+    boosts: int | None  # entries kept of the basic scheme's sparse state on a LogitPath; None: its dense state
 
     def draw(self, prediction: Prediction) -> Tensor:
         """(B, L) tokens drawn from the prediction by this move's top_k, top_p and temperature; known ones where given."""
@@ -45,6 +47,8 @@ class State:
     x: rows (B, L, V) on the simplex, or token ids (B, L), as the path's `reads` says. None stands for
         path.sample(tokens, t, rng), which is built only where it is asked for.
     log_x: log x where a path's step keeps it; None once a row has been re-noised.
+    boost: what the basic scheme has added to the noise, sparsely: tokens and boost are then (B, L, K), as in
+        `ops.noise_posterior`.
     """
 
     x: Tensor | None
@@ -52,6 +56,7 @@ class State:
     tokens: Tensor | None = None
     t: float = 0.0
     rng: Tensor | None = None
+    boost: Tensor | None = None
 
 
 class Prediction:
@@ -77,12 +82,25 @@ class Prediction:
     def draw(self, k: int, rng: Tensor, temperature: float = 1.0, top_p: float = 1.0, row_offset: int = 0) -> Tensor:
         """(B, L) tokens of `ops.topk_sample`, rng (B, 2)."""
         options = {"temperature": temperature, "top_p": top_p, "row_offset": row_offset}
+        parts = [ops.topk_sample(logits, k, rng[part], **options)[0] for part, logits in self._parts()]
+        return torch.cat(parts)
+
+    def largest(self, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(ids, p), both (B, L, k): the largest entries of p = softmax(logits / temperature)."""
+        ids, shares = [], []
+        for _, logits in self._parts():
+            logits = logits.float() / temperature
+            values, columns = logits.topk(k)
+            ids.append(columns)
+            shares.append((values - logits.logsumexp(-1, keepdim=True)).exp())
+        return torch.cat(ids), torch.cat(shares)
+
+    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """The logits of some sequences after another, and which they are."""
         if self.is_dense:
-            return ops.topk_sample(self.logits, k, rng, **options)[0]
+            yield slice(None), self._logits
+            return
         b, length, _ = self.hidden.shape
         some = max(1, LOGIT_BYTES // (4 * length * self.weight.shape[0]))
-        parts = [
-            ops.topk_sample(self.hidden[i : i + some] @ self.weight.T, k, rng[i : i + some], **options)[0]
-            for i in range(0, b, some)
-        ]
-        return torch.cat(parts)
+        for i in range(0, b, some):
+            yield slice(i, i + some), self.hidden[i : i + some] @ self.weight.T
