@@ -160,9 +160,83 @@ def judge(arguments) -> None:
     update(arguments, samples=rows)
 
 
+# ---- what a reader sees
+
+
+def results() -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+
+
+def mean_by(found: list[dict], key) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for r in found:
+        groups.setdefault(key(r), []).append(r)
+    return groups
+
+
+def plot(arguments) -> None:
+    """Held-out loss by time and by step, and bits per byte against entropy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = results()
+    runs = mean_by([r for r in found if "losses" in r], lambda r: (r["vocab_size"], r["name"]))
+    rows = [(v, n) for v, n in runs if n in ("posterior", "simplex", "simplex uniform")]
+    vocabs = sorted({v for v, _ in rows})
+    figure, axes = pyplot.subplots(len(vocabs), 2, figsize=(9, 3.4 * len(vocabs)), squeeze=False)
+    for (by_time, by_step), vocab in zip(axes, vocabs, strict=True):
+        for color, name in zip(("C0", "C1", "C2"), ("posterior", "simplex", "simplex uniform"), strict=True):
+            for i, r in enumerate(runs.get((vocab, name), [])):
+                text = name if i == 0 else None
+                by_time.plot(
+                    [float(t) for t in r["losses"]], list(r["losses"].values()), color=color, marker=".", label=text
+                )
+                by_step.plot([c["step"] for c in r["curve"]], [c["loss"] for c in r["curve"]], color=color, label=text)
+        by_time.set(xlabel="t", ylabel="held-out loss, nats", yscale="log", title=f"V = {vocab:,}")
+        by_step.set(xlabel="step", ylabel="mean over t", title="one line a seed")
+        by_time.legend()
+    figure.tight_layout()
+    figure.savefig(ROOT / "results" / "method_loss.png", dpi=110)
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True)
+    for axis, top_k in zip(axes, (20, 5), strict=True):
+        for i, name in enumerate(METHODS):
+            samples = [s for r in found if r["name"] == name and r["vocab_size"] == 2048 for s in r.get("samples", [])]
+            groups = mean_by([s for s in samples if s["top_k"] == top_k], lambda s: s["steps"])
+            if groups:
+                points = [
+                    (n, *(np.mean([s[k] for s in g]) for k in ("entropy", "bits_per_byte"))) for n, g in groups.items()
+                ]
+                axis.plot([x for _, x, _ in points], [y for _, _, y in points], marker="o", color=f"C{i}", label=name)
+                for n, x, y in points:
+                    axis.annotate(str(n), (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.set(xlabel="entropy of a sample's tokens, nats", title=f"top-k {top_k}; numbers are NFE")
+    axes[0].set_ylabel("bits per byte under the judge (lower is better)")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "results" / "method_frontier.png", dpi=110)
+
+
+def gallery(arguments) -> None:
+    """GALLERY.md: the first ten samples of each method, as they came."""
+    lines = ["# Samples", "", "The first ten of each run of `benchmarks/method.py` at NFE 64, top-k 20, V = 2,048, as they came: "
+             "TinyStories, 4 layers, D = 256, a few minutes of training.", ""]  # fmt: skip
+    for r in results():
+        rows = [s for s in r.get("samples", []) if (s["steps"], s["top_k"]) == (LENGTH, 20)]
+        if rows and r["seed"] == 0 and r["vocab_size"] == 2048:
+            lines += [f"## {r['name']}, {r['steps']:,} steps: {rows[0]['bits_per_byte']:.2f} bits per byte, entropy "
+                      f"{rows[0]['entropy']:.2f}", ""]  # fmt: skip
+            for number, text in enumerate(rows[0]["texts"], 1):
+                lines.append(f"{number}. {' '.join(text.split()).replace('<|endoftext|>', '⏎')}")
+            lines.append("")
+    write_atomically(ROOT / "GALLERY.md", lambda p: p.write_text("\n".join(lines)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("train", "judge"))
+    parser.add_argument("action", choices=("train", "judge", "plot", "gallery"))
     parser.add_argument("--name", choices=METHODS, default="posterior")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=1075)
@@ -174,7 +248,7 @@ def main() -> None:
     parser.add_argument("--method", help="another scheme than the path's best")
     parser.add_argument("--bfloat16", action="store_true", help="sample with the network in bfloat16")
     arguments = parser.parse_args()
-    {"train": train, "judge": judge}[arguments.action](arguments)
+    {"train": train, "judge": judge, "plot": plot, "gallery": gallery}[arguments.action](arguments)
 
 
 if __name__ == "__main__":
