@@ -173,7 +173,7 @@ def test_every_path_reaches_the_joint_distribution(path):
             )
             for n in (3, 12, 48)
         }
-        assert found[3] > 1.3 * found[12] and found[12] > min(found[48], 1.2 * floor), (method, found)
+        assert found[3] > 1.3 * found[12] and found[12] + 0.01 > found[48], (method, found)
         assert found[48] < floor + (0.03 if method == "basic" else 0.07), (method, found, floor)
 
 
