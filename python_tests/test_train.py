@@ -112,6 +112,9 @@ def test_the_average_is_what_a_run_gives(tmp_path):
     assert not torch.equal(run.model.head.weight, averaged.head.weight)
     plain = trainer(1)
     assert plain.averaged_model() is plain.model
+    plain.averaged_model().eval()
+    plain.train_step()
+    assert plain.model.training
 
 
 def test_bfloat16_learns_what_float32_learns():
