@@ -253,8 +253,12 @@ class Trainer:
             return self.path.loss(self.model, tokens, t, rng, given=given, reduction=reduction, row_offset=row_offset)
 
     def train_step(self) -> float:
-        """One optimizer step; returns the loss in nats per free token, the mean over the whole batch."""
+        """One optimizer step; returns the loss in nats per free token, the mean over the whole batch.
+
+        A free position that the path's loss leaves out (MaskPath: one that shows its token) counts with a loss of 0.
+        """
         c = self.config
+        self.model.train()  # a path may condition a model on itself in training only
         tokens = data.batch(self.stream, c.batch_size, c.length, c.seed, self.step)
         generator = np.random.default_rng((c.seed, self.step, 1))
         t, given = self.times(generator), self.given_mask(generator)

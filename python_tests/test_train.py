@@ -1,17 +1,21 @@
 """Model, trainer and command line: what is trained how, exact resume, and errors before work."""
 
 import dataclasses
+import functools
 import json
+import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from klflow_ext import Denoiser, DenoiserConfig, ExactDenoiser, LogitPath, TrainConfig, Trainer, data, evaluate
+from klflow_ext import Denoiser, DenoiserConfig, ExactDenoiser, LogitPath, TrainConfig, Trainer, data, evaluate, ops
 from klflow_ext.path import IGNORE
-from klflow_ext.train import RUN_FORMAT, load_run, read_config
+from klflow_ext.train import RUN_FORMAT, LossCurve, load_run, read_config
 
 V = 40
 
@@ -19,16 +23,45 @@ V = 40
 def small_model(input="posterior", **options):
     torch.manual_seed(0)
     path = LogitPath(V)
-    return Denoiser(
-        DenoiserConfig(V, n_layer=2, n_head=2, n_embd=32, max_length=32, input=input, **options), path
-    ), path
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "max_length": 32, **options}
+    return Denoiser(DenoiserConfig(V, input=input, **shape), path), path
 
 
-def trainer(steps, out=None, input="posterior"):
-    model, path = small_model(input)
+def trainer(steps, out=None, input="posterior", shape=None, **options):
+    model, path = small_model(input, **(shape or {}))
     # Runs of the cyclic text 0 1 2 ... 9 0 1 ...: a context shows its neighbours exactly.
     stream = (np.arange(5000) % 10).astype(np.int32)
-    return Trainer(model, path, stream, TrainConfig(steps=steps, batch_size=8, length=16), out)
+    return Trainer(model, path, stream, TrainConfig(steps=steps, batch_size=8, length=16, **options), out)
+
+
+def cyclic_next(model, sequences=4):
+    """The share of next tokens of the cyclic text that a causal model finds."""
+    x = torch.arange(12)[None].add(torch.arange(sequences)[:, None]) % 10
+    return (model(x, 0.0)[:, 1:-1].argmax(-1) == x[:, 2:]).float().mean().item()
+
+
+class NextToken:
+    """A path of tokens with t_max = 1: what an autoregressive baseline asks of model and trainer."""
+
+    vocab_size, reads, t_max = V, "tokens", 1.0
+
+    def loss(self, model, target, t, rng, *, given, reduction, row_offset):
+        x = torch.cat([torch.full_like(target[:, :1], V), target[:, :-1]], 1)
+        h, label = model.hidden(model.embed(x, t), t), target.masked_fill(given, IGNORE)
+        return ops.linear_cross_entropy(h, model.head.weight, label, ignore_index=IGNORE, reduction=reduction)
+
+
+def first_gradient(run):
+    """(loss, gradients by name) of the run's next step, which changes no weight."""
+    run.optimizers = []
+    loss = run.train_step()
+    return loss, {name: p.grad for name, p in run.model.named_parameters()}
+
+
+def eager_backend(monkeypatch):
+    """torch.compile without the code generation, which takes a minute; what it captures is the same."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.mark.parametrize("input", ["posterior", "simplex"])
@@ -49,20 +82,216 @@ def test_training_learns_and_resumes_bit_for_bit(tmp_path, input):
     assert len(losses) == 30 and np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
 
 
-def test_muon_has_the_hidden_matrices_only():
-    run = trainer(1)
+@pytest.mark.parametrize("time", ["token", "add", "adaln"])
+def test_muon_has_the_hidden_matrices_only(time):
+    run = trainer(1, shape={"time": time, "self_conditioning": True})
     adam, muon = ({id(p) for g in o.param_groups for p in g["params"]} for o in run.optimizers)
     names = {id(p): n for n, p in run.model.named_parameters()}
-    assert {names[i].split(".")[0] for i in muon} == {"blocks"}
-    assert {names[i] for i in adam} == {"embedding", "time_in.weight", "time_out.weight", "head.weight"}
+    layers = ("qkv", "attention_out", "mlp_in", "mlp_out")
+    hidden = {f"blocks.{i}.{name}.weight" for i in range(2) for name in layers} | {"self_in.weight"}
+    assert {names[i] for i in muon} == hidden
+    assert {names[i] for i in adam} == set(names.values()) - hidden
 
 
-def test_output_projections_start_at_zero():
-    model, _ = small_model()
-    assert not model.head.weight.any()
-    for block in model.blocks:
-        assert not block.attention_out.weight.any() and not block.mlp_out.weight.any()
-    assert torch.equal(model(torch.full((1, 3, V), 1 / V), 0.1), torch.zeros(1, 3, V))
+def test_the_average_is_what_a_run_gives(tmp_path):
+    run = trainer(6, tmp_path, ema=0.3)
+    expected = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for step in range(6):
+        run.train_step()
+        decay = min(0.3, (1 + step) / (10 + step))
+        for name, p in run.model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * p.detach()
+    run.save()
+    data.train_tokenizer(["some text"], 257).save(str(tmp_path / "tokenizer.json"))
+    loaded, averaged = load_run(tmp_path)[0], run.averaged_model()
+    for name, p in run.model.named_parameters():
+        torch.testing.assert_close(run.average[name], expected[name])
+        assert torch.equal(loaded.state_dict()[name], run.average[name])
+        assert torch.equal(averaged.state_dict()[name], run.average[name])
+        assert torch.equal(torch.load(tmp_path / "checkpoint.pt")["model"][name], p)
+    assert not torch.equal(run.model.head.weight, averaged.head.weight)
+    plain = trainer(1)
+    assert plain.averaged_model() is plain.model
+    plain.averaged_model().eval()
+    plain.train_step()
+    assert plain.model.training
+
+
+def test_bfloat16_learns_what_float32_learns():
+    runs = {dtype: trainer(30, dtype=dtype) for dtype in ("float32", "bfloat16")}
+    losses = {dtype: torch.tensor([run.train_step() for _ in range(30)]) for dtype, run in runs.items()}
+    assert not torch.equal(losses["float32"], losses["bfloat16"])
+    torch.testing.assert_close(losses["bfloat16"], losses["float32"], rtol=0.02, atol=0)
+    assert losses["bfloat16"][-5:].mean() < 0.8 * losses["bfloat16"][:3].mean()
+    assert all(p.dtype == torch.float32 for p in runs["bfloat16"].model.parameters())
+    seen = []
+    runs["bfloat16"].model.blocks[0].mlp_in.register_forward_hook(lambda layer, x, y: seen.append(y.dtype))
+    runs["bfloat16"].train_step()
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("sampling", ["middle", "learned"])
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_a_batch_in_parts_is_the_batch(accumulate, sampling):
+    """Different numbers of free tokens in each part, the noise of each row by its number in the whole batch."""
+    runs = [trainer(4, accumulate=n, time_sampling=sampling, given_share=0.9) for n in (1, accumulate)]
+    for run in runs:  # away from the zero weights, behind which there are no gradients
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            for p in run.model.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    (loss, gradients), (parts_loss, parts) = map(first_gradient, runs)
+    assert parts_loss == pytest.approx(loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        assert gradient.any()
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    if sampling == "learned":
+        torch.testing.assert_close(runs[1].curve.sums, runs[0].curve.sums, rtol=1e-5, atol=0)
+        assert runs[0].curve.sums[0].sum().item() == pytest.approx(loss * runs[0].curve.sums[1].sum().item(), rel=1e-5)
+
+
+def process_run(out):
+    """What one of several processes does in the next test; all but process 0 start from other weights."""
+    run = trainer(5, out, accumulate=2, ema=0.5, time_sampling="learned", max_seconds=1000.0, seed=3)
+    run.fit(progress=False)
+    return run
+
+
+def test_two_processes_are_one(tmp_path):
+    process_run(tmp_path / "one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = """
+import sys, torch, test_train
+from pathlib import Path
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+make = test_train.small_model
+def other_weights(*args, **options):
+    model, path = make(*args, **options)
+    if rank:
+        torch.nn.init.ones_(model.embedding)
+    return model, path
+test_train.small_model = other_weights
+run = test_train.process_run(folder / "two")
+assert (run.rank, run.processes) == (rank, 2)
+torch.save({"weights": run.model.state_dict(), "curve": run.curve.sums}, folder / f"{rank}.pt")
+"""
+    workers = []
+    for rank in range(2):
+        settings = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        settings["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        command = [sys.executable, "-c", code, str(rank), str(tmp_path)]
+        workers.append(subprocess.Popen(command, env={**os.environ, **settings}, stderr=subprocess.PIPE))
+    for worker in workers:
+        errors = worker.communicate(timeout=120)[1]
+        assert worker.returncode == 0, errors.decode()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    one = torch.load(tmp_path / "one" / "checkpoint.pt")
+    two = torch.load(tmp_path / "two" / "checkpoint.pt")
+    for name, weight in one["model"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name]), name
+        assert (two["model"][name] - weight).norm() < 0.03 * weight.norm(), name  # Muon rounds to bfloat16
+        assert torch.equal(two["model"][name], first["weights"][name]), name
+    torch.testing.assert_close(two["curve"], one["curve"], rtol=1e-3, atol=0)
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    losses = [torch.tensor([json.loads(line)["loss"] for line in log]) for log in logs]
+    assert len(losses[1]) == 5
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+
+
+def test_compiled_is_eager(monkeypatch):
+    eager_backend(monkeypatch)
+    options = {"accumulate": 2, "dtype": "bfloat16", "shape": {"n_layer": 1}}
+    runs = [trainer(4, compile=compile, **options) for compile in (False, True)]
+    assert hasattr(runs[1]._loss, "_torchdynamo_orig_callable") and not hasattr(
+        runs[0]._loss, "_torchdynamo_orig_callable"
+    )
+    losses = [torch.tensor([run.train_step() for _ in range(4)]) for run in runs]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+
+
+def test_resumes_bit_for_bit_with_everything_on(tmp_path, monkeypatch):
+    eager_backend(monkeypatch)
+    options = {
+        "ema": 0.9, "dtype": "bfloat16", "accumulate": 2, "time_sampling": "learned", "compile": True, "input": "simplex",
+        "shape": {"time": "adaln", "n_layer": 1},
+    }  # fmt: skip
+    whole = trainer(9, **options)
+    for _ in range(9):
+        whole.train_step()
+    first = trainer(9, tmp_path, **options)
+    for _ in range(5):
+        first.train_step()
+    first.save()
+    second = trainer(9, tmp_path, **options)
+    second.load()
+    for _ in range(4):
+        second.train_step()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+    assert whole.average.keys() == second.average.keys()
+    assert all(torch.equal(value, second.average[name]) for name, value in whole.average.items())
+    assert torch.equal(whole.curve.sums, second.curve.sums) and whole.curve.sums.any()
+
+
+def test_an_average_begins_with_a_resumed_run(tmp_path):
+    first = trainer(3, tmp_path)
+    first.train_step()
+    first.save()
+    second = trainer(3, tmp_path, ema=0.9, time_sampling="learned")
+    second.load()
+    assert all(torch.equal(value, first.model.state_dict()[name]) for name, value in second.average.items())
+
+
+@pytest.mark.parametrize("accumulate,dtype", [(1, "float32"), (4, "bfloat16")])
+def test_a_causal_model_of_tokens_learns(accumulate, dtype):
+    torch.manual_seed(0)
+    config = DenoiserConfig(V, 2, 2, 32, 32, input="tokens", causal=True, time="none")
+    run = Trainer(
+        Denoiser(config, NextToken()), NextToken(), (np.arange(5000) % 10).astype(np.int32),
+        TrainConfig(steps=40, batch_size=8, length=16, accumulate=accumulate, dtype=dtype, ema=0.8),
+    )  # fmt: skip
+    assert run.time_sampling == "uniform"
+    before = cyclic_next(run.averaged_model())
+    run.fit(progress=False)
+    assert before < 0.5 and cyclic_next(run.averaged_model()) > 0.95
+
+
+@pytest.mark.parametrize("sampling", [None, "middle", "uniform", "learned"])
+def test_times(sampling):
+    run = trainer(1, time_sampling=sampling, middle_share=0.8)
+    run.config = dataclasses.replace(run.config, batch_size=4000)
+    shares = run.times(np.random.default_rng(0)).sort().values / run.path.t_max
+    middle = ((shares > 0.2) & (shares < 0.8)).float().mean().item()
+    assert shares.min() >= 0 and shares.max() <= 1
+    if sampling in ("uniform", "learned"):  # nothing is learned yet; one time in each cell
+        assert (shares - (torch.arange(4000) + 0.5) / 4000).abs().max() < 1.01 / 4000
+    else:
+        assert abs(middle - (0.8 + 0.2 * 0.6)) < 0.02
+    path = LogitPath(V)
+    path.t_max = 1.0
+    others = Trainer(run.model, path, run.stream, TrainConfig(length=16, time_sampling=sampling))
+    assert others.time_sampling == (sampling or "uniform")
+
+
+def test_times_are_drawn_where_the_loss_falls():
+    curve = LossCurve(0.3)
+    edges = np.linspace(0, 1, curve.BINS + 1)
+    assert np.allclose(curve.times(edges, 1.0), 0.3 * edges)  # nothing measured: uniform
+    t = torch.linspace(0, 0.3, 3201)[:-1]
+    losses = 4 - 3 * ((t - 0.15) / 0.06).clamp(0, 1)  # falls from .15 to .21 only
+    for _ in range(3):
+        curve.add(curve.measurement(t, 5 * losses, torch.full_like(t, 5)))
+    assert curve.sums[1].sum() == pytest.approx(5 * 3200 * (1 + curve.KEEP + curve.KEEP**2))
+    times = curve.times((np.arange(10000) + 0.5) / 10000, 0.8)
+    inside = (times > 0.15 - 0.3 / 32) & (times < 0.21 + 0.3 / 32)
+    assert inside.mean() == pytest.approx(0.8 + 0.2 * (0.06 + 0.6 / 32) / 0.3, abs=0.01)
+    steps = np.diff(curve.times((np.arange(100) + 0.5) / 100, 1.0))  # alone, it cuts the fall into equal pieces
+    assert np.allclose(steps[25:75], 0.06 / 100, rtol=0.01)
+    flat = LossCurve(0.3)
+    flat.add(flat.measurement(t, torch.ones_like(t), torch.ones_like(t)))
+    assert np.allclose(flat.density(), 1 / 32)
 
 
 @pytest.mark.parametrize("input", ["posterior", "simplex"])
@@ -217,6 +446,12 @@ def test_incomplete_run_folders(tmp_path, name, broken):
         (lambda: DenoiserConfig(10, input="x"), "input: got 'x'"),
         (lambda: DenoiserConfig(10, top=0), "top: got 0"),
         (lambda: TrainConfig(steps=0), "steps: got 0"),
+        (lambda: TrainConfig(ema=1.0), r"ema: got 1.0, allowed is a number in \[0, 1\)"),
+        (lambda: TrainConfig(dtype="float16"), "dtype: got 'float16', allowed is one of"),
+        (lambda: TrainConfig(compile="yes"), "compile: got 'yes'"),
+        (lambda: TrainConfig(time_sampling="late"), "time_sampling: got 'late'"),
+        (lambda: TrainConfig(accumulate=0), "accumulate: got 0"),
+        (lambda: TrainConfig(batch_size=8, accumulate=3), "accumulate: got 3, allowed is a divisor of batch_size = 8"),
         (lambda: TrainConfig(lr=0), "lr: got 0"),
         (lambda: TrainConfig(given_share=2), "given_share: got 2"),
         (lambda: LogitPath(1), "vocab_size"),
