@@ -537,7 +537,7 @@ void group_by_token(Tensor ids, int64_t vocab, Tensor order, Tensor starts) {
 
 STABLE_TORCH_LIBRARY(klflow, m) {
   m.def(
-      "noise_interpolate(Tensor target, Tensor t, Tensor rng, Tensor? given, float beta, int row_offset, bool log, "
+      "noise_interpolate(Tensor target, Tensor t, Tensor rng, Tensor? given, float beta, SymInt row_offset, bool log, "
       "Tensor(a!) out) -> ()");
   m.def("logit_interpolate(Tensor log_x0, Tensor log_x1, Tensor t, float beta, bool log) -> Tensor");
   m.def("logit_interpolate_out(Tensor log_x0, Tensor log_x1, Tensor t, float beta, bool log, Tensor(a!) out) -> ()");
@@ -559,21 +559,21 @@ STABLE_TORCH_LIBRARY(klflow, m) {
       "int ignore_index, float label_smoothing, float z_loss, float softcap, Tensor dloss, Tensor? dlse, "
       "Tensor(a!) grad) -> ()");
   m.def(
-      "topk_sample(Tensor logits, int k, Tensor rng, float temperature, float top_p, int row_offset, Tensor(a!) token, "
+      "topk_sample(Tensor logits, int k, Tensor rng, float temperature, float top_p, SymInt row_offset, Tensor(a!) token, "
       "Tensor(b!) log_prob) -> ()");
   m.def(
       "topk_renoise(Tensor logits, int k, Tensor t_next, Tensor rng, float temperature, float top_p, float beta, "
-      "Tensor? given, Tensor? known, int row_offset, Tensor(a!) token, Tensor(b!) out) -> ()");
+      "Tensor? given, Tensor? known, SymInt row_offset, Tensor(a!) token, Tensor(b!) out) -> ()");
   m.def(
       "euler_step(Tensor log_x, Tensor logits, Tensor rate, float temperature, float beta, Tensor? given, "
       "Tensor? known, Tensor(a!) log_x_next, Tensor(b!) x_next) -> ()");
   m.def(
       "noise_tile(Tensor target, Tensor t, Tensor rng, Tensor? given, Tensor? log_prior, Tensor? stats, float beta, "
-      "int row_offset, int vocab, int column, bool log, Tensor(a!)? sum, Tensor(b!) out) -> ()");
+      "SymInt row_offset, int vocab, int column, bool log, Tensor(a!)? sum, Tensor(b!) out) -> ()");
   m.def(
       "noise_posterior(Tensor target, Tensor t, Tensor rng, Tensor? given, Tensor? boost, Tensor log_prior, float "
       "beta, "
-      "int row_offset, Tensor(a!) ids, Tensor(b!) q, Tensor(c!) rest, Tensor(d!)? stats) -> ()");
+      "SymInt row_offset, Tensor(a!) ids, Tensor(b!) q, Tensor(c!) rest, Tensor(d!)? stats) -> ()");
   m.def(
       "token_posterior(Tensor log_x, Tensor t, Tensor log_prior, float beta, Tensor(a!) ids, Tensor(b!) q, "
       "Tensor(c!) rest) -> ()");

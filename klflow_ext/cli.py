@@ -270,8 +270,8 @@ class Generation:
     run_folder: tyro.conf.Positional[Path]
     steps: int = 64
     """Network passes (NFE)."""
-    method: Literal["basic", "sampling", "hybrid"] | None = None
-    """The scheme: on the logit path sampling."""
+    method: str | None = None
+    """basic, sampling or hybrid; on the logit path sampling unless said."""
     top_k: int = 20
     top_p: float = 1.0
     temperature: tuple[float, float] = (1.0, 1.0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from klflow_ext import ops
 from klflow_ext.ops.arguments import INTEGERS, looks_at_values
+from klflow_ext.oracle import log_evidence
 from klflow_ext.path import LogitPath
 
 INPUTS = ("simplex", "posterior", "tokens")
@@ -229,12 +230,9 @@ class Denoiser(nn.Module):
 
         x (B, L, V), t (B,) or (B, L). A row that is certain already (a given one) stays as it is.
         """
-        t = t.reshape(len(x), -1, 1)
-        u = (x.log() / (1 - t)).softmax(-1)
-        certainty = -torch.expm1(-self.c * t / (1 - t))
-        evidence = -x.shape[-1] * torch.log1p(-certainty * u)
-        q = (self.log_prior + evidence).softmax(-1)
-        return torch.where(x.amax(-1, keepdim=True) >= 1, x, q)
+        t = t.reshape(len(x), -1).clamp_max(1 - 1e-6)  # at t = 1 a row is one-hot, whatever divides its logarithm
+        evidence = log_evidence(x.log(), t, self.c)
+        return (self.log_prior + evidence).softmax(-1)
 
     def embed(self, x: Tensor, t: Tensor | float) -> Tensor:
         """What a path makes, at times t (a number, (B,) or (B, L)), as embeddings (B, L, D).

@@ -381,13 +381,13 @@ class Sampler:
         """The network's word on a state; previous: its hidden states of the pass before, for one that self-conditions."""
         model, path = self.model, self.path
         times = torch.full((len(given),), t, device=self.device)
+        times = path.hidden_times(times, given) if hasattr(model, "hidden") else path.model_times(times, given)
         estimate = {"previous": previous} if self_conditions(model) else {}
         if state.x is None and hasattr(model, "embed_noise"):
             h = model.embed_noise(state.tokens, state.t, state.rng, given=given, boost=state.boost)
             return Prediction(None, model.hidden(h, times, **estimate), model.head.weight)
         if state.x is None:
             state.x = path.sample(state.tokens, state.t, state.rng, given=given)
-        times = path.model_times(times, given)
         if hasattr(model, "hidden"):
             return Prediction(None, model.hidden(model.embed(state.x, times), times, **estimate), model.head.weight)
         return Prediction(model(state.x, times).float())

@@ -251,7 +251,7 @@ def test_a_denoiser_samples_from_tokens_and_seeds_as_from_rows(method):
     tokens = torch.randint(60, (3, 7), generator=torch.Generator().manual_seed(1))
     given = torch.rand(3, 7, generator=torch.Generator().manual_seed(2)) < 0.3
     results = [
-        Sampler(m, path).infill(tokens, given, steps=6, method=method, top_k=5, return_history=True)
+        Sampler(m, path).infill(tokens, given, steps=6, method=method, top_k=5, boosts=None, return_history=True)
         for m in (model, lambda x, t: model(x, t))
     ]
     assert torch.equal(results[0].tokens, results[1].tokens)

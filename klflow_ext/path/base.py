@@ -90,6 +90,12 @@ class Path:
         """The times (B,) or (B, L) that a model is called with, from those of the sequences (B,)."""
         return t
 
+    def hidden_times(self, t: Tensor, given: Tensor | None) -> Tensor:
+        """`model_times` for a model with `hidden` (Denoiser), which tells positions apart: given rows are at time 1."""
+        if given is None or self.reads == "tokens":
+            return self.model_times(t, given)
+        return torch.where(given, 1.0, t[:, None])
+
     # ---- training
 
     def sample(
@@ -126,12 +132,15 @@ class Path:
         """
         x = self.sample(target, t[:, None], rng, given=given, row_offset=row_offset)
         label = target if given is None else target.masked_fill(given, IGNORE)
-        return self._cross_entropy(model, x, self.model_times(t, given), label, reduction)
+        t = self.hidden_times(t, given) if hasattr(model, "hidden") else self.model_times(t, given)
+        return self._cross_entropy(model, x, t, label, reduction, row_offset)
 
-    def _cross_entropy(self, model: Model, x: Tensor, t: Tensor, label: Tensor, reduction: str) -> Tensor:
+    def _cross_entropy(
+        self, model: Model, x: Tensor, t: Tensor, label: Tensor, reduction: str, row_offset: int
+    ) -> Tensor:
         options = {"ignore_index": IGNORE, "reduction": reduction}
         if hasattr(model, "hidden"):
-            h = hidden_of(model, model.embed(x, t), t)
+            h = hidden_of(model, model.embed(x, t), t, row_offset)
             return ops.linear_cross_entropy(h, model.head.weight, label, **options)
         return ops.cross_entropy(model(x, t), label, **options)
 
@@ -185,15 +194,16 @@ def self_conditions(model: Model) -> bool:
     return getattr(getattr(model, "config", None), "self_conditioning", False)
 
 
-def hidden_of(model: Model, h: Tensor, t: Tensor) -> Tensor:
+def hidden_of(model: Model, h: Tensor, t: Tensor, row_offset: int) -> Tensor:
     """model.hidden(h, t). In training, every other sequence of a model that self-conditions also gets its own first estimate,
     made without a gradient (Chen et al. 2023, "Analog Bits").
     """
     if not self_conditions(model) or not model.training:
         return model.hidden(h, t)
+    chosen = slice((row_offset // h.shape[1]) % 2, None, 2)  # by number in the whole batch, of which h may be a part
     with torch.no_grad():
         previous = torch.zeros_like(h)
-        previous[::2] = model.hidden(h[::2], t[::2])
+        previous[chosen] = model.hidden(h[chosen], t[chosen]).to(h.dtype)
     return model.hidden(h, t, previous=previous)
 
 

@@ -72,12 +72,14 @@ class MaskPath(_DiscretePath):
     def _noise(self, words: Tensor) -> Tensor:
         return torch.full(words.shape[:-1], self.vocab_size, device=words.device)
 
-    def _cross_entropy(self, model: Model, x: Tensor, t: Tensor, label: Tensor, reduction: str) -> Tensor:
+    def _cross_entropy(
+        self, model: Model, x: Tensor, t: Tensor, label: Tensor, reduction: str, row_offset: int
+    ) -> Tensor:
         """With "mean", 0 where chance has masked no position."""
         label = label.masked_fill(x != self.vocab_size, IGNORE)
         if reduction != "mean":
-            return super()._cross_entropy(model, x, t, label, reduction)
-        return super()._cross_entropy(model, x, t, label, "sum") / (label != IGNORE).sum().clamp_min(1)
+            return super()._cross_entropy(model, x, t, label, reduction, row_offset)
+        return super()._cross_entropy(model, x, t, label, "sum", row_offset) / (label != IGNORE).sum().clamp_min(1)
 
     def step(self, state: State, prediction: Prediction, move: Move) -> State:
         """Each mask turns, with probability (kappa(t') - kappa(t)) / (1 - kappa(t)), into a draw from p."""

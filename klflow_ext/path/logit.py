@@ -141,8 +141,9 @@ class LogitPath(Path):
         if self.alpha != 1 or not hasattr(model, "embed_noise"):
             return super().loss(model, target, t, rng, given=given, reduction=reduction, row_offset=row_offset)
         label = target if given is None else target.masked_fill(given, IGNORE)
-        tokens, times, given = hide_padding(target, t[:, None], given)
-        h = hidden_of(model, model.embed_noise(tokens, times, rng, given=given, row_offset=row_offset), t)
+        tokens, times, shown = hide_padding(target, t[:, None], given)
+        h = model.embed_noise(tokens, times, rng, given=shown, row_offset=row_offset)
+        h = hidden_of(model, h, self.hidden_times(t, given), row_offset)
         return ops.linear_cross_entropy(h, model.head.weight, label, ignore_index=IGNORE, reduction=reduction)
 
     def renoise(self, tokens: Tensor, t: float, rng: Tensor, given: Tensor) -> State:
