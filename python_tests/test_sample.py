@@ -211,7 +211,7 @@ def test_nfe_given_tokens_and_batch_independence(path, method):
         assert result.nfe == model.calls == steps
         assert torch.equal(result.tokens[given], tokens[given])
         assert (result.tokens >= 0).all() and (result.tokens < 50).all()
-    other = torch.where(given, tokens, (tokens + 1) % 50)  # what is not given must not be seen
+    other = torch.where(given, tokens, -7)  # what is not given must not be seen
     assert torch.equal(sampler.infill(other, given, steps=9, seed=[1, 2, 3, 4, 5], **options).tokens, result.tokens)
     alone = sampler.infill(tokens[3:4], given[3:4], steps=9, seed=[4], **options)
     assert torch.equal(alone.tokens[0], result.tokens[3])
@@ -286,6 +286,14 @@ def test_complete_history_and_registered_sampler():
     assert result.tokens[0, :3].tolist() == [1, 2, 3] and result.tokens[1, 0] == 4 and len(result.history) == 4
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_shown_tokens_of_a_mask_path_are_kept(method):
+    """What the model says of a position that shows its token is never asked: it is trained on masks only."""
+    sampler = Sampler(lambda x, t: torch.eye(50)[torch.where(x == 50, 7, 9)] * 100, MaskPath(50, t_split=0.5))
+    result = sampler.sample((4, 20), steps=8, method=method, return_history=True)
+    assert (result.tokens == 7).all() and all((tokens == 7).all() for tokens in result.history)
+
+
 def test_schedules_of_temperature_and_time():
     seen = []
 
@@ -309,9 +317,44 @@ def test_schedules_of_temperature_and_time():
 
 
 def test_the_last_temperature_is_that_of_the_last_pass():
-    sampler = Sampler(lambda x, t: torch.arange(50.0).expand(*x.shape[:2], -1), MaskPath(50))
-    assert (sampler.sample((4, 9), steps=1, top_k=None, temperature=(100.0, 0.01)).tokens == 49).all()
-    assert not (sampler.sample((4, 9), steps=1, top_k=None, temperature=(0.01, 100.0)).tokens == 49).all()
+    sampler = Sampler(lambda x, t: torch.arange(50.0).expand(*x.shape[:2], -1), LogitPath(50))
+    for steps in (1, 2, 5):
+        options = dict(steps=steps, top_k=None, final="draw")
+        assert (sampler.sample((4, 9), temperature=(100.0, 0.01), **options).tokens == 49).all()
+        assert not (sampler.sample((4, 9), temperature=(0.01, 100.0), **options).tokens == 49).all()
+
+
+@pytest.mark.parametrize("path", [LogitPath(50), UniformPath(50)], ids=name)
+def test_hybrid_turns_at_t_split(path):
+    sampler = Sampler(Counting(50), path)
+
+    def run(method, **options):
+        return sampler.sample((4, 9), steps=6, method=method, seed=2, **options).tokens
+
+    basic, sampling = run("basic"), run("sampling")
+    assert torch.equal(run("hybrid", t_split=0.0), sampling) and torch.equal(run("hybrid", t_split=1.0), basic)
+    middle = run("hybrid", t_split=path.t_max / 2)
+    assert not torch.equal(middle, basic) and not torch.equal(middle, sampling)
+
+
+def test_self_conditioning_reads_the_pass_before():
+    class Remembering(Causal):
+        def __init__(self):
+            super().__init__(50, False)
+            self.config, self.previous, self.found = SimpleNamespace(self_conditioning=True), [], []
+
+        def embed(self, x, t):
+            return self.table[x]
+
+        def hidden(self, h, t, previous=None):
+            self.previous.append(previous)
+            self.found.append(torch.sin(h))
+            return self.found[-1]
+
+    model = Remembering()
+    Sampler(model, MaskPath(50)).sample((2, 3), steps=4)
+    assert model.previous[0] is None and len(model.previous) == 4
+    assert all(torch.equal(a, b) for a, b in zip(model.previous[1:], model.found, strict=False))
 
 
 def test_final_argmax_or_draw():

@@ -50,7 +50,7 @@ class _DiscretePath(Path):
         """(B, L): which positions jump, each with probability (kappa(t') - kappa(t)) / (1 - kappa(t))."""
         now, then = self.kappa(move.t), self.kappa(move.t_next)
         words = row_words(move.given.shape, move.rng, 0, move.given.device)
-        return (uniform(words[..., 0]) < (then - now) / (1 - now)) & ~move.given
+        return uniform(words[..., 0]) < (then - now) / (1 - now)
 
 
 class MaskPath(_DiscretePath):
