@@ -267,6 +267,45 @@ def test_a_denoiser_samples_from_tokens_and_seeds_as_from_rows(method):
         assert not built
 
 
+@pytest.mark.parametrize("method, top", [("basic", 512), ("basic", 10), ("hybrid", 512)])
+def test_the_basic_scheme_in_evidence_form_is_the_dense_one(method, top):
+    """Noise made again plus the sum of all of p gives the tokens of the state of rows; a sparse sum nearly all of them."""
+    torch.manual_seed(0)
+    path = LogitPath(60)
+    model = Denoiser(DenoiserConfig(60, 2, 2, 16, 16, top=top), path, torch.randn(60).log_softmax(0)).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    tokens = torch.randint(60, (4, 12), generator=torch.Generator().manual_seed(1))
+    given = torch.rand(4, 12, generator=torch.Generator().manual_seed(2)) < 0.3
+    built, original = [], ops.noise_interpolate
+
+    def found(boosts):
+        built.clear()
+        ops.noise_interpolate = lambda *a, **k: built.append(1) or original(*a, **k)
+        try:
+            options = dict(steps=8, method=method, top_k=5, t_split=0.2, return_history=True)
+            return Sampler(model, path).infill(tokens, given, boosts=boosts, **options)
+        finally:
+            ops.noise_interpolate = original
+
+    dense = found(None)
+    assert built
+    for boosts, least in ((60, 1.0), (16, 0.9)):
+        sparse = found(boosts)
+        assert not built
+        same = [(a == b).float().mean() for a, b in zip(dense.history, sparse.history, strict=True)]
+        assert min(same) >= least, (boosts, same)
+        assert torch.equal(sparse.tokens[given], tokens[given])
+    assert not torch.equal(found(1).tokens, dense.tokens)  # one entry is too few: the sum matters
+
+
+def test_the_largest_entries_of_a_prediction():
+    hidden, weight = torch.randn(5, 4, 8), torch.randn(300, 8)
+    ids, p = state.Prediction(None, hidden, weight).largest(7, temperature=0.5)
+    expected = (hidden @ weight.T / 0.5).softmax(-1).topk(7)
+    assert torch.equal(ids, expected.indices)
+    torch.testing.assert_close(p, expected.values)
+
+
 def test_draws_from_tiles_of_logits_are_those_of_all_logits(monkeypatch):
     hidden, weight = torch.randn(5, 4, 8), torch.randn(300, 8)
     rng = torch.stack([torch.arange(5), torch.full((5,), 3)], 1)

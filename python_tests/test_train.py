@@ -489,6 +489,11 @@ def test_command_line(tmp_path):
         (["train", "--data", str(tmp_path / "none.txt")], "cannot be read"),
         (["infill", str(run), "--text", "no hole"], "text: got 'no hole'"),
         (["sample", str(run), "--method", "fast"], "method: got 'fast'"),
+        (["sample", str(run), "--temperature", "1", "0"], "temperature: got 0"),
+        (["sample", str(run), "--device", "nothing"], "device: nothing cannot be used"),
+        (["train", "--path", "mask", "--input", "simplex"], "input: got 'simplex', allowed on path mask is 'tokens'"),
+        (["train", "--tokenizer", str(tmp_path / "t.txt")], "t.txt cannot be read"),
+        (["train", "--ema", "1"], "ema: got 1.0"),
         (["sample", str(run), "--length", "999"], "length: got 999"),
         (["train", "--vocab-size", "100"], "vocab_size: got 100"),
         (["train", "--out", str(tmp_path / "t.txt")], "t.txt cannot be written"),
@@ -497,3 +502,22 @@ def test_command_line(tmp_path):
         done = klflow(*command)
         assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
     assert klflow("info").returncode == 0
+
+
+@pytest.mark.parametrize("path", ["mask", "uniform", "linear", "sphere", "autoregressive"])
+def test_command_line_of_the_baselines(tmp_path, path):
+    """Every baseline is one word; a tokenizer file serves another run."""
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(f"one two three {i} four\n" * 20 for i in range(60)))
+    from klflow_ext import data
+
+    tokenizer = data.train_tokenizer(["one two three four"], 300)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    run = tmp_path / "run"
+    done = klflow(
+        "train", "--path", path, "--data", str(tmp_path / "t.txt"), "--out", str(run), "--steps", "2", "--length", "16",
+        "--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--tokenizer", str(tmp_path / "tokenizer.json"),
+        "--dtype", "bfloat16", "--ema", "0.9",
+    )  # fmt: skip
+    assert done.returncode == 0 and "unigram entropy" in done.stdout, done.stderr
+    done = klflow("complete", str(run), "--steps", "3", "--length", "8", "--prompt", "one two")
+    assert done.returncode == 0 and done.stdout.startswith("one two"), done.stderr
