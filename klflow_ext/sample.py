@@ -214,7 +214,7 @@ def _step_in_place(model, path: Path, b: Buffers, top_k: int, top_p: float, temp
     prediction = _predict(model, path, state, b.t, b.given, b.previous)
     if b.previous is not None:
         b.previous.copy_(prediction.hidden)
-    b.rng[:, 1] += 1
+    b.rng[:, 1] += 1  # the state's noise has been made: from the draw's seeds the next one will be
     move = Move(0, b.t, b.t, path, b.rng, b.given, b.known, top_k, top_p, temperature, 0.0, "exact", None)
     b.tokens.copy_(sampling_step(state, prediction, move).tokens)
 
