@@ -192,9 +192,7 @@ class _Progress:
             print(f"\rsampling: pass {self.count}/{self.total}, {left:.0f} s left {end}", end="", flush=True)
 
 
-def _predict(
-    model, path: Path, state: State, times: Tensor, given: Tensor, previous: Tensor | None = None
-) -> Prediction:
+def _predict(model, path: Path, state: State, times: Tensor, given: Tensor, previous: Tensor | None) -> Prediction:
     """The network's word on a state at times (B,); previous: its hidden states of the pass before, if it self-conditions."""
     times = path.hidden_times(times, given) if hasattr(model, "hidden") else path.model_times(times, given)
     estimate = {"previous": previous} if self_conditions(model) else {}
