@@ -12,11 +12,14 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from klflow_ext.path import Autoregressive, Move, Path, Prediction, State
+from klflow_ext.graph import Buffers, Replays
+from klflow_ext.ops.arguments import DEBUG_CHECK
+from klflow_ext.path import Autoregressive, LogitPath, Move, Path, Prediction, State
 from klflow_ext.path.base import self_conditions
 
 Temperature = float | tuple[float, float] | Callable[[float], float]
@@ -189,6 +192,31 @@ class _Progress:
             print(f"\rsampling: pass {self.count}/{self.total}, {left:.0f} s left {end}", end="", flush=True)
 
 
+def _predict(model, path: Path, state: State, times: Tensor, given: Tensor, previous: Tensor | None) -> Prediction:
+    """The network's word on a state at times (B,); previous: its hidden states of the pass before, if it self-conditions."""
+    times = path.hidden_times(times, given) if hasattr(model, "hidden") else path.model_times(times, given)
+    estimate = {"previous": previous} if self_conditions(model) else {}
+    if state.x is None and hasattr(model, "embed_noise"):
+        h = model.embed_noise(state.tokens, state.t, state.rng, given=given, boost=state.boost)
+        return Prediction(None, model.hidden(h, times, **estimate), model.head.weight)
+    if state.x is None:
+        state.x = path.sample(state.tokens, state.t, state.rng, given=given)
+    if hasattr(model, "hidden"):
+        return Prediction(None, model.hidden(model.embed(state.x, times), times, **estimate), model.head.weight)
+    return Prediction(model(state.x, times).float())
+
+
+def _step_in_place(model, path: Path, b: Buffers, top_k: int, top_p: float, temperature: float) -> None:
+    """A pass and the sampling step after it, from buffers into them, without a look at their values."""
+    state = State(None, tokens=b.tokens, t=b.t, rng=b.rng)
+    prediction = _predict(model, path, state, b.t, b.given, b.previous)
+    if b.previous is not None:
+        b.previous.copy_(prediction.hidden)
+    b.rng[:, 1] += 1  # the state's noise has been made: from the draw's seeds the next one will be
+    move = Move(0, b.t, b.t, path, b.rng, b.given, b.known, top_k, top_p, temperature, 0.0, "exact", None)
+    b.tokens.copy_(sampling_step(state, prediction, move).tokens)
+
+
 class Sampler:
     """Generates tokens with a model of a path: `model(x_t, t) -> logits`, x_t as `path.reads` says, logits (B, L, V).
 
@@ -196,12 +224,42 @@ class Sampler:
     re-noised rows neither. With an Autoregressive path, generation goes from left to right: `steps`, `method`, `t_split`,
     `grid_power` and `euler` do not apply, and nfe is the number of positions decoded. A position that is given after one
     that is free keeps its token, but the tokens before it are drawn without seeing it.
+
+    cuda_graph: a pass and its draw are recorded as a CUDA graph, once for each (B, L), top_k, top_p, temperature (also each
+    of a schedule) and autocast, and replayed from then on: the same tokens, at the speed of the kernels where Python would be
+    slower. Only for a Denoiser on a LogitPath with alpha = 1, on CUDA, with method="sampling" and without history. Weights
+    may be trained or loaded between calls; the recordings live as long as the Sampler.
+
+    Raises:
+        ValueError: a model that is not causal on an Autoregressive path, or cuda_graph where it cannot be.
     """
 
-    def __init__(self, model: Callable[[Tensor, Tensor], Tensor], path: Path, device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        path: Path,
+        device: str | torch.device = "cpu",
+        cuda_graph: bool = False,
+    ):
         if isinstance(path, Autoregressive) and not getattr(getattr(model, "config", None), "causal", True):
             raise ValueError("model: got one whose config.causal is False, allowed is a causal one on this path")
         self.model, self.path, self.device = model, path, torch.device(device)
+        self._replays: Replays | None = None
+        if cuda_graph:
+            self._check_cuda_graph()
+            self._replays = Replays(partial(_step_in_place, model, path), model, self.device)
+
+    def _check_cuda_graph(self) -> None:
+        model, path = self.model, self.path
+        if not isinstance(path, LogitPath) or path.alpha != 1 or not hasattr(model, "embed_noise"):
+            got, allowed = f"a {type(model).__name__} on {path!r}", "a Denoiser on a LogitPath with alpha = 1"
+        elif self.device.type != "cuda":
+            got, allowed = f"device {self.device}", "a CUDA device"
+        elif DEBUG_CHECK:
+            got, allowed = "KLFLOW_CHECK=1, whose checks synchronise", "0"
+        else:
+            return
+        raise ValueError(f"cuda_graph: got True with {got}, allowed with it is {allowed}")
 
     def sample(self, shape: tuple[int, int], **options) -> Samples:
         """(B, L) sequences from nothing; options as in `infill`."""
@@ -259,12 +317,18 @@ class Sampler:
             seed: one seed, or one for each sequence: the same seed gives the same tokens in any batch.
 
         Raises:
-            ValueError: an argument is outside its range or of a wrong shape; the message names it.
+            ValueError: an argument is outside its range or of a wrong shape, or not for a Sampler with cuda_graph; the
+                message names it.
         """
         options = _Options(
             self.path, steps, method, top_k, top_p, temperature, t_split, grid_power, final, euler, boosts,
             progress, return_history,
         )  # fmt: skip
+        if self._replays is not None and (_samplers[options.method] is not sampling_step or return_history):
+            raise ValueError(
+                f"cuda_graph: got True with method={options.method!r} and return_history={return_history}, allowed with it "
+                "are 'sampling' and False"
+            )
         if not isinstance(tokens, Tensor):
             return self._infill_ragged(tokens, given, _seeds(seed, len(tokens)), options)
         if tokens.dim() != 2:
@@ -327,9 +391,15 @@ class Sampler:
         def rng(step: int) -> Tensor:
             return torch.cat([own_seeds, torch.full_like(own_seeds, step)], 1)
 
-        run = self._left_to_right if isinstance(self.path, Autoregressive) else self._denoise
+        if self._replays is not None:
+            run = self._replay
+        else:
+            run = self._left_to_right if isinstance(self.path, Autoregressive) else self._denoise
         found, nfe, history = run(tokens, given, rng, options)
-        return Samples(torch.where(given, tokens, found), nfe, time.perf_counter() - start, history)
+        found = torch.where(given, tokens, found)
+        if found.is_cuda:
+            torch.cuda.synchronize(found.device)  # seconds are those of the work, not of its launches
+        return Samples(found, nfe, time.perf_counter() - start, history)
 
     def _denoise(self, tokens: Tensor, given: Tensor, rng, options: _Options) -> tuple[Tensor, int, list[Tensor]]:
         """steps - 1 moves from t = 0 over the time grid, a pass at each of its times."""
@@ -341,7 +411,8 @@ class Sampler:
         def predict(t: float) -> Prediction:
             nonlocal previous
             progress.advance()
-            prediction = self._predict(state, t, given, previous)
+            times = torch.full((len(given),), t, device=self.device)
+            prediction = _predict(self.model, path, state, times, given, previous)
             previous = prediction.hidden
             if options.return_history:
                 history.append(torch.where(given, tokens, path.resolve(state, prediction.draw(1, rng(0)))))
@@ -360,6 +431,20 @@ class Sampler:
         drawn = predict(grid[-1]).draw(k, rng(options.steps), temperatures[-1], options.top_p)
         return path.resolve(state, drawn), progress.count, history
 
+    def _replay(self, tokens: Tensor, given: Tensor, rng, options: _Options) -> tuple[Tensor, int, list[Tensor]]:
+        """`_denoise` of the sampling scheme by recorded steps. The last pass is a step, too, of which only the draw counts."""
+        top_ks = [options.top_k] * (options.steps - 1) + [1 if options.final == "argmax" else options.top_k]
+        temperatures, progress = options.temperatures(options.steps), _Progress(options.steps, options.progress)
+        knobs = [(k, options.top_p, temperature) for k, temperature in zip(top_ks, temperatures, strict=True)]
+        buffers, replays = self._replays.prepare(tuple(given.shape), knobs)
+        buffers.start(given, torch.where(given, tokens, 0), rng(0))
+        grid = self.path.time_grid(options.steps - 1, options.grid_power).tolist()
+        for t, replay in zip(grid, replays, strict=True):
+            buffers.t.fill_(t)
+            replay()
+            progress.advance()
+        return buffers.tokens, progress.count, []
+
     def _left_to_right(self, tokens: Tensor, given: Tensor, rng, options: _Options) -> tuple[Tensor, int, list[Tensor]]:
         temperatures = options.temperatures(tokens.shape[1])
         free = (~given).any(0).nonzero()
@@ -376,18 +461,3 @@ class Sampler:
 
         found, nfe = self.path.generate(self.model, tokens, given, draw, after)
         return found, nfe, history
-
-    def _predict(self, state: State, t: float, given: Tensor, previous: Tensor | None) -> Prediction:
-        """The network's word on a state; previous: its hidden states of the pass before, for one that self-conditions."""
-        model, path = self.model, self.path
-        times = torch.full((len(given),), t, device=self.device)
-        times = path.hidden_times(times, given) if hasattr(model, "hidden") else path.model_times(times, given)
-        estimate = {"previous": previous} if self_conditions(model) else {}
-        if state.x is None and hasattr(model, "embed_noise"):
-            h = model.embed_noise(state.tokens, state.t, state.rng, given=given, boost=state.boost)
-            return Prediction(None, model.hidden(h, times, **estimate), model.head.weight)
-        if state.x is None:
-            state.x = path.sample(state.tokens, state.t, state.rng, given=given)
-        if hasattr(model, "hidden"):
-            return Prediction(None, model.hidden(model.embed(state.x, times), times, **estimate), model.head.weight)
-        return Prediction(model(state.x, times).float())

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Move:
-    """One move of the time grid and all that a step may need."""
+    """One move of the time grid and all that a step may need.
+
+    t, t_next: numbers. Only in a step that a CUDA graph records are they tensors (B,), which nobody may look into.
+    """
 
     index: int
-    t: float
-    t_next: float
+    t: float | Tensor
+    t_next: float | Tensor
     path: Path
     rng: Tensor  # (B, 2): (seed, step) of each sequence for this move; step 0 is the initial noise
     given: Tensor  # (B, L) bool
@@ -47,6 +50,7 @@ class State:
     x: rows (B, L, V) on the simplex, or token ids (B, L), as the path's `reads` says. None stands for
         path.sample(tokens, t, rng), which is built only where it is asked for.
     log_x: log x where a path's step keeps it; None once a row has been re-noised.
+    t: a number, or (B,) as in `Move`.
     boost: what the basic scheme has added to the noise, sparsely: tokens and boost are then (B, L, K), as in
         `ops.noise_posterior`.
     """
@@ -54,7 +58,7 @@ class State:
     x: Tensor | None
     log_x: Tensor | None = None
     tokens: Tensor | None = None
-    t: float = 0.0
+    t: float | Tensor = 0.0
     rng: Tensor | None = None
     boost: Tensor | None = None
 

@@ -1,0 +1,103 @@
+"""CUDA-graph replay of a sampling step: its kernels are recorded once, and from then on launched together.
+
+A replay runs the same kernels on the same addresses. So what changes from step to step lies in `Buffers`, and a recorded step
+never looks at a value: its time and its noise are tensors, and the knobs of its draw are constants of the recording.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from klflow_ext.path.base import self_conditions
+
+
+@dataclass
+class Buffers:
+    """What a recorded step of (B, L) sequences reads and writes.
+
+    tokens: (B, L) int64, of the state; the step replaces them by those it draws. rng: (B, 2) int64, (seed, step) of the
+        state's noise; the step adds 1 to it and draws with that. t: (B,) float32, the state's time, set by the caller.
+    given: (B, L) bool. known: (B, L) int64, 0 where not given.
+    previous: (B, L, D), hidden states of the pass before, or None for a model that does not self-condition.
+    """
+
+    tokens: Tensor
+    rng: Tensor
+    t: Tensor
+    given: Tensor
+    known: Tensor
+    previous: Tensor | None
+
+    @classmethod
+    @torch.inference_mode(False)  # an inference tensor could not be written to outside of inference mode
+    def allocate(cls, shape: tuple[int, int], model: nn.Module, device: torch.device) -> Buffers:
+        tokens, known = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+        rng = torch.zeros(shape[0], 2, dtype=torch.int64, device=device)
+        t, given = torch.zeros(shape[0], device=device), torch.zeros(shape, dtype=torch.bool, device=device)
+        previous = model.embedding.new_zeros(*shape, model.config.n_embd) if self_conditions(model) else None
+        return cls(tokens, rng, t, given, known, previous)
+
+    def start(self, given: Tensor, known: Tensor, rng: Tensor) -> None:
+        """Fills in new sequences, as noise where they are not given."""
+        for buffer, value in ((self.tokens, known), (self.known, known), (self.given, given), (self.rng, rng)):
+            buffer.copy_(value)
+        if self.previous is not None:
+            self.previous.zero_()
+
+
+class Recorder:
+    """Makes CUDA graphs of functions. They share one memory pool: nothing in it stays alive from one replay to another."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """The replay of a function, which may keep its results only in tensors that were there before.
+
+        It is called four times: thrice, so that libraries and kernels are set up, and to be recorded.
+        """
+        graph, kind = torch.cuda.CUDAGraph(), self.device.type
+        # Copies of the weights that autocast caches would be freed at its end, while the graph still reads them.
+        autocast = torch.autocast(
+            kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+        )
+        with torch.cuda.device(self.device), autocast:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                for _ in range(3):
+                    function()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            with torch.cuda.graph(graph, self.pool, self.stream):
+                function()
+        return graph.replay
+
+
+class Replays:
+    """The recordings of `step(buffers, *knobs)`, one for each shape and its knobs, made when they are first asked for."""
+
+    def __init__(self, step: Callable[..., None], model: nn.Module, device: torch.device):
+        self.step, self.model, self.device, self.recorder = step, model, device, Recorder(device)
+        self.weights: list[int] = []
+        self.buffers: dict[tuple, Buffers] = {}
+        self.replays: dict[tuple, Callable[[], None]] = {}
+
+    def prepare(self, shape: tuple[int, int], knobs: Sequence[tuple]) -> tuple[Buffers, list[Callable[[], None]]]:
+        """The buffers of (B, L), to be filled after this, and the replay for each of the knobs."""
+        weights = [x.data_ptr() for x in (*self.model.parameters(), *self.model.buffers())]
+        if weights != self.weights:  # the model was moved or cast
+            self.weights = weights
+            self.buffers.clear()
+            self.replays.clear()
+        if shape not in self.buffers:
+            self.buffers[shape] = Buffers.allocate(shape, self.model, self.device)
+        buffers, kind = self.buffers[shape], self.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        keys = [(shape, autocast, *k) for k in knobs]
+        for key, k in zip(keys, knobs, strict=True):
+            if key not in self.replays:
+                self.replays[key] = self.recorder.record(lambda k=k: self.step(buffers, *k))
+        return buffers, [self.replays[key] for key in keys]
