@@ -559,7 +559,8 @@ STABLE_TORCH_LIBRARY(klflow, m) {
       "int ignore_index, float label_smoothing, float z_loss, float softcap, Tensor dloss, Tensor? dlse, "
       "Tensor(a!) grad) -> ()");
   m.def(
-      "topk_sample(Tensor logits, int k, Tensor rng, float temperature, float top_p, SymInt row_offset, Tensor(a!) token, "
+      "topk_sample(Tensor logits, int k, Tensor rng, float temperature, float top_p, SymInt row_offset, Tensor(a!) "
+      "token, "
       "Tensor(b!) log_prob) -> ()");
   m.def(
       "topk_renoise(Tensor logits, int k, Tensor t_next, Tensor rng, float temperature, float top_p, float beta, "

@@ -232,7 +232,7 @@ class Trainer:
             return torch.from_numpy(self.curve.times(u, c.middle_share)).float()
         if self.time_sampling == "middle":
             u = np.where(generator.random(c.batch_size) < c.middle_share, 0.2 + 0.6 * u, u)
-        return torch.from_numpy(u * self.path.t_max).float()
+        return torch.from_numpy(self.path.time(u)).float()
 
     def given_mask(self, generator: np.random.Generator) -> Tensor:
         """(B, L): mostly nothing; else a random prefix, or everything but one random hole."""
