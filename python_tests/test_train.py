@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -464,11 +465,34 @@ def test_bad_settings(make, message):
         make()
 
 
-def klflow(*arguments):
-    return subprocess.run([sys.executable, "-m", "klflow_ext", *arguments], capture_output=True, text=True)
+@pytest.fixture
+def klflow(monkeypatch, capsys):
+    """klflow(*arguments): the command line in this process; what it returned and printed."""
+    from klflow_ext import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["klflow", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        message = code if isinstance(code, str) else ""
+        return SimpleNamespace(returncode=int(bool(code)), stdout=printed.out, stderr=printed.err + message)
+
+    return run
 
 
-def test_command_line(tmp_path):
+def test_command_line_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "klflow_ext", "info"], capture_output=True, text=True)
+    assert done.returncode == 0 and "CPU kernels" in done.stdout, done.stderr
+    done = subprocess.run([sys.executable, "-m", "klflow_ext", "sample", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 1 and "no run folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_command_line(klflow, tmp_path):
     (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(f"one two three {i} four\n" * 20 for i in range(60)))
     run = tmp_path / "run"
     small = ["--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--vocab-size", "300", "--length", "16"]
@@ -500,12 +524,11 @@ def test_command_line(tmp_path):
         (["eval", str(run), "--judge", str(tmp_path)], "has no stories260K.bin"),
     ):
         done = klflow(*command)
-        assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
-    assert klflow("info").returncode == 0
+        assert done.returncode != 0 and message in done.stderr, command
 
 
 @pytest.mark.parametrize("path", ["mask", "uniform", "linear", "sphere", "autoregressive"])
-def test_command_line_of_the_baselines(tmp_path, path):
+def test_command_line_of_the_baselines(klflow, tmp_path, path):
     """Every baseline is one word; a tokenizer file serves another run."""
     (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(f"one two three {i} four\n" * 20 for i in range(60)))
     from klflow_ext import data
