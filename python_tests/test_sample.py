@@ -67,7 +67,7 @@ def test_calibration_matches_the_kernel():
     assert abs(LogitPath(50258).t_max - 0.30) < 0.005
 
 
-DRAWS = 40_000
+DRAWS = 20_000
 
 
 @pytest.fixture(scope="module")
