@@ -134,7 +134,7 @@ def train(arguments) -> None:
 
 
 def judge(arguments) -> None:
-    """Bits per byte and token entropy of samples at each NFE, top-k 20 and 5, by the path's best scheme."""
+    """Bits per byte and token entropy of samples at each NFE and top-k, by the path's best scheme."""
     scorer = evaluate.Judge(Path(os.environ["KLFLOW_DATA"]) / "stories260K")
     model, path, tokenizer = load_run(arguments.runs / label(arguments))
     sampler = Sampler(model, path)
@@ -157,7 +157,10 @@ def judge(arguments) -> None:
                 f"{label(arguments)}: NFE {nfe}, top-k {top_k}: {row['bits_per_byte']:.2f} ({row['entropy']:.2f})",
                 flush=True,
             )
-    update(arguments, samples=rows)
+    key = lambda row: (row["method"], row["top_k"], row["steps"])  # noqa: E731
+    file, measured = RESULTS / f"{label(arguments)}.json", {key(row) for row in rows}
+    kept = json.loads(file.read_text()).get("samples", []) if file.exists() else []
+    update(arguments, samples=[row for row in kept if key(row) not in measured] + rows)
 
 
 # ---- what a reader sees
@@ -200,11 +203,11 @@ def plot(arguments) -> None:
     figure.tight_layout()
     figure.savefig(ROOT / "results" / "method_loss.png", dpi=110)
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True)
-    for axis, top_k in zip(axes, (20, 5), strict=True):
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 4), sharey=True)
+    for axis, nfe in zip(axes, (8, 16, 32, 64), strict=True):
         for i, name in enumerate(METHODS):
             samples = [s for r in found if r["name"] == name and r["vocab_size"] == 2048 for s in r.get("samples", [])]
-            groups = mean_by([s for s in samples if s["top_k"] == top_k], lambda s: s["steps"])
+            groups = dict(sorted(mean_by([s for s in samples if s["steps"] == nfe], lambda s: s["top_k"]).items()))
             if groups:
                 points = [
                     (n, *(np.mean([s[k] for s in g]) for k in ("entropy", "bits_per_byte"))) for n, g in groups.items()
@@ -212,7 +215,7 @@ def plot(arguments) -> None:
                 axis.plot([x for _, x, _ in points], [y for _, _, y in points], marker="o", color=f"C{i}", label=name)
                 for n, x, y in points:
                     axis.annotate(str(n), (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        axis.set(xlabel="entropy of a sample's tokens, nats", title=f"top-k {top_k}; numbers are NFE")
+        axis.set(xlabel="entropy of a sample's tokens, nats", title=f"NFE {nfe}; numbers are top-k")
     axes[0].set_ylabel("bits per byte under the judge (lower is better)")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
@@ -242,8 +245,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1075)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=ROOT.parent / "runs" / "method")
-    parser.add_argument("--nfe", type=int, nargs="+", default=[8, 16, 32, 64, 256])
-    parser.add_argument("--top-k", type=int, nargs="+", default=[20, 5])
+    parser.add_argument("--nfe", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--top-k", type=int, nargs="+", default=[50, 20, 10, 5])
     parser.add_argument("--count", type=int, default=128)
     parser.add_argument("--method", help="another scheme than the path's best")
     parser.add_argument("--bfloat16", action="store_true", help="sample with the network in bfloat16")

@@ -52,13 +52,63 @@ def train_step():
     return table(head, rows)
 
 
+def method_runs():
+    """(result, ...) of benchmarks/method.py, by (V, steps, name)."""
+    groups = {}
+    for file in sorted((ROOT / "benchmarks" / "results" / "method").glob("*.json")):
+        found = json.loads(file.read_text())
+        groups.setdefault((found["vocab_size"], found["steps"], found["name"]), []).append(found)
+    return groups
+
+
+def method_loss():
+    """Held-out loss by time of what reads the logit path, mean over seeds."""
+    tables = []
+    groups = {key: runs for key, runs in method_runs().items() if "posterior" in key[2] or "simplex" in key[2]}
+    for vocab, steps in sorted({key[:2] for key in groups}):
+        rows = []
+        for (v, s, name), runs in groups.items():
+            runs = [r["losses"] for r in runs if "losses" in r]
+            if (v, s) == (vocab, steps) and runs:
+                times = list(runs[0])
+                means = [sum(r[t] for r in runs) / len(runs) for t in times]
+                rows.append((sum(means) / len(means), [name, str(len(runs)), *(f"{m:.3f}" for m in means)]))
+        cells = [[*row, f"{mean:.3f}"] for mean, row in sorted(rows)]
+        tables.append(table([f"V = {vocab:,}, {steps:,} steps", "seeds", *(f"t = {t}" for t in times), "mean"], cells))
+    return "\n\n".join(tables)
+
+
+def method_samples():
+    """Bits per byte (entropy) of samples at V = 2,048, mean over seeds."""
+    columns = (8, 16, 32, 64)
+    rows = []
+    for (vocab, steps, name), runs in method_runs().items():
+        samples = [s for r in runs for s in r.get("samples", [])]
+        for top_k in sorted({s["top_k"] for s in samples}, reverse=True) if vocab == 2048 else ():
+            cells = []
+            for nfe in columns:
+                found = [s for s in samples if (s["top_k"], s["steps"]) == (top_k, nfe)]
+                means = [sum(s[k] for s in found) / len(found) for k in ("bits_per_byte", "entropy")] if found else []
+                cells.append("{:.2f} ({:.2f})".format(*means) if found else "")
+            rows.append([f"{name}, {steps:,} steps", str(top_k), *cells])
+    return table(["V = 2,048", "top-k", *(f"NFE {n}" for n in columns)], sorted(rows, key=lambda r: (-int(r[1]), r[0])))
+
+
+TABLES = (
+    ("kernels", kernels),
+    ("train step", train_step),
+    ("method loss", method_loss),
+    ("method samples", method_samples),
+)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     path = ROOT / "README.md"
     text = new = path.read_text()
-    for name, make in (("kernels", kernels), ("train step", train_step)):
+    for name, make in TABLES:
         new, count = re.subn(f"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", new,
                              flags=re.S)  # fmt: skip
         assert count == 1, f"README.md has no <!-- {name} --> ... <!-- end -->"
