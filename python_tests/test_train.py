@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from klflow_ext import Denoiser, DenoiserConfig, ExactDenoiser, LogitPath, TrainConfig, Trainer, data, evaluate, ops
+from klflow_ext import (
+    Autoregressive,
+    Denoiser,
+    DenoiserConfig,
+    ExactDenoiser,
+    LogitPath,
+    TrainConfig,
+    Trainer,
+    data,
+    evaluate,
+)
 from klflow_ext.path import IGNORE
 from klflow_ext.train import RUN_FORMAT, LossCurve, load_run, read_config
 
@@ -39,17 +49,6 @@ def cyclic_next(model, sequences=4):
     """The share of next tokens of the cyclic text that a causal model finds."""
     x = torch.arange(12)[None].add(torch.arange(sequences)[:, None]) % 10
     return (model(x, 0.0)[:, 1:-1].argmax(-1) == x[:, 2:]).float().mean().item()
-
-
-class NextToken:
-    """A path of tokens with t_max = 1: what an autoregressive baseline asks of model and trainer."""
-
-    vocab_size, reads, t_max = V, "tokens", 1.0
-
-    def loss(self, model, target, t, rng, *, given, reduction, row_offset):
-        x = torch.cat([torch.full_like(target[:, :1], V), target[:, :-1]], 1)
-        h, label = model.hidden(model.embed(x, t), t), target.masked_fill(given, IGNORE)
-        return ops.linear_cross_entropy(h, model.head.weight, label, ignore_index=IGNORE, reduction=reduction)
 
 
 def first_gradient(run):
@@ -250,7 +249,7 @@ def test_a_causal_model_of_tokens_learns(accumulate, dtype):
     torch.manual_seed(0)
     config = DenoiserConfig(V, 2, 2, 32, 32, input="tokens", causal=True, time="none")
     run = Trainer(
-        Denoiser(config, NextToken()), NextToken(), (np.arange(5000) % 10).astype(np.int32),
+        Denoiser(config, Autoregressive(V)), Autoregressive(V), (np.arange(5000) % 10).astype(np.int32),
         TrainConfig(steps=40, batch_size=8, length=16, accumulate=accumulate, dtype=dtype, ema=0.8),
     )  # fmt: skip
     assert run.time_sampling == "uniform"
