@@ -217,7 +217,8 @@ def plot(arguments) -> None:
                     axis.annotate(str(n), (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
         axis.set(xlabel="entropy of a sample's tokens, nats", title=f"NFE {nfe}; numbers are top-k")
     axes[0].set_ylabel("bits per byte under the judge (lower is better)")
-    axes[0].legend(fontsize=8)
+    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
+    axes[0].legend(lines.values(), lines.keys(), fontsize=8)
     figure.tight_layout()
     figure.savefig(ROOT / "results" / "method_frontier.png", dpi=110)
 
