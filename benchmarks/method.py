@@ -45,6 +45,7 @@ RESULTS = ROOT / "results" / "method"
 # name: (path, what the network is, how it is trained). The paper's own is "simplex uniform".
 METHODS = {
     "posterior": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle"}),
+    "segments": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle", "given_share": 0.6}),
     "posterior learned": (LogitPath, {"input": "posterior"}, {"time_sampling": "learned"}),
     "posterior uniform": (LogitPath, {"input": "posterior"}, {"time_sampling": "uniform"}),
     "simplex": (LogitPath, {"input": "simplex"}, {"time_sampling": "middle"}),
@@ -104,8 +105,8 @@ def train(arguments) -> None:
     prior = evaluate.unigram_log_prior(stream, vocab)
     model = Denoiser(DenoiserConfig(vocab, 4, 4, 256, **model_options), path, prior)
     config = TrainConfig(
-        steps=arguments.steps, batch_size=BATCH, length=LENGTH, given_share=0.0, dtype="bfloat16", seed=arguments.seed,
-        **train_options,
+        steps=arguments.steps, batch_size=BATCH, length=LENGTH, dtype="bfloat16", seed=arguments.seed,
+        **{"given_share": 0.0, **train_options},
     )  # fmt: skip
     out = arguments.runs / label(arguments)
     trainer = Trainer(model, path, stream, config, out)
@@ -143,6 +144,8 @@ def judge(arguments) -> None:
     for top_k in arguments.top_k:
         for nfe in [LENGTH] if arguments.name == "autoregressive" else arguments.nfe:
             options = {"steps": nfe, "top_k": top_k, "method": "sampling" if isinstance(path, LogitPath) else "basic"}
+            if arguments.name == "segments":
+                options["method"] = "segments"
             if arguments.method:
                 options["method"] = arguments.method
             with torch.autocast("cpu", torch.bfloat16) if arguments.bfloat16 else nullcontext():

@@ -72,8 +72,8 @@ class Settings:
     """How the network is told the time."""
     time_sampling: Literal["middle", "uniform", "learned"] | None = None
     """Which times are trained on."""
-    given_share: float = 0.4
-    """Share of sequences that see a prompt, or all but a hole."""
+    given_share: float = 0.6
+    """Share of sequences that see a part of themselves: segments, prompts, all but a hole."""
     lr: float = 3e-3
     ema: float = 0.0
     """Decay of the average of the weights; 0: none."""
@@ -202,7 +202,7 @@ class Demo(Settings):
         model, path = trainer.averaged_model().eval(), trainer.path
         print_losses(model, path, trainer.stream, held, self.length)
         sampler = Sampler(model, path, trainer.device)
-        for method in ("basic", "sampling", "hybrid") if path.kind != "autoregressive" else ("basic",):
+        for method in ("basic", "sampling", "hybrid", "segments") if path.kind != "autoregressive" else ("basic",):
             result = sampler.sample((2, self.length), steps=32, method=method, seed=self.seed, t_split=path.t_max / 2)
             print(f"\n--- {method}, {result.nfe} passes, {result.seconds:.1f} s")
             for tokens in result.tokens:
@@ -224,7 +224,7 @@ class Demo(Settings):
                     tokens = torch.tensor([sum(ids, [])])
                     given = torch.ones_like(tokens, dtype=torch.bool)
                     given[0, len(ids[0]) : len(ids[0]) + len(ids[1])] = False
-                    result = sampler.infill(tokens, given, steps=32, method="sampling", seed=self.seed)
+                    result = sampler.infill(tokens, given, steps=32, method="segments", seed=self.seed)
                     filled = tokenizer.decode(result.tokens[0][~given[0]].tolist())
                     print(f"\n--- a removed line, filled in ({len(ids[1])} tokens)\n{parts[0]}>>> {filled}{parts[2]}")
                     print(f"    (the line was: {parts[1].strip()})")
@@ -271,7 +271,7 @@ class Generation:
     steps: int = 64
     """Network passes (NFE)."""
     method: str | None = None
-    """basic, sampling or hybrid; on the logit path sampling unless said."""
+    """basic, sampling, hybrid or segments, which is the best."""
     top_k: int = 20
     top_p: float = 1.0
     temperature: tuple[float, float] = (1.0, 1.0)
@@ -295,7 +295,7 @@ class Generation:
         if not 1 <= length <= model.config.max_length:
             raise ValueError(f"length: got {length}, allowed is 1 to the run's max_length, {model.config.max_length}")
         options = {name: getattr(self, name) for name in self.OPTIONS}
-        options["method"] = self.method or ("sampling" if path.kind == "logit" else path.method)
+        options["method"] = self.method or "segments"
         device = choose_device(self.device)
         sampler = Sampler(model.to(device), path, device)
         result = make(sampler, tokenizer, {**options, "progress": sys.stderr.isatty()})
@@ -380,6 +380,7 @@ class Eval:
             "sampling, top-k 20": {"method": "sampling", "top_k": 20},
             "sampling, top-k 1": {"method": "sampling", "top_k": 1},
             "hybrid at half, top-k 20": {"method": "hybrid", "top_k": 20, "t_split": path.t_max / 2},
+            "segments, top-k 20": {"method": "segments", "top_k": 20},
         }
         if path.kind == "autoregressive":
             schemes = {"left to right, top-k 20": {"top_k": 20}}

@@ -1,7 +1,7 @@
-"""Sampling: the paper's basic, sampling and hybrid schemes over any path, for whole texts, prompts and holes.
+"""Sampling: the paper's basic, sampling and hybrid schemes over any path, and segments, for whole texts, prompts and holes.
 
 A scheme is a plain function `step(state, prediction, move) -> state` registered by name; the Sampler runs the network,
-counts its passes, and keeps given tokens as they are. Every sequence has its own seed, so its tokens do not depend on the
+counts its passes, and keeps given tokens as they are. SEGMENTS is no such step: it moves positions from time 0 to 1 one by one. Every sequence has its own seed, so its tokens do not depend on the
 batch. With a Denoiser, a sampling step holds tokens and seeds: neither the noisy rows nor all logits exist at once.
 """
 
@@ -38,6 +38,7 @@ class Samples:
 
 Step = Callable[[State, Prediction, Move], State]
 _samplers: dict[str, Step] = {}
+SEGMENTS = "segments"
 
 
 def register_sampler(name: str) -> Callable[[Step], Step]:
@@ -137,8 +138,8 @@ class _Options:
         self.final = self.path.final if self.final is None else self.final
         self.t_split = self.path.t_split if self.t_split is None else self.t_split
         self.top_k = vocab if self.top_k is None else self.top_k
-        if self.method not in _samplers:
-            raise ValueError(f"method: got {self.method!r}, allowed is one of {sorted(_samplers)}")
+        if self.method not in (*_samplers, SEGMENTS):
+            raise ValueError(f"method: got {self.method!r}, allowed is one of {sorted((*_samplers, SEGMENTS))}")
         if not _is_integer(self.steps, 1):
             raise ValueError(f"steps: got {self.steps!r}, allowed is an integer >= 1")
         if self.final not in ("argmax", "draw"):
@@ -306,11 +307,15 @@ class Sampler:
             tokens: (B, L) ids; values where given is False are ignored. given: (B, L) bool. Or a list of sequences for each,
                 of any lengths: those of one length are run together, so that none sees padding, and come back in a list.
             steps: network passes (NFE), at least 1: steps - 1 moves, and a last pass whose tokens are the result.
-            method: "basic", "sampling", "hybrid" or a registered name (path.method).
+            method: "basic", "sampling", "hybrid" or a registered name (path.method); or "segments", for a model trained on
+                sequences of which a part is given: the free positions of a sequence are cut into segments of `steps`, and
+                every pass draws the next token of each segment at once, from left to right, given all that stands. What is
+                drawn together lies `steps` positions apart, so it hardly depends on each other. All others are pure noise.
+                A sequence needs no more passes than it has free positions, and no more are made.
             top_k: of each draw, None for all V; top_p in (0, 1]. The basic scheme of a path on the simplex draws only at the end.
             temperature: a positive number; (first, last), linear over the passes; or a function of the progress in [0, 1].
             t_split: where hybrid turns to sampling (path.t_split). grid_power: of `path.time_grid`, below 1 for more late times.
-            final: "argmax", or "draw" from the last p (path.final).
+            final: "argmax", or "draw" from the last p (path.final). It, t_split and grid_power say nothing to segments.
             euler: "exact" (1 - e^-h) or "paper" (h) rate of LogitPath's basic step.
             boosts: of a Denoiser that reads posteriors, the entries of p that each exact basic step adds to the noise, and that
                 a position keeps of their sum; None: all, in a state of rows (B, L, V).
@@ -324,7 +329,7 @@ class Sampler:
             self.path, steps, method, top_k, top_p, temperature, t_split, grid_power, final, euler, boosts,
             progress, return_history,
         )  # fmt: skip
-        if self._replays is not None and (_samplers[options.method] is not sampling_step or return_history):
+        if self._replays is not None and (_samplers.get(options.method) is not sampling_step or return_history):
             raise ValueError(
                 f"cuda_graph: got True with method={options.method!r} and return_history={return_history}, allowed with it "
                 "are 'sampling' and False"
@@ -394,7 +399,8 @@ class Sampler:
         if self._replays is not None:
             run = self._replay
         else:
-            run = self._left_to_right if isinstance(self.path, Autoregressive) else self._denoise
+            run = self._segments if options.method == SEGMENTS else self._denoise
+            run = self._left_to_right if isinstance(self.path, Autoregressive) else run
         found, nfe, history = run(tokens, given, rng, options)
         found = torch.where(given, tokens, found)
         if found.is_cuda:
@@ -430,6 +436,27 @@ class Sampler:
         k = 1 if options.final == "argmax" else options.top_k
         drawn = predict(grid[-1]).draw(k, rng(options.steps), temperatures[-1], options.top_p)
         return path.resolve(state, drawn), progress.count, history
+
+    def _segments(self, tokens: Tensor, given: Tensor, rng, options: _Options) -> tuple[Tensor, int, list[Tensor]]:
+        """Pass i draws the free positions whose number is i modulo the number of passes."""
+        free = ~given
+        passes = min(options.steps, int(free.sum(1).max()))
+        temperatures = options.temperatures(options.steps)  # not of the passes made, which depend on the batch
+        progress, history = _Progress(passes, options.progress), []
+        turn = torch.where(free, (free.cumsum(1) - 1) % passes, -1)
+        found, times = torch.where(given, tokens, 0), torch.zeros(len(given), device=self.device)
+        for i in range(passes):
+            now, shown = turn == i, turn < i
+            state = self.path.renoise(found, 0.0, rng(i), shown)
+            prediction = _predict(self.model, self.path, state, times, shown, None)
+            most = int(now.sum(1).max())
+            places = (~now).long().argsort(dim=1, stable=True)[:, :most]
+            drawn = prediction.at(places).draw(options.top_k, rng(i + 1), temperatures[i], options.top_p)
+            found = torch.where(now, found.scatter(1, places, drawn), found)
+            if options.return_history:
+                history.append(torch.where(now | shown, found, prediction.draw(1, rng(0))))
+            progress.advance()
+        return found, progress.count, history
 
     def _replay(self, tokens: Tensor, given: Tensor, rng, options: _Options) -> tuple[Tensor, int, list[Tensor]]:
         """`_denoise` of the sampling scheme by recorded steps. The last pass is a step, too, of which only the draw counts."""

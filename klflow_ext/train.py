@@ -34,8 +34,9 @@ class TrainConfig:
 
     steps: optimizer steps, at least 1. max_seconds: stop earlier, the learning rate following the clock (None: no limit; an
         exact resume needs None). batch_size: sequences of a step, of all processes together. accumulate: in how many parts
-        each process computes its share, to save memory; the gradient is that of the whole. given_share: share of sequences
-        that see a random prefix or random spans in the clear, so that prompts and holes are learned.
+        each process computes its share, to save memory; the gradient is that of the whole.
+    given_share: share of sequences that see a part in the clear: the beginnings of equal segments (half of them; see
+        `Sampler.infill`), scattered tokens (a quarter), a prefix, or all but one hole. Of half of them the rest is at t = 0.
     time_sampling: how times are drawn, low-discrepancy over the batch. "uniform": from [0, t_max]. "middle": from the middle
         [.2, .8] t_max, where the loss moves. "learned": where the loss is measured to fall fastest (`LossCurve`). None:
         "middle", or "uniform" where t_max = 1. middle_share: the share drawn so by the last two; the rest is uniform.
@@ -54,7 +55,7 @@ class TrainConfig:
     decay: float = 0.4
     weight_decay: float = 0.01
     clip: float = 1.0
-    given_share: float = 0.4
+    given_share: float = 0.6
     middle_share: float = 0.8
     seed: int = 0
     checkpoint_seconds: float = 60.0
@@ -234,19 +235,27 @@ class Trainer:
             u = np.where(generator.random(c.batch_size) < c.middle_share, 0.2 + 0.6 * u, u)
         return torch.from_numpy(self.path.time(u)).float()
 
-    def given_mask(self, generator: np.random.Generator) -> Tensor:
-        """(B, L): mostly nothing; else a random prefix, or everything but one random hole."""
+    def given_mask(self, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """given (B, L) and blank (B,), as config.given_share says; blank: nothing but what is given is to be seen, t = 0."""
         b, length = self.config.batch_size, self.config.length
-        mask = np.zeros((b, length), bool)
-        for row in np.flatnonzero(generator.random(b) < self.config.given_share):
-            if generator.random() < 0.5:
+        mask, positions = np.zeros((b, length), bool), np.arange(length)
+        chosen = generator.random(b) < self.config.given_share
+        for row in np.flatnonzero(chosen):
+            kind = generator.random()
+            if kind < 0.5:  # the first tokens of each segment, of a length from 4 to L, uniform in its logarithm
+                segment = round(4 * (length / 4) ** generator.random()) if length > 4 else length
+                mask[row] = positions % segment < generator.integers(0, segment)
+            elif kind < 0.75:
+                mask[row] = generator.random(length) < generator.random()
+                mask[row, generator.integers(length)] = False  # a batch of nothing but given tokens has no loss
+            elif kind < 0.875:
                 mask[row, : generator.integers(1, length)] = True
             else:
                 size = generator.integers(1, length)
                 start = generator.integers(0, length - size + 1)
                 mask[row] = True
                 mask[row, start : start + size] = False
-        return torch.from_numpy(mask)
+        return torch.from_numpy(mask), torch.from_numpy(chosen & (generator.random(b) < 0.5))
 
     def _path_loss(self, tokens: Tensor, t: Tensor, given: Tensor, rng: Tensor, reduction: str, row_offset: int):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
@@ -261,7 +270,9 @@ class Trainer:
         self.model.train()  # a path may condition a model on itself in training only
         tokens = data.batch(self.stream, c.batch_size, c.length, c.seed, self.step)
         generator = np.random.default_rng((c.seed, self.step, 1))
-        t, given = self.times(generator), self.given_mask(generator)
+        t = self.times(generator)
+        given, blank = self.given_mask(generator)
+        t = t.masked_fill(blank, 0.0)
         counts = ((tokens != IGNORE) & ~given).sum(1)
         lr = self.learning_rate(self.progress())
         loss, losses = self._gradients(tokens, t, given, int(counts.sum()))
@@ -275,7 +286,7 @@ class Trainer:
             decay = min(c.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.model.parameters()], 1 - decay)
         if losses is not None:
-            self.curve.add(self.curve.measurement(t, losses, counts))
+            self.curve.add(self.curve.measurement(t[~blank], losses[~blank], counts[~blank]))
         self.step += 1
         return loss
 

@@ -150,7 +150,7 @@ OTHERS = [
 ]  # fmt: skip
 EVERY = [LogitPath(50), LogitPath(50, alpha=0.5), LinearPath(50), SpherePath(50), MaskPath(50), UniformPath(50)]
 name = lambda path: f"{path.kind}-{getattr(path, 'alpha', getattr(path, 'schedule', ''))}"  # noqa: E731
-METHODS = ["basic", "sampling", "hybrid"]
+METHODS = ["basic", "sampling", "hybrid", "segments"]
 
 
 def small_chain():
@@ -178,6 +178,58 @@ def test_every_path_reaches_the_joint_distribution(path):
         }
         assert found[3] > 1.3 * found[12] and found[12] + 0.01 > found[48], (method, found)
         assert found[48] < floor + (0.03 if method == "basic" else 0.07), (method, found, floor)
+
+
+@pytest.mark.parametrize("path", [LogitPath(SMALL, t_max=0.8), *OTHERS], ids=name)
+def test_segments_of_one_pass_a_token_are_exact(path):
+    """Given all that stands, one token at a time: the chain rule. Two at once are drawn as if they did not know each other."""
+    draws, (sequences, weights) = 5000, small_chain()
+    floor = (weights * (1 - weights) / (2 * math.pi * draws)).sqrt().sum().item()
+    sampler = Sampler(ExactDenoiser(small_chain(), path), path)
+    options = dict(method="segments", top_k=None, seed=3)
+    assert small_variation(sampler.sample((draws, 3), steps=3, **options).tokens, draws) < floor + 0.01
+    two = sampler.sample((draws, 3), steps=2, **options).tokens  # the first with the third, then the second
+    joint = torch.zeros(SMALL, SMALL).double()
+    joint.index_put_((two[:, 0], two[:, 2]), torch.tensor(1 / draws, dtype=torch.float64), accumulate=True)
+    assert (joint - 1 / SMALL**2).abs().sum() / 2 < 0.03
+    same = (two[:, 1] == two[:, 0]) | (two[:, 1] == two[:, 2])
+    weight = torch.where(sequences[:, 1:] == sequences[:, :-1], 0.8, 0.1).double().prod(-1).view(SMALL, SMALL, SMALL)
+    expected = (weight / weight.sum(1, keepdim=True))[0, :, 0][0]  # the second, where its neighbours agree
+    agree = two[:, 0] == two[:, 2]
+    assert abs(same[agree].double().mean() - expected) < 0.03
+
+
+def test_segments_go_from_left_to_right_over_what_is_free():
+    """Free positions 1 4 5 6 8 9 10 of the first, 0 to 11 of the second: every third (fourth) of them is drawn in a pass."""
+    seen = []
+
+    def model(x, t):
+        seen.append((x.amax(-1) > 0.999).clone())  # which rows say their token
+        return torch.zeros(*x.shape)
+
+    given = torch.zeros(2, 12, dtype=torch.bool)
+    given[0, [0, 2, 3, 7, 11]] = True
+    path = LogitPath(50)
+    result = Sampler(model, path).infill(torch.full((2, 12), 7), given, steps=3, method="segments", return_history=True)
+    new = [now & ~before for before, now in itertools.pairwise([given, *seen[1:], torch.ones_like(given)])]
+    assert torch.equal(seen[0], given)
+    assert [row[0].nonzero().flatten().tolist() for row in new] == [[1, 6, 10], [4, 8], [5, 9]]
+    assert [row[1].nonzero().flatten().tolist() for row in new] == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    for before, after in itertools.pairwise(result.history):  # what stands is not drawn again
+        stands = given | new[0]
+        assert torch.equal(before[stands], after[stands])
+    assert torch.equal(result.history[-1], result.tokens) and result.tokens[given].eq(7).all()
+
+
+def test_segments_do_not_see_what_is_not_drawn_yet():
+    """Rows of free positions are pure noise: a Denoiser that reads posteriors says the same whatever that noise is."""
+    torch.manual_seed(0)
+    path = LogitPath(60)
+    model = Denoiser(DenoiserConfig(60, 1, 2, 16, 8), path).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    sampler, seeds = Sampler(model, path), list(range(40))
+    tokens = sampler.sample((40, 8), steps=4, method="segments", top_k=1, seed=seeds).tokens
+    assert torch.equal(tokens, tokens[:1].expand(40, 8))
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=name)
@@ -211,7 +263,8 @@ def test_nfe_given_tokens_and_batch_independence(path, method):
     for steps in (1, 2, 9):
         model.calls = 0
         result = sampler.infill(tokens, given, steps=steps, seed=[1, 2, 3, 4, 5], **options)
-        assert result.nfe == model.calls == steps
+        needed = int((~given).sum(1).max()) if method == "segments" else steps
+        assert result.nfe == model.calls == min(steps, needed)
         assert torch.equal(result.tokens[given], tokens[given])
         assert (result.tokens >= 0).all() and (result.tokens < 50).all()
     other = torch.where(given, tokens, -7)  # what is not given must not be seen
@@ -244,7 +297,7 @@ def test_top_k_and_top_p_reach_every_draw(path, method):
     assert cold.unique().tolist() == [7]
 
 
-@pytest.mark.parametrize("method", ["basic", "sampling", "hybrid"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_denoiser_samples_from_tokens_and_seeds_as_from_rows(method):
     """Of a Denoiser neither noisy rows nor whole logits are built; the tokens are those of the same network on rows."""
     torch.manual_seed(0)

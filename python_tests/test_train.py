@@ -275,6 +275,38 @@ def test_times(sampling):
     assert others.time_sampling == (sampling or "uniform")
 
 
+def test_what_is_given_in_training():
+    """Segments from their beginnings, scattered tokens, prefixes, holes; half of them with nothing else to be seen."""
+    run = trainer(1, given_share=0.6)
+    run.config = dataclasses.replace(run.config, batch_size=8000, length=64)
+    given, blank = run.given_mask(np.random.default_rng(0))
+    assert abs(given.any(1).float().mean() - 0.6) < 0.06  # segments and scattered masks may be empty by chance
+    assert abs(blank.float().mean() - 0.3) < 0.02
+    assert not given.all(1).any()
+    changes = (given[:, 1:] != given[:, :-1]).sum(1)
+    prefix = given[:, 0] & (changes == 1)
+    assert prefix.float().mean() > 0.6 / 8
+    periodic = torch.zeros(8000, dtype=torch.bool)
+    for size in range(4, 33):
+        repeats = (given[:, size:] == given[:, :-size]).all(1) & given.any(1)
+        first = (given[:, 1:size] <= given[:, : size - 1]).all(1)  # once free, free until the next segment
+        periodic |= repeats & first
+    assert 0.15 < periodic.float().mean() < 0.3
+    nothing = trainer(1, given_share=0.0).given_mask(np.random.default_rng(0))
+    assert not nothing[0].any() and not nothing[1].any()
+
+
+def test_blank_sequences_are_trained_at_time_zero(monkeypatch):
+    run = trainer(1, given_share=1.0)
+    found = []
+    loss = run.path.loss
+    monkeypatch.setattr(run.path, "loss", lambda *a, **k: found.append((a[2], k["given"])) or loss(*a, **k))
+    for _ in range(8):
+        run.train_step()
+    times = torch.cat([t for t, _ in found])
+    assert abs((times == 0).float().mean() - 0.5) < 0.2 and ((times > 0).sum() > 0)
+
+
 def test_times_are_drawn_where_the_loss_falls():
     curve = LossCurve(0.3)
     edges = np.linspace(0, 1, curve.BINS + 1)

@@ -83,6 +83,13 @@ class Prediction:
             self._logits = (self.hidden @ self.weight.T).float()
         return self._logits
 
+    def at(self, places: Tensor) -> Prediction:
+        """What it says of some positions of each sequence, places (B, N)."""
+        if self.is_dense:
+            return Prediction(self._logits.gather(1, places[..., None].expand(-1, -1, self._logits.shape[-1])))
+        hidden = self.hidden.gather(1, places[..., None].expand(-1, -1, self.hidden.shape[-1]))
+        return Prediction(None, hidden, self.weight)
+
     def draw(self, k: int, rng: Tensor, temperature: float = 1.0, top_p: float = 1.0, row_offset: int = 0) -> Tensor:
         """(B, L) tokens of `ops.topk_sample`, rng (B, 2)."""
         options = {"temperature": temperature, "top_p": top_p, "row_offset": row_offset}
