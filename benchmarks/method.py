@@ -38,6 +38,7 @@ from klflow_ext import (
     load_run,
 )
 from klflow_ext.train import write_atomically
+from readme import sampled_as
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "method"
@@ -208,8 +209,11 @@ def plot(arguments) -> None:
 
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 4), sharey=True)
     for axis, nfe in zip(axes, (8, 16, 32, 64), strict=True):
-        for i, name in enumerate(METHODS):
-            samples = [s for r in found if r["name"] == name and r["vocab_size"] == 2048 for s in r.get("samples", [])]
+        for i, name in enumerate([*METHODS, "mask, segments"]):
+            samples = [
+                s for r in found if r["vocab_size"] == 2048
+                for s in r.get("samples", []) if sampled_as(r["name"], s["method"]) == name
+            ]  # fmt: skip
             groups = dict(sorted(mean_by([s for s in samples if s["steps"] == nfe], lambda s: s["top_k"]).items()))
             if groups:
                 points = [
@@ -232,6 +236,7 @@ def gallery(arguments) -> None:
              "TinyStories, 4 layers, D = 256, a few minutes of training.", ""]  # fmt: skip
     for r in results():
         rows = [s for s in r.get("samples", []) if (s["steps"], s["top_k"]) == (LENGTH, 20)]
+        rows = [s for s in rows if sampled_as(r["name"], s["method"]) == r["name"]]
         if rows and r["seed"] == 0 and r["vocab_size"] == 2048:
             lines += [f"## {r['name']}, {r['steps']:,} steps: {rows[0]['bits_per_byte']:.2f} bits per byte, entropy "
                       f"{rows[0]['entropy']:.2f}", ""]  # fmt: skip

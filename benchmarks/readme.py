@@ -64,7 +64,7 @@ def method_runs():
 def method_loss():
     """Held-out loss by time of what reads the logit path, mean over seeds."""
     tables = []
-    groups = {key: runs for key, runs in method_runs().items() if "posterior" in key[2] or "simplex" in key[2]}
+    groups = {key: runs for key, runs in method_runs().items() if {"posterior", "simplex", "segments"} & set(key[2].split())}
     for vocab, steps in sorted({key[:2] for key in groups}):
         rows = []
         for (v, s, name), runs in groups.items():
@@ -78,20 +78,30 @@ def method_loss():
     return "\n\n".join(tables)
 
 
+def sampled_as(name: str, method: str) -> str:
+    """A run with the scheme it was sampled by, where that is not its usual one."""
+    usual = ("segments",) if name == "segments" else ("basic", "sampling")
+    return name if method in usual else f"{name}, {method}"
+
+
 def method_samples():
     """Bits per byte (entropy) of samples at V = 2,048, mean over seeds."""
-    columns = (8, 16, 32, 64)
+    columns = (8, 16, 32, 64, 256)
     rows = []
+    groups: dict[tuple, list] = {}
     for (vocab, steps, name), runs in method_runs().items():
-        samples = [s for r in runs for s in r.get("samples", [])]
-        for top_k in sorted({s["top_k"] for s in samples}, reverse=True) if vocab == 2048 else ():
+        for s in (s for r in runs for s in r.get("samples", []) if vocab == 2048):
+            groups.setdefault((sampled_as(name, s["method"]), steps), []).append(s)
+    for (name, steps), samples in groups.items():
+        for top_k in sorted({s["top_k"] for s in samples}, reverse=True):
             cells = []
             for nfe in columns:
                 found = [s for s in samples if (s["top_k"], s["steps"]) == (top_k, nfe)]
                 means = [sum(s[k] for s in found) / len(found) for k in ("bits_per_byte", "entropy")] if found else []
                 cells.append("{:.2f} ({:.2f})".format(*means) if found else "")
-            rows.append([f"{name}, {steps:,} steps", str(top_k), *cells])
-    return table(["V = 2,048", "top-k", *(f"NFE {n}" for n in columns)], sorted(rows, key=lambda r: (-int(r[1]), r[0])))
+            if steps == 1075:
+                rows.append([name, str(top_k), *cells])
+    return table(["V = 2,048, 1,075 steps", "top-k", *(f"NFE {n}" for n in columns)], sorted(rows, key=lambda r: (-int(r[1]), r[0])))
 
 
 TABLES = (
