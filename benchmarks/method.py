@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from readme import sampled_as
 
 from klflow_ext import (
     Autoregressive,
@@ -38,7 +39,6 @@ from klflow_ext import (
     load_run,
 )
 from klflow_ext.train import write_atomically
-from readme import sampled_as
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "method"

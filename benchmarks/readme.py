@@ -64,7 +64,9 @@ def method_runs():
 def method_loss():
     """Held-out loss by time of what reads the logit path, mean over seeds."""
     tables = []
-    groups = {key: runs for key, runs in method_runs().items() if {"posterior", "simplex", "segments"} & set(key[2].split())}
+    groups = {
+        key: runs for key, runs in method_runs().items() if {"posterior", "simplex", "segments"} & set(key[2].split())
+    }
     for vocab, steps in sorted({key[:2] for key in groups}):
         rows = []
         for (v, s, name), runs in groups.items():
@@ -101,7 +103,10 @@ def method_samples():
                 cells.append("{:.2f} ({:.2f})".format(*means) if found else "")
             if steps == 1075:
                 rows.append([name, str(top_k), *cells])
-    return table(["V = 2,048, 1,075 steps", "top-k", *(f"NFE {n}" for n in columns)], sorted(rows, key=lambda r: (-int(r[1]), r[0])))
+    return table(
+        ["V = 2,048, 1,075 steps", "top-k", *(f"NFE {n}" for n in columns)],
+        sorted(rows, key=lambda r: (-int(r[1]), r[0])),
+    )
 
 
 TABLES = (
