@@ -66,14 +66,14 @@ def eager_backend(monkeypatch):
 
 @pytest.mark.parametrize("input", ["posterior", "simplex"])
 def test_training_learns_and_resumes_bit_for_bit(tmp_path, input):
-    whole = trainer(30, tmp_path / "whole", input)
+    whole = trainer(30, tmp_path / "whole", input, given_share=0.2)
     whole.fit(progress=False)
-    first = trainer(30, tmp_path / "parts", input)
+    first = trainer(30, tmp_path / "parts", input, given_share=0.2)
     for _ in range(13):
         first.train_step()
     first.out.mkdir()
     first.save()
-    second = trainer(30, tmp_path / "parts", input)
+    second = trainer(30, tmp_path / "parts", input, given_share=0.2)
     second.load()
     second.fit(progress=False)
     for (name, a), b in zip(whole.model.state_dict().items(), second.model.state_dict().values(), strict=True):
