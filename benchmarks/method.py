@@ -2,6 +2,7 @@
 
 python benchmarks/method.py train --name posterior --seed 0      # one run: runs/method/..., results/method/...json
 python benchmarks/method.py judge --name posterior --seed 0      # bits per byte and entropy of its samples, a few minutes
+python benchmarks/method.py fill --name segments --seed 0        # held-out stories from their beginnings, and with holes
 python benchmarks/method.py plot                                 # results/method_loss.png, results/method_frontier.png
 python benchmarks/method.py gallery                              # benchmarks/GALLERY.md: uncurated samples
 
@@ -167,6 +168,27 @@ def judge(arguments) -> None:
     update(arguments, samples=[row for row in kept if key(row) not in measured] + rows)
 
 
+def fill(arguments) -> None:
+    """Held-out text with everything after 16 tokens, or the middle 16, written anew in 16 passes."""
+    model, path, tokenizer = load_run(arguments.runs / label(arguments))
+    _, _, held = text_streams(arguments.vocab_size, arguments.runs)
+    end = tokenizer.token_to_id(data.END)
+    starts = [i + 1 for i in np.flatnonzero(held == end) if end not in held[i + 1 : i + 1 + LENGTH]][:6]
+    tokens = torch.from_numpy(np.stack([held[i : i + LENGTH] for i in starts])).long()
+    given = torch.ones_like(tokens, dtype=torch.bool)
+    given[:3, 16:], given[3:, 24:40] = False, False
+    method = "segments" if isinstance(path, LogitPath) else None
+    result = Sampler(model, path).infill(tokens, given, steps=16, top_k=10, method=method, seed=arguments.seed)
+    decode = lambda row, part: " ".join(tokenizer.decode(row[part].tolist()).split())  # noqa: E731
+    rows = []
+    for i, (row, before) in enumerate(zip(result.tokens, tokens, strict=True)):
+        parts = (slice(16), slice(16, LENGTH), slice(0, 0)) if i < 3 else (slice(24), slice(24, 40), slice(40, LENGTH))
+        texts = [decode(row, part) for part in parts]
+        rows.append({"before": texts[0], "written": texts[1], "after": texts[2], "was": decode(before, parts[1])})
+        print(f"{texts[0]} [{texts[1]}] {texts[2]}\n    (was: {rows[-1]['was']})", flush=True)
+    update(arguments, filled=rows)
+
+
 # ---- what a reader sees
 
 
@@ -243,12 +265,20 @@ def gallery(arguments) -> None:
             for number, text in enumerate(rows[0]["texts"], 1):
                 lines.append(f"{number}. {' '.join(text.split()).replace('<|endoftext|>', '⏎')}")
             lines.append("")
+            if "filled" in r:
+                lines += [
+                    f"### {r['name']}: prompts of 16 tokens continued, holes of 16 tokens filled; 16 passes, top-k 10",
+                    "",
+                ]
+                for number, row in enumerate(r["filled"], 1):
+                    lines.append(f"{number}. {row['before']} **{row['written']}** {row['after']} *(was: {row['was']})*")
+                lines.append("")
     write_atomically(ROOT / "GALLERY.md", lambda p: p.write_text("\n".join(lines)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("train", "judge", "plot", "gallery"))
+    parser.add_argument("action", choices=("train", "judge", "fill", "plot", "gallery"))
     parser.add_argument("--name", choices=METHODS, default="posterior")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=1075)
@@ -260,7 +290,7 @@ def main() -> None:
     parser.add_argument("--method", help="another scheme than the path's best")
     parser.add_argument("--bfloat16", action="store_true", help="sample with the network in bfloat16")
     arguments = parser.parse_args()
-    {"train": train, "judge": judge, "plot": plot, "gallery": gallery}[arguments.action](arguments)
+    {"train": train, "judge": judge, "fill": fill, "plot": plot, "gallery": gallery}[arguments.action](arguments)
 
 
 if __name__ == "__main__":
