@@ -230,8 +230,10 @@ def plot(arguments) -> None:
     figure.savefig(ROOT / "results" / "method_loss.png", dpi=110)
 
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 4), sharey=True)
+    names = [name for name in METHODS if any(r["name"] == name and r.get("samples") for r in found)]
+    colors = {name: f"C{i}" for i, name in enumerate(names)}
     for axis, nfe in zip(axes, (8, 16, 32, 64), strict=True):
-        for i, name in enumerate([*METHODS, "mask, segments"]):
+        for name in [*names, "mask, segments"]:
             samples = [
                 s for r in found if r["vocab_size"] == 2048
                 for s in r.get("samples", []) if sampled_as(r["name"], s["method"]) == name
@@ -241,7 +243,8 @@ def plot(arguments) -> None:
                 points = [
                     (n, *(np.mean([s[k] for s in g]) for k in ("entropy", "bits_per_byte"))) for n, g in groups.items()
                 ]
-                axis.plot([x for _, x, _ in points], [y for _, _, y in points], marker="o", color=f"C{i}", label=name)
+                axis.plot([x for _, x, _ in points], [y for _, _, y in points], marker="o", color=colors[name.split(",")[0]],
+                          linestyle="--" if "," in name else "-", label=name)  # fmt: skip
                 for n, x, y in points:
                     axis.annotate(str(n), (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
         axis.set(xlabel="entropy of a sample's tokens, nats", title=f"NFE {nfe}; numbers are top-k")
