@@ -3,6 +3,7 @@
 python benchmarks/method.py train --name posterior --seed 0      # one run: runs/method/..., results/method/...json
 python benchmarks/method.py judge --name posterior --seed 0      # bits per byte and entropy of its samples, a few minutes
 python benchmarks/method.py fill --name segments --seed 0        # held-out stories from their beginnings, and with holes
+python benchmarks/method.py sweep --name posterior --seed 0      # t_split, time grid and boosts of the schemes, 15 minutes
 python benchmarks/method.py plot                                 # results/method_loss.png, results/method_frontier.png
 python benchmarks/method.py gallery                              # benchmarks/GALLERY.md: uncurated samples
 
@@ -17,6 +18,7 @@ import json
 import os
 import time
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +46,12 @@ from klflow_ext.train import write_atomically
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "method"
 
-# name: (path, what the network is, how it is trained). The paper's own is "simplex uniform".
+# name: (path, what the network is, how it is trained). The paper's own is "simplex uniform". "stdlib" is "segments" on the
+# source of Python's standard library, for a removed line of code.
 METHODS = {
     "posterior": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle"}),
     "segments": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle", "given_share": 0.6}),
+    "stdlib": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle", "given_share": 0.6}),
     "posterior learned": (LogitPath, {"input": "posterior"}, {"time_sampling": "learned"}),
     "posterior uniform": (LogitPath, {"input": "posterior"}, {"time_sampling": "uniform"}),
     "simplex": (LogitPath, {"input": "simplex"}, {"time_sampling": "middle"}),
@@ -62,19 +66,20 @@ LENGTH, BATCH = 64, 32
 EVERY = 8  # measurements of the held-out loss in a run
 
 
-def text_streams(vocab_size: int, runs: Path):
-    """(tokenizer, training, held-out tokens) of TinyStories, made once."""
+def text_streams(arguments):
+    """(tokenizer, training, held-out tokens) of TinyStories, or of the standard library, made once."""
     from tokenizers import Tokenizer
 
-    folder = runs / f"tokens-{vocab_size}"
+    code = arguments.name == "stdlib"
+    folder = arguments.runs / f"tokens-{'stdlib-' * code}{arguments.vocab_size}"
     if not (folder / "heldout.npy").exists():
         folder.mkdir(parents=True, exist_ok=True)
         source = Path(os.environ["KLFLOW_DATA"]) / "tinystories"
-        train, held = (
+        train, held = data.documents(None) if code else (
             [part for part in data.read_text(source / f"tinystories_{name}.txt").split(f"\n{data.END}\n") if part.strip()]
             for name in ("train", "heldout")
         )  # fmt: skip
-        tokenizer = data.train_tokenizer(train, vocab_size)
+        tokenizer = data.train_tokenizer(train, arguments.vocab_size)
         write_atomically(folder / "tokenizer.json", lambda p: tokenizer.save(str(p)))
         for name, texts in (("train", train), ("heldout", held)):
             stream = data.encode(tokenizer, texts)
@@ -100,7 +105,7 @@ def update(arguments, **values) -> None:
 
 def train(arguments) -> None:
     make_path, model_options, train_options = METHODS[arguments.name]
-    tokenizer, stream, held = text_streams(arguments.vocab_size, arguments.runs)
+    tokenizer, stream, held = text_streams(arguments)
     vocab = tokenizer.get_vocab_size()
     torch.manual_seed(arguments.seed)
     path = make_path(vocab)
@@ -168,25 +173,69 @@ def judge(arguments) -> None:
     update(arguments, samples=[row for row in kept if key(row) not in measured] + rows)
 
 
+def holes(arguments, tokenizer):
+    """((tokens, given), ...), each (1, L), held-out: beginnings of stories and stories without their middle, or code without a line."""
+    if arguments.name == "stdlib":
+        _, texts = data.documents(None)
+        return [(tokens, given) for tokens, given, _ in islice(data.removed_lines(texts, tokenizer, LENGTH), 10)]
+    _, _, held = text_streams(arguments)
+    end, found = tokenizer.token_to_id(data.END), []
+    starts = [i + 1 for i in np.flatnonzero(held == end) if end not in held[i + 1 : i + 1 + LENGTH]]
+    for free in [slice(16, LENGTH)] * 5 + [slice(24, 40)] * 5:
+        start = starts[len(found)]
+        tokens = torch.from_numpy(held[start : start + LENGTH][None]).long()
+        given = torch.ones_like(tokens, dtype=torch.bool)
+        given[:, free] = False
+        found.append((tokens, given))
+    return found
+
+
 def fill(arguments) -> None:
-    """Held-out text with everything after 16 tokens, or the middle 16, written anew in 16 passes."""
+    """What is missing of held-out texts, written anew in 16 passes."""
     model, path, tokenizer = load_run(arguments.runs / label(arguments))
-    _, _, held = text_streams(arguments.vocab_size, arguments.runs)
-    end = tokenizer.token_to_id(data.END)
-    starts = [i + 1 for i in np.flatnonzero(held == end) if end not in held[i + 1 : i + 1 + LENGTH]][:6]
-    tokens = torch.from_numpy(np.stack([held[i : i + LENGTH] for i in starts])).long()
-    given = torch.ones_like(tokens, dtype=torch.bool)
-    given[:3, 16:], given[3:, 24:40] = False, False
-    method = "segments" if isinstance(path, LogitPath) else None
-    result = Sampler(model, path).infill(tokens, given, steps=16, top_k=10, method=method, seed=arguments.seed)
-    decode = lambda row, part: " ".join(tokenizer.decode(row[part].tolist()).split())  # noqa: E731
-    rows = []
-    for i, (row, before) in enumerate(zip(result.tokens, tokens, strict=True)):
-        parts = (slice(16), slice(16, LENGTH), slice(0, 0)) if i < 3 else (slice(24), slice(24, 40), slice(40, LENGTH))
-        texts = [decode(row, part) for part in parts]
-        rows.append({"before": texts[0], "written": texts[1], "after": texts[2], "was": decode(before, parts[1])})
-        print(f"{texts[0]} [{texts[1]}] {texts[2]}\n    (was: {rows[-1]['was']})", flush=True)
+    sampler, rows = Sampler(model, path), []
+    for number, (tokens, given) in enumerate(holes(arguments, tokenizer)):
+        method = "segments" if isinstance(path, LogitPath) else None
+        result = sampler.infill(tokens, given, steps=16, top_k=10, method=method, seed=[arguments.seed + number])
+        free = (~given[0]).nonzero().flatten()
+        parts = {"before": slice(free[0]), "written": ~given[0], "after": slice(free[-1] + 1, None)}
+        row = {name: tokenizer.decode(result.tokens[0][part].tolist()) for name, part in parts.items()}
+        rows.append({**row, "was": tokenizer.decode(tokens[0][~given[0]].tolist())})
+        print("{before}[{written}]{after}\n    (was: {was})\n".format(**rows[-1]), flush=True)
     update(arguments, filled=rows)
+
+
+def sweep(arguments) -> None:
+    """Where hybrid turns to sampling and how the times are spaced; and what of the basic scheme's sum has to be kept."""
+    scorer = evaluate.Judge(Path(os.environ["KLFLOW_DATA"]) / "stories260K")
+    model, path, tokenizer = load_run(arguments.runs / label(arguments))
+    sampler, rows, kept = Sampler(model, path), [], []
+
+    def measure(steps: int, **options):
+        found = sampler.sample((arguments.count, LENGTH), steps=steps, seed=arguments.seed, **options)
+        bits = scorer.bits_per_byte([tokenizer.decode(tokens.tolist()) for tokens in found.tokens])
+        row = {
+            "steps": steps,
+            "bits_per_byte": bits,
+            "entropy": evaluate.token_entropy(found.tokens),
+            "seconds": found.seconds,
+        }
+        return row, found.tokens
+
+    for steps in (16, 64):
+        for share in (0.0, 0.25, 0.5, 0.75, 14 / 15):
+            for power in (1.0, 0.5):
+                row, _ = measure(steps, method="hybrid", top_k=20, t_split=share * path.t_max, grid_power=power)
+                rows.append({"t_split": share, "grid_power": power, **row})
+                print(f"{label(arguments)}: {rows[-1]}", flush=True)
+    for steps in (16, 64):
+        row, exact = measure(steps, method="basic", boosts=None)
+        kept.append({"boosts": None, "same": 1.0, **row})
+        for boosts in (1024, 256, 64, 16):
+            row, tokens = measure(steps, method="basic", boosts=boosts)
+            kept.append({"boosts": boosts, "same": float((tokens == exact).float().mean()), **row})
+            print(f"{label(arguments)}: {kept[-1]}", flush=True)
+    update(arguments, sweep=rows, boosts=kept)
 
 
 # ---- what a reader sees
@@ -274,14 +323,27 @@ def gallery(arguments) -> None:
                     "",
                 ]
                 for number, row in enumerate(r["filled"], 1):
-                    lines.append(f"{number}. {row['before']} **{row['written']}** {row['after']} *(was: {row['was']})*")
+                    row = {name: " ".join(text.split()) for name, text in row.items()}
+                    lines.append("{}. {before} **{written}** {after} *(was: {was})*".format(number, **row))
                 lines.append("")
+        if r["name"] == "stdlib" and "filled" in r:
+            lines += [
+                f"## A removed line of the standard library's source, filled in; {r['steps']:,} steps, top-k 10",
+                "",
+            ]
+            for row in r["filled"]:
+                lines += [
+                    "```python",
+                    "{before}{written}    # <- written; was: {}{after}".format(row["was"].strip(), **row),
+                    "```",
+                    "",
+                ]
     write_atomically(ROOT / "GALLERY.md", lambda p: p.write_text("\n".join(lines)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("train", "judge", "fill", "plot", "gallery"))
+    parser.add_argument("action", choices=("train", "judge", "fill", "sweep", "plot", "gallery"))
     parser.add_argument("--name", choices=METHODS, default="posterior")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=1075)
@@ -293,7 +355,9 @@ def main() -> None:
     parser.add_argument("--method", help="another scheme than the path's best")
     parser.add_argument("--bfloat16", action="store_true", help="sample with the network in bfloat16")
     arguments = parser.parse_args()
-    {"train": train, "judge": judge, "fill": fill, "plot": plot, "gallery": gallery}[arguments.action](arguments)
+    {"train": train, "judge": judge, "fill": fill, "sweep": sweep, "plot": plot, "gallery": gallery}[arguments.action](
+        arguments
+    )
 
 
 if __name__ == "__main__":

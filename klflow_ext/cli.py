@@ -215,20 +215,14 @@ class Demo(Settings):
 
     def fill(self, sampler, tokenizer, held_texts):
         """Removes the middle line of a piece of held-out text and lets the model write it again."""
-        for text in held_texts:
-            lines = [line for line in text.split("\n") if line.strip()]
-            for at in range(3, len(lines) - 3):
-                parts = ["\n".join(lines[at - 3 : at]) + "\n", lines[at], "\n" + "\n".join(lines[at + 1 : at + 4])]
-                ids = [tokenizer.encode(part).ids for part in parts]
-                if 6 <= len(ids[1]) <= 14 and sum(map(len, ids)) <= self.length:
-                    tokens = torch.tensor([sum(ids, [])])
-                    given = torch.ones_like(tokens, dtype=torch.bool)
-                    given[0, len(ids[0]) : len(ids[0]) + len(ids[1])] = False
-                    result = sampler.infill(tokens, given, steps=32, method="segments", seed=self.seed)
-                    filled = tokenizer.decode(result.tokens[0][~given[0]].tolist())
-                    print(f"\n--- a removed line, filled in ({len(ids[1])} tokens)\n{parts[0]}>>> {filled}{parts[2]}")
-                    print(f"    (the line was: {parts[1].strip()})")
-                    return
+        from klflow_ext import data
+
+        for tokens, given, (before, line, after) in data.removed_lines(held_texts, tokenizer, self.length):
+            result = sampler.infill(tokens, given, steps=32, method="segments", seed=self.seed)
+            filled = tokenizer.decode(result.tokens[~given.to(result.tokens.device)].tolist())
+            print(f"\n--- a removed line, filled in ({result.nfe} tokens)\n{before}>>> {filled}{after}")
+            print(f"    (the line was: {line.strip()})")
+            break
 
 
 @dataclass

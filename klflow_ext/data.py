@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -126,3 +127,21 @@ def batch(stream: np.ndarray, batch_size: int, length: int, seed: int, step: int
         raise ValueError(f"data: {len(stream)} tokens are too few for sequences of {length}")
     starts = np.random.default_rng((seed, step)).integers(0, len(stream) - length, batch_size)
     return torch.from_numpy(np.stack([stream[s : s + length] for s in starts]).astype(np.int64))
+
+
+def removed_lines(
+    texts: list[str], tokenizer, length: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, tuple[str, str, str]]]:
+    """(tokens (1, L), given (1, L), (before, line, after)) of a line of 6 to 14 tokens between three others on each side, for
+    which L <= length; the first such line of each text. Only the line's tokens are not given. Blank lines are left out."""
+    for text in texts:
+        lines = [line for line in text.split("\n") if line.strip()]
+        for at in range(3, len(lines) - 3):
+            parts = "\n".join(lines[at - 3 : at]) + "\n", lines[at], "\n" + "\n".join(lines[at + 1 : at + 4])
+            ids = [tokenizer.encode(part, add_special_tokens=False).ids for part in parts]
+            if 6 <= len(ids[1]) <= 14 and sum(map(len, ids)) <= length:
+                tokens = torch.tensor([sum(ids, [])])
+                given = torch.ones_like(tokens, dtype=torch.bool)
+                given[0, len(ids[0]) : len(ids[0]) + len(ids[1])] = False
+                yield tokens, given, parts
+                break

@@ -440,6 +440,17 @@ def test_tokenizer_round_trip_and_documents(tmp_path):
     assert torch.equal(data.batch(stream, 4, 8, 1, 2), data.batch(stream, 4, 8, 1, 2))
 
 
+def test_removed_lines():
+    tokenizer = data.train_tokenizer(["some text"], 257)  # a token a byte
+    text = "\n".join(["a = 1", "", "b = 2", "", "c = 3", "d", "call(e)", "f", "g", "h", "i"])
+    long = "\n".join(["x" * 40] * 3 + ["call(e)"] + ["y"] * 3)
+    (found,) = data.removed_lines([long, "a\n" * 6, text], tokenizer, 60)
+    tokens, given, (before, line, after) = found
+    assert (before, line, after) == ("b = 2\nc = 3\nd\n", "call(e)", "\nf\ng\nh")
+    assert tokenizer.decode(tokens[0].tolist()) == before + line + after
+    assert tokenizer.decode(tokens[~given].tolist()) == line and given.shape == tokens.shape == (1, 27)
+
+
 @pytest.mark.parametrize(
     "content,message", [(None, "cannot be read"), (b"", "is empty"), (b"ab\xff", "not UTF-8: byte 0xff at offset 2"),
                         (b"short", "at least 20 are needed")]
