@@ -30,6 +30,7 @@ from embedding import peak_bytes
 from kernels import machine, once, save
 
 from klflow_ext import Denoiser, DenoiserConfig, LogitPath
+from klflow_ext.muon import Muon
 
 STEPS = ("posterior", "simplex", "integer", "eager")
 BETA = 0.01
@@ -56,7 +57,7 @@ class Step:
         self.t = (torch.rand(shape[0]) * self.path.t_max).to(device)
         hidden = self.model.hidden_matrices()
         rest = [p for p in self.model.parameters() if all(p is not q for q in hidden)]
-        self.optimizers = [torch.optim.AdamW(rest, lr=1e-4), torch.optim.Muon(hidden, lr=1e-4)]
+        self.optimizers = [torch.optim.AdamW(rest, lr=1e-4), Muon(hidden, lr=1e-4)]
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=arguments.dtype == "bfloat16")
         self.count = 0
 

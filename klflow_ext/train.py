@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from klflow_ext import data
 from klflow_ext.model import Denoiser, DenoiserConfig
+from klflow_ext.muon import Muon, multiplies_bfloat16
 from klflow_ext.path import IGNORE
 from klflow_ext.path import Path as NoisePath
 
@@ -42,7 +44,8 @@ class TrainConfig:
         "middle", or "uniform" where t_max = 1. middle_share: the share drawn so by the last two; the rest is uniform.
     ema: decay d of the average of the weights, in [0, 1), as d = min(ema, (1 + step) / (10 + step)); 0: none. The average
         is what `load_run` and `Trainer.averaged_model` give.
-    dtype: "bfloat16" runs matrix products in bfloat16 (autocast); weights, their gradients, loss and sums stay float32.
+    dtype: "bfloat16" runs matrix products in bfloat16 (autocast); weights, their gradients, loss and sums stay float32. On
+        processors without AVX-512 that is many times slower, and warned of.
     compile: torch.compile of the loss, in one graph.
     """
 
@@ -185,12 +188,18 @@ class Trainer:
         if self.processes > 1:
             for value in model.state_dict().values():
                 dist.broadcast(value, 0)
+        if config.dtype == "bfloat16" and not multiplies_bfloat16(self.device):
+            warnings.warn(
+                "dtype: got 'bfloat16', whose matrix products take this processor (without AVX-512) many times longer than those "
+                "of 'float32'",
+                stacklevel=2,
+            )
         hidden = model.hidden_matrices()
         names = {id(p) for p in hidden}
         rest = [p for p in model.parameters() if id(p) not in names]
         self.optimizers = [
             torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0),
-            torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+            Muon(hidden, lr=config.lr, weight_decay=config.weight_decay),
         ]
         self.step, self.seconds = 0, 0.0
         self.average = self._weights() if config.ema else {}

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from klflow_ext import (
     Trainer,
     data,
     evaluate,
+    train,
 )
 from klflow_ext.path import IGNORE
 from klflow_ext.train import RUN_FORMAT, LossCurve, load_run, read_config
@@ -117,6 +119,17 @@ def test_the_average_is_what_a_run_gives(tmp_path):
     assert plain.model.training
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_slow_bfloat16_is_warned_of(monkeypatch, fast):
+    monkeypatch.setattr(train, "multiplies_bfloat16", lambda device: fast)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer(1)
+        assert not seen
+        trainer(1, dtype="bfloat16")
+    assert [str(w.message)[:21] for w in seen] == ["dtype: got 'bfloat16'"] * (not fast)
+
+
 def test_bfloat16_learns_what_float32_learns():
     runs = {dtype: trainer(30, dtype=dtype) for dtype in ("float32", "bfloat16")}
     losses = {dtype: torch.tensor([run.train_step() for _ in range(30)]) for dtype, run in runs.items()}
@@ -196,7 +209,7 @@ torch.save({"weights": run.model.state_dict(), "curve": run.curve.sums}, folder 
     two = torch.load(tmp_path / "two" / "checkpoint.pt")
     for name, weight in one["model"].items():
         assert torch.equal(first["weights"][name], second["weights"][name]), name
-        assert (two["model"][name] - weight).norm() < 0.03 * weight.norm(), name  # Muon rounds to bfloat16
+        assert (two["model"][name] - weight).norm() < 0.03 * weight.norm(), name  # Muon may round to bfloat16
         assert torch.equal(two["model"][name], first["weights"][name]), name
     torch.testing.assert_close(two["curve"], one["curve"], rtol=1e-3, atol=0)
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
