@@ -41,6 +41,7 @@ from klflow_ext import (
     evaluate,
     load_run,
 )
+from klflow_ext.muon import multiplies_bfloat16
 from klflow_ext.train import write_atomically
 
 ROOT = Path(__file__).resolve().parent
@@ -112,7 +113,8 @@ def train(arguments) -> None:
     prior = evaluate.unigram_log_prior(stream, vocab)
     model = Denoiser(DenoiserConfig(vocab, 4, 4, 256, **model_options), path, prior)
     config = TrainConfig(
-        steps=arguments.steps, batch_size=BATCH, length=LENGTH, dtype="bfloat16", seed=arguments.seed,
+        steps=arguments.steps, batch_size=BATCH, length=LENGTH, seed=arguments.seed,
+        dtype="bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32",
         **{"given_share": 0.0, **train_options},
     )  # fmt: skip
     out = arguments.runs / label(arguments)
@@ -137,7 +139,7 @@ def train(arguments) -> None:
     losses = evaluate.loss_by_time(trainer.averaged_model().eval(), path, held, LENGTH, sequences=256)
     update(
         arguments, losses={f"{t:.3f}": loss for t, loss in losses.items()}, curve=curve, train_seconds=seconds,
-        threads=torch.get_num_threads(), unigram=evaluate.unigram_entropy(held, vocab, prior),
+        threads=torch.get_num_threads(), dtype=config.dtype, unigram=evaluate.unigram_entropy(held, vocab, prior),
     )  # fmt: skip
 
 
