@@ -262,32 +262,31 @@ def plot(arguments) -> None:
     from matplotlib import pyplot
 
     found = results()
-    runs = mean_by([r for r in found if "losses" in r], lambda r: (r["vocab_size"], r["name"]))
-    rows = [(v, n) for v, n in runs if n in ("posterior", "simplex", "simplex uniform")]
-    vocabs = sorted({v for v, _ in rows})
-    figure, axes = pyplot.subplots(len(vocabs), 2, figsize=(9, 3.4 * len(vocabs)), squeeze=False)
-    for (by_time, by_step), vocab in zip(axes, vocabs, strict=True):
-        for color, name in zip(("C0", "C1", "C2"), ("posterior", "simplex", "simplex uniform"), strict=True):
-            for i, r in enumerate(runs.get((vocab, name), [])):
+    shown = ("posterior", "simplex", "simplex uniform")
+    runs = mean_by([r for r in found if "losses" in r and r["name"] in shown], lambda r: (r["vocab_size"], r["steps"]))
+    figure, axes = pyplot.subplots(len(runs), 2, figsize=(9, 3.4 * len(runs)), squeeze=False)
+    for (by_time, by_step), (vocab, steps) in zip(axes, sorted(runs), strict=True):
+        for color, name in zip(("C0", "C1", "C2"), shown, strict=True):
+            for i, r in enumerate(r for r in runs[vocab, steps] if r["name"] == name):
                 text = name if i == 0 else None
                 by_time.plot(
                     [float(t) for t in r["losses"]], list(r["losses"].values()), color=color, marker=".", label=text
                 )
                 by_step.plot([c["step"] for c in r["curve"]], [c["loss"] for c in r["curve"]], color=color, label=text)
-        by_time.set(xlabel="t", ylabel="held-out loss, nats", yscale="log", title=f"V = {vocab:,}")
+        by_time.set(xlabel="t", ylabel="held-out loss, nats", yscale="log", title=f"V = {vocab:,}, {steps:,} steps")
         by_step.set(xlabel="step", ylabel="mean over t", title="one line a seed")
         by_time.legend()
     figure.tight_layout()
     figure.savefig(ROOT / "results" / "method_loss.png", dpi=110)
 
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 4), sharey=True)
+    found = [r for r in found if (r["vocab_size"], r["steps"]) == (2048, 1075)]
     names = [name for name in METHODS if any(r["name"] == name and r.get("samples") for r in found)]
     colors = {name: f"C{i}" for i, name in enumerate(names)}
     for axis, nfe in zip(axes, (8, 16, 32, 64), strict=True):
         for name in [*names, "mask, segments"]:
             samples = [
-                s for r in found if r["vocab_size"] == 2048
-                for s in r.get("samples", []) if sampled_as(r["name"], s["method"]) == name
+                s for r in found for s in r.get("samples", []) if sampled_as(r["name"], s["method"]) == name
             ]  # fmt: skip
             groups = dict(sorted(mean_by([s for s in samples if s["steps"] == nfe], lambda s: s["top_k"]).items()))
             if groups:

@@ -87,26 +87,25 @@ def sampled_as(name: str, method: str) -> str:
 
 
 def method_samples():
-    """Bits per byte (entropy) of samples at V = 2,048, mean over seeds."""
+    """Bits per byte (entropy) of samples, mean over seeds: a table for each V and number of steps."""
     columns = (8, 16, 32, 64, 256)
-    rows = []
-    groups: dict[tuple, list] = {}
+    groups: dict[tuple, dict] = {}
     for (vocab, steps, name), runs in method_runs().items():
-        for s in (s for r in runs for s in r.get("samples", []) if vocab == 2048):
-            groups.setdefault((sampled_as(name, s["method"]), steps), []).append(s)
-    for (name, steps), samples in groups.items():
-        for top_k in sorted({s["top_k"] for s in samples}, reverse=True):
-            cells = []
+        for s in (s for r in runs for s in r.get("samples", [])):
+            row = (-s["top_k"], sampled_as(name, s["method"]))
+            groups.setdefault((vocab, steps), {}).setdefault(row, []).append(s)
+    tables = []
+    for (vocab, steps), rows in sorted(groups.items()):
+        cells = []
+        for (top_k, name), samples in sorted(rows.items()):
+            cells.append([name, str(-top_k)])
             for nfe in columns:
-                found = [s for s in samples if (s["top_k"], s["steps"]) == (top_k, nfe)]
+                found = [s for s in samples if s["steps"] == nfe]
                 means = [sum(s[k] for s in found) / len(found) for k in ("bits_per_byte", "entropy")] if found else []
-                cells.append("{:.2f} ({:.2f})".format(*means) if found else "")
-            if steps == 1075:
-                rows.append([name, str(top_k), *cells])
-    return table(
-        ["V = 2,048, 1,075 steps", "top-k", *(f"NFE {n}" for n in columns)],
-        sorted(rows, key=lambda r: (-int(r[1]), r[0])),
-    )
+                cells[-1].append("{:.2f} ({:.2f})".format(*means) if found else "")
+        head = [f"V = {vocab:,}, {steps:,} steps", "top-k", *(f"NFE {n}" for n in columns)]
+        tables.append(table(head, cells))
+    return "\n\n".join(tables)
 
 
 TABLES = (

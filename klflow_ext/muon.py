@@ -9,8 +9,8 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are at least as fast as in float32. Of processors only those with AVX-512 or newer
-    units have them; on others torch's are some 70 times slower."""
+    """Whether matrix products in bfloat16 are about as fast as in float32, or faster. Of x86 processors only those with AVX-512
+    or newer units have them; on others torch's take 40 to 70 times as long."""
     if device.type != "cpu":
         return True
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)

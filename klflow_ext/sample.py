@@ -1,8 +1,9 @@
 """Sampling: the paper's basic, sampling and hybrid schemes over any path, and segments, for whole texts, prompts and holes.
 
 A scheme is a plain function `step(state, prediction, move) -> state` registered by name; the Sampler runs the network,
-counts its passes, and keeps given tokens as they are. SEGMENTS is no such step: it moves positions from time 0 to 1 one by one. Every sequence has its own seed, so its tokens do not depend on the
-batch. With a Denoiser, a sampling step holds tokens and seeds: neither the noisy rows nor all logits exist at once.
+counts its passes, and keeps given tokens as they are. SEGMENTS is no such step: it moves positions from time 0 to 1 one by
+one. Every sequence has its own seed, so its tokens do not depend on the batch. With a Denoiser, a sampling step holds tokens
+and seeds: neither the noisy rows nor all logits exist at once.
 """
 
 from __future__ import annotations
