@@ -137,14 +137,13 @@ def prepare(settings: Settings):
         tokenizer = data.load_tokenizer(settings.tokenizer)
     elif settings.vocab_size < 257:
         raise ValueError(f"vocab_size: got {settings.vocab_size}, allowed is at least 257 (every byte and {data.END})")
+    train_texts, held_texts = data.documents(settings.data)
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
-        (settings.out / "log.jsonl").unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"out: {settings.out} cannot be written: {error.strerror}") from None
     if (settings.out / "config.json").exists():
         print(f"{settings.out} holds a run already; it is replaced")
-    train_texts, held_texts = data.documents(settings.data)
     start = time.perf_counter()
     size = sum(map(len, train_texts))
     making = "training a tokenizer" if tokenizer is None else "encoding"
@@ -155,13 +154,15 @@ def prepare(settings: Settings):
     stream, held = data.encode(tokenizer, train_texts), data.encode(tokenizer, held_texts)
     vocab_size = tokenizer.get_vocab_size()
     print(f"tokenizer: V = {vocab_size}, {len(stream):,} tokens, {time.perf_counter() - start:.0f} s")
-    write_atomically(settings.out / "tokenizer.json", lambda p: tokenizer.save(str(p)))
-    write_atomically(settings.out / "train.npy", lambda p: np.save(open(p, "wb"), stream))
-    write_atomically(settings.out / "heldout.npy", lambda p: np.save(open(p, "wb"), held))
     torch.manual_seed(settings.seed)
     path, config = network(settings, vocab_size)
     model = Denoiser(config, path, evaluate.unigram_log_prior(stream, vocab_size)).to(device)
     trainer = Trainer(model, path, stream, train_config, settings.out)
+    # Only now that nothing is left to be refused: a run that was there before goes.
+    (settings.out / "log.jsonl").unlink(missing_ok=True)
+    write_atomically(settings.out / "tokenizer.json", lambda p: tokenizer.save(str(p)))
+    write_atomically(settings.out / "train.npy", lambda p: np.save(open(p, "wb"), stream))
+    write_atomically(settings.out / "heldout.npy", lambda p: np.save(open(p, "wb"), held))
     count = sum(p.numel() for p in model.parameters())
     print(f"model: {count / 1e6:.1f} M parameters, input {config.input}, on {device}; {path!r}")
     return trainer, tokenizer, held, held_texts

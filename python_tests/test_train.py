@@ -526,9 +526,11 @@ def test_bad_settings(make, message):
 
 
 @pytest.fixture
-def klflow(monkeypatch, capsys):
-    """klflow(*arguments): the command line in this process; what it returned and printed."""
+def klflow(monkeypatch, capsys, tmp_path):
+    """klflow(*arguments): the command line in this process, in tmp_path; what it returned and printed."""
     from klflow_ext import cli
+
+    monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["klflow", *arguments])
@@ -582,9 +584,13 @@ def test_command_line(klflow, tmp_path):
         (["train", "--vocab-size", "100"], "vocab_size: got 100"),
         (["train", "--out", str(tmp_path / "t.txt")], "t.txt cannot be written"),
         (["eval", str(run), "--judge", str(tmp_path)], "has no stories260K.bin"),
+        (["train", "--data", str(tmp_path / "t.txt"), "--out", str(run), "--length", "99999"], "stream: got "),
     ):
+        before = {file.name: file.read_bytes() for file in run.iterdir()}
         done = klflow(*command)
         assert done.returncode != 0 and message in done.stderr, command
+        assert {file.name: file.read_bytes() for file in run.iterdir()} == before, command
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("path", ["mask", "uniform", "linear", "sphere", "autoregressive"])
