@@ -3,7 +3,7 @@
 python benchmarks/method.py train --name posterior --seed 0      # one run: runs/method/..., results/method/...json
 python benchmarks/method.py judge --name posterior --seed 0      # bits per byte and entropy of its samples, a few minutes
 python benchmarks/method.py fill --name segments --seed 0        # held-out stories from their beginnings, and with holes
-python benchmarks/method.py sweep --name posterior --seed 0      # t_split, time grid and boosts of the schemes, 15 minutes
+python benchmarks/method.py sweep --name posterior --seed 0      # t_split, time grid, boosts (--nfe 16 64), 20 minutes
 python benchmarks/method.py plot                                 # results/method_loss.png, results/method_frontier.png
 python benchmarks/method.py gallery                              # benchmarks/GALLERY.md: uncurated samples
 
@@ -224,13 +224,13 @@ def sweep(arguments) -> None:
         }
         return row, found.tokens
 
-    for steps in (16, 64):
+    for steps in arguments.nfe:
         for share in (0.0, 0.25, 0.5, 0.75, 14 / 15):
             for power in (1.0, 0.5):
                 row, _ = measure(steps, method="hybrid", top_k=20, t_split=share * path.t_max, grid_power=power)
                 rows.append({"t_split": share, "grid_power": power, **row})
                 print(f"{label(arguments)}: {rows[-1]}", flush=True)
-    for steps in (16, 64):
+    for steps in arguments.nfe:
         row, exact = measure(steps, method="basic", boosts=None)
         kept.append({"boosts": None, "same": 1.0, **row})
         for boosts in (1024, 256, 64, 16):
