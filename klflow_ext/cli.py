@@ -204,7 +204,7 @@ class Demo(Settings):
         print_losses(model, path, trainer.stream, held, self.length)
         sampler = Sampler(model, path, trainer.device)
         for method in ("basic", "sampling", "hybrid", "segments") if path.kind != "autoregressive" else ("basic",):
-            result = sampler.sample((2, self.length), steps=32, method=method, seed=self.seed, t_split=path.t_max / 2)
+            result = sampler.sample((2, self.length), steps=32, method=method, seed=self.seed)
             print(f"\n--- {method}, {result.nfe} passes, {result.seconds:.1f} s")
             for tokens in result.tokens:
                 print(tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
@@ -374,7 +374,7 @@ class Eval:
             "basic": {"method": "basic"},
             "sampling, top-k 20": {"method": "sampling", "top_k": 20},
             "sampling, top-k 1": {"method": "sampling", "top_k": 1},
-            "hybrid at half, top-k 20": {"method": "hybrid", "top_k": 20, "t_split": path.t_max / 2},
+            "hybrid, top-k 20": {"method": "hybrid", "top_k": 20},
             "segments, top-k 20": {"method": "segments", "top_k": 20},
         }
         if path.kind == "autoregressive":

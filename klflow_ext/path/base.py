@@ -25,8 +25,8 @@ class Path:
         vocab_size: V, at least 2.
         t_max: where training and sampling stop, in (0, 1]. 1 itself, where nothing is left to say, is never visited: a
             time grid then ends one cell before it.
-        t_split: where the hybrid sampler turns from `basic` to `sampling`, in [0, 1]. None: 14/15 of t_max, which is the
-            0.28 of 0.30 used by the paper.
+        t_split: where the hybrid sampler turns from `basic` to `sampling`, in [0, 1]. None: half of t_max. The paper has
+            0.28 of 0.30; late splits were measured to give worse text (benchmarks/NOTES.md).
 
     Attributes:
         kind: name in a dict. reads: what `sample` makes and a model reads, "rows" (..., V) on the simplex or "tokens" (...).
@@ -55,7 +55,7 @@ class Path:
             raise ValueError(f"t_split: got {t_split!r}, allowed is None or a number in [0, 1]")
         self.vocab_size = vocab_size
         self.t_max = float(t_max)
-        self.t_split = self.t_max * 14 / 15 if t_split is None else float(t_split)
+        self.t_split = self.t_max / 2 if t_split is None else float(t_split)
 
     @staticmethod
     def _check_vocab_size(vocab_size: int) -> None:
