@@ -87,24 +87,22 @@ def sampled_as(name: str, method: str) -> str:
 
 
 def method_samples():
-    """Bits per byte (entropy) of samples, mean over seeds: a table for each V and number of steps."""
+    """Bits per byte (entropy) of samples at top-k 20, mean over seeds: a table for each V and number of steps."""
     columns = (8, 16, 32, 64, 256)
     groups: dict[tuple, dict] = {}
     for (vocab, steps, name), runs in method_runs().items():
-        for s in (s for r in runs for s in r.get("samples", [])):
-            row = (-s["top_k"], sampled_as(name, s["method"]))
-            groups.setdefault((vocab, steps), {}).setdefault(row, []).append(s)
+        for s in (s for r in runs for s in r.get("samples", []) if s["top_k"] == 20):
+            groups.setdefault((vocab, steps), {}).setdefault(sampled_as(name, s["method"]), []).append(s)
     tables = []
     for (vocab, steps), rows in sorted(groups.items()):
         cells = []
-        for (top_k, name), samples in sorted(rows.items()):
-            cells.append([name, str(-top_k)])
+        for name, samples in sorted(rows.items()):
+            cells.append([name])
             for nfe in columns:
                 found = [s for s in samples if s["steps"] == nfe]
                 means = [sum(s[k] for s in found) / len(found) for k in ("bits_per_byte", "entropy")] if found else []
                 cells[-1].append("{:.2f} ({:.2f})".format(*means) if found else "")
-        head = [f"V = {vocab:,}, {steps:,} steps", "top-k", *(f"NFE {n}" for n in columns)]
-        tables.append(table(head, cells))
+        tables.append(table([f"V = {vocab:,}, {steps:,} steps", *(f"NFE {n}" for n in columns)], cells))
     return "\n\n".join(tables)
 
 
