@@ -428,7 +428,7 @@ def test_hybrid_turns_at_t_split(path):
 
     basic, sampling = run("basic"), run("sampling")
     assert torch.equal(run("hybrid", t_split=0.0), sampling) and torch.equal(run("hybrid", t_split=1.0), basic)
-    middle = run("hybrid", t_split=path.t_max / 2)
+    middle = run("hybrid", t_split=path.t_max / 4)
     assert torch.equal(run("hybrid"), middle)
     assert not torch.equal(middle, basic) and not torch.equal(middle, sampling)
 

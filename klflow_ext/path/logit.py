@@ -44,7 +44,7 @@ class LogitPath(Path):
         beta: smoothing of the target x_1 = (1 - beta) onehot(k) + beta / V, in (0, 1).
         t_max: where training and sampling stop, in (0, 1). None: the time at which the noisy row alone shows its token with
             a probability of 98.5 % (`calibrate`); later times teach nothing but copying.
-        t_split: where the hybrid sampler turns from `basic` to `sampling`, in [0, 1]. None: half of t_max. The paper has
+        t_split: where the hybrid sampler turns from `basic` to `sampling`, in [0, 1]. None: a quarter of t_max. The paper has
             0.28 of 0.30; late splits were measured to give worse text (benchmarks/NOTES.md).
         alpha: concentration of the noise, in [0.001, 1000]. 1, the paper's, is uniform on the simplex and made inside the
             kernels; others are drawn in plain PyTorch, as rows, at some hundred bytes an entry while a part of them is drawn.
