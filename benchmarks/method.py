@@ -334,7 +334,7 @@ def gallery(arguments) -> None:
             ]
             for row in r["filled"]:
                 lines += [
-                    "```python",
+                    "```text",
                     "{before}{written}    # <- written; was: {}{after}".format(row["was"].strip(), **row),
                     "```",
                     "",
