@@ -3,7 +3,7 @@
 python benchmarks/method.py train --name posterior --seed 0      # one run: runs/method/..., results/method/...json
 python benchmarks/method.py judge --name posterior --seed 0      # bits per byte and entropy of its samples, a few minutes
 python benchmarks/method.py fill --name segments --seed 0        # held-out stories from their beginnings, and with holes
-python benchmarks/method.py sweep --name posterior --seed 0      # t_split, time grid, boosts (--nfe 16 64), 20 minutes
+python benchmarks/method.py sweep --name posterior --seed 0      # t_split, time grid, boosts; with --nfe 16 11 minutes
 python benchmarks/method.py plot                                 # results/method_loss.png, results/method_frontier.png
 python benchmarks/method.py gallery                              # benchmarks/GALLERY.md: uncurated samples
 
@@ -143,27 +143,37 @@ def train(arguments) -> None:
     )  # fmt: skip
 
 
+def load_sampler(arguments):
+    model, path, tokenizer = load_run(arguments.runs / label(arguments))
+    return Sampler(model, path), tokenizer
+
+
+def samples(arguments, sampler, tokenizer, scorer, **options):
+    """(row, tokens): the options, and bits per byte and token entropy of what they give."""
+    result = sampler.sample((arguments.count, LENGTH), seed=arguments.seed, **options)
+    texts = [tokenizer.decode(tokens.tolist()) for tokens in result.tokens]
+    row = {
+        **options, "count": arguments.count, "bits_per_byte": scorer.bits_per_byte(texts),
+        "entropy": evaluate.token_entropy(result.tokens), "seconds": result.seconds, "texts": texts[:10],
+    }  # fmt: skip
+    return row, result.tokens
+
+
+def load_judge() -> evaluate.Judge:
+    return evaluate.Judge(Path(os.environ["KLFLOW_DATA"]) / "stories260K")
+
+
 def judge(arguments) -> None:
     """Bits per byte and token entropy of samples at each NFE and top-k, by the path's best scheme."""
-    scorer = evaluate.Judge(Path(os.environ["KLFLOW_DATA"]) / "stories260K")
-    model, path, tokenizer = load_run(arguments.runs / label(arguments))
-    sampler = Sampler(model, path)
-    # Network in bfloat16, as it was trained.
-    shape, rows = (arguments.count, LENGTH), []
+    scorer, rows = load_judge(), []
+    sampler, tokenizer = load_sampler(arguments)
+    usual = "sampling" if isinstance(sampler.path, LogitPath) else "basic"
+    usual = "segments" if arguments.name == "segments" else usual
     for top_k in arguments.top_k:
         for nfe in [LENGTH] if arguments.name == "autoregressive" else arguments.nfe:
-            options = {"steps": nfe, "top_k": top_k, "method": "sampling" if isinstance(path, LogitPath) else "basic"}
-            if arguments.name == "segments":
-                options["method"] = "segments"
-            if arguments.method:
-                options["method"] = arguments.method
+            options = {"steps": nfe, "top_k": top_k, "method": arguments.method or usual}
             with torch.autocast("cpu", torch.bfloat16) if arguments.bfloat16 else nullcontext():
-                result = sampler.sample(shape, seed=arguments.seed, **options)
-            texts = [tokenizer.decode(tokens.tolist()) for tokens in result.tokens]
-            row = {
-                **options, "count": arguments.count, "bits_per_byte": scorer.bits_per_byte(texts),
-                "entropy": evaluate.token_entropy(result.tokens), "seconds": result.seconds, "texts": texts[:10],
-            }  # fmt: skip
+                row, _ = samples(arguments, sampler, tokenizer, scorer, **options)
             rows.append(row)
             print(
                 f"{label(arguments)}: NFE {nfe}, top-k {top_k}: {row['bits_per_byte']:.2f} ({row['entropy']:.2f})",
@@ -194,47 +204,40 @@ def holes(arguments, tokenizer):
 
 def fill(arguments) -> None:
     """What is missing of held-out texts, written anew in 16 passes."""
-    model, path, tokenizer = load_run(arguments.runs / label(arguments))
-    sampler, rows = Sampler(model, path), []
-    for number, (tokens, given) in enumerate(holes(arguments, tokenizer)):
-        method = "segments" if isinstance(path, LogitPath) else None
-        result = sampler.infill(tokens, given, steps=16, top_k=10, method=method, seed=[arguments.seed + number])
-        free = (~given[0]).nonzero().flatten()
-        parts = {"before": slice(free[0]), "written": ~given[0], "after": slice(free[-1] + 1, None)}
-        row = {name: tokenizer.decode(result.tokens[0][part].tolist()) for name, part in parts.items()}
-        rows.append({**row, "was": tokenizer.decode(tokens[0][~given[0]].tolist())})
+    sampler, tokenizer = load_sampler(arguments)
+    tokens, given = zip(*[(t[0], g[0]) for t, g in holes(arguments, tokenizer)], strict=True)
+    method = "segments" if isinstance(sampler.path, LogitPath) else None
+    seeds, rows = [arguments.seed + i for i in range(len(tokens))], []
+    result = sampler.infill(tokens, given, steps=16, top_k=10, method=method, seed=seeds)
+    for filled, was, shown in zip(result.tokens, tokens, given, strict=True):
+        free = (~shown).nonzero().flatten()
+        parts = {"before": slice(free[0]), "written": ~shown, "after": slice(free[-1] + 1, None)}
+        row = {name: tokenizer.decode(filled[part].tolist()) for name, part in parts.items()}
+        rows.append({**row, "was": tokenizer.decode(was[~shown].tolist())})
         print("{before}[{written}]{after}\n    (was: {was})\n".format(**rows[-1]), flush=True)
     update(arguments, filled=rows)
 
 
 def sweep(arguments) -> None:
     """Where hybrid turns to sampling and how the times are spaced; and what of the basic scheme's sum has to be kept."""
-    scorer = evaluate.Judge(Path(os.environ["KLFLOW_DATA"]) / "stories260K")
-    model, path, tokenizer = load_run(arguments.runs / label(arguments))
-    sampler, rows, kept = Sampler(model, path), [], []
+    scorer, rows, kept = load_judge(), [], []
+    sampler, tokenizer = load_sampler(arguments)
 
-    def measure(steps: int, **options):
-        found = sampler.sample((arguments.count, LENGTH), steps=steps, seed=arguments.seed, **options)
-        bits = scorer.bits_per_byte([tokenizer.decode(tokens.tolist()) for tokens in found.tokens])
-        row = {
-            "steps": steps,
-            "bits_per_byte": bits,
-            "entropy": evaluate.token_entropy(found.tokens),
-            "seconds": found.seconds,
-        }
-        return row, found.tokens
+    def measure(**options):
+        row, tokens = samples(arguments, sampler, tokenizer, scorer, **options)
+        return {name: row[name] for name in ("steps", "bits_per_byte", "entropy", "seconds")}, tokens
 
     for steps in arguments.nfe:
         for share in (0.0, 0.25, 0.5, 0.75, 14 / 15):
             for power in (1.0, 0.5):
-                row, _ = measure(steps, method="hybrid", top_k=20, t_split=share * path.t_max, grid_power=power)
+                t_split = share * sampler.path.t_max
+                row, _ = measure(steps=steps, method="hybrid", top_k=20, t_split=t_split, grid_power=power)
                 rows.append({"t_split": share, "grid_power": power, **row})
                 print(f"{label(arguments)}: {rows[-1]}", flush=True)
-    for steps in arguments.nfe:
-        row, exact = measure(steps, method="basic", boosts=None)
+        row, exact = measure(steps=steps, method="basic", boosts=None)
         kept.append({"boosts": None, "same": 1.0, **row})
         for boosts in (1024, 256, 64, 16):
-            row, tokens = measure(steps, method="basic", boosts=boosts)
+            row, tokens = measure(steps=steps, method="basic", boosts=boosts)
             kept.append({"boosts": boosts, "same": float((tokens == exact).float().mean()), **row})
             print(f"{label(arguments)}: {kept[-1]}", flush=True)
     update(arguments, sweep=rows, boosts=kept)
@@ -308,7 +311,7 @@ def plot(arguments) -> None:
 def gallery(arguments) -> None:
     """GALLERY.md: the first ten samples of each method, as they came."""
     lines = ["# Samples", "", "The first ten of each run of `benchmarks/method.py` at NFE 64, top-k 20, V = 2,048, as they came: "
-             "TinyStories, 4 layers, D = 256, a few minutes of training.", ""]  # fmt: skip
+             "TinyStories, 4 layers, D = 256.", ""]  # fmt: skip
     for r in results():
         rows = [s for s in r.get("samples", []) if (s["steps"], s["top_k"]) == (LENGTH, 20)]
         rows = [s for s in rows if sampled_as(r["name"], s["method"]) == r["name"]]

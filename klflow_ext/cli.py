@@ -142,8 +142,6 @@ def prepare(settings: Settings):
         settings.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out: {settings.out} cannot be written: {error.strerror}") from None
-    if (settings.out / "config.json").exists():
-        print(f"{settings.out} holds a run already; it is replaced")
     start = time.perf_counter()
     size = sum(map(len, train_texts))
     making = "training a tokenizer" if tokenizer is None else "encoding"
@@ -159,6 +157,8 @@ def prepare(settings: Settings):
     model = Denoiser(config, path, evaluate.unigram_log_prior(stream, vocab_size)).to(device)
     trainer = Trainer(model, path, stream, train_config, settings.out)
     # Only now that nothing is left to be refused: a run that was there before goes.
+    if (settings.out / "config.json").exists():
+        print(f"{settings.out} holds a run already; it is replaced")
     (settings.out / "log.jsonl").unlink(missing_ok=True)
     write_atomically(settings.out / "tokenizer.json", lambda p: tokenizer.save(str(p)))
     write_atomically(settings.out / "train.npy", lambda p: np.save(open(p, "wb"), stream))
