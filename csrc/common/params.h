@@ -80,8 +80,8 @@ struct CrossEntropyParams {
   Scalars row_weight;   // or null (ones)
   int64_t ignore_index;
   float label_smoothing, z_loss, softcap;  // softcap == 0: none
-  float* loss;                             // (rows,) contiguous; null in the backward
-  float* lse;                              // (rows,) contiguous: written by the forward, read by the backward
+  float* loss;                             // (rows,) contiguous, or null: only the gradient is wanted
+  float* lse;                              // (rows,) contiguous: written where loss is
   Scalars dloss;  // (rows,) upstream gradient of loss; null: no gradient is computed (forward only)
   Scalars dlse;   // upstream gradient of lse, or null
   Rows grad;      // d/dlogits; may be the logits themselves (in place)
