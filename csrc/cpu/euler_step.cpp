@@ -45,7 +45,8 @@ void step_row(const EulerStepParams& p, int64_t row, bool streamed) {
   for (int64_t start = 0; start < p.vocab; start += kBlock) {
     const int64_t end = std::min(p.vocab, start + kBlock);
     const float factor = sum.factor(shifts[start / kBlock]);
-    write_span(state_next, start, end, false, false, [&](int64_t i, int m) { return load_n(l + i, m, 0.0f) - shift - log_total; });
+    write_span(state_next, start, end, false, false,
+               [&](int64_t i, int m) { return load_n(l + i, m, 0.0f) - shift - log_total; });
     write_span(x_next, start, end, streamed, false, [&](int64_t i, int m) { return load_n(e + i, m, 0.0f) * factor; });
   }
 }

@@ -42,9 +42,9 @@ KLFLOW_INLINE void store_n(T* p, vf v, int n) {
 }
 
 // sum_j exp(scale z_j) = total * exp(scale * shift) over the blocks seen so far. The shift is some z, subtracted before
-// anything is multiplied: a common offset, and masks of any size, leave the differences as they are. It is not the exact
-// maximum: it only has to stay within a safe distance of it, so one pass per block is enough except when a block raises
-// the maximum by a lot.
+// anything is multiplied: a common offset, and masks of any size, leave the differences as they are. It is not the
+// exact maximum: it only has to stay within a safe distance of it, so one pass per block is enough except when a block
+// raises the maximum by a lot.
 class StreamingSum {
  public:
   explicit StreamingSum(float scale = 1.0f) : scale_(scale), units_(scale * kLog2E) {}
@@ -74,7 +74,7 @@ class StreamingSum {
     }
     total_ += sum;
   }
-  float shift() const { return shift_; }                   // of the block that was added last; -infinity: nothing there
+  float shift() const { return shift_; }                 // of the block that was added last; -infinity: nothing there
   double log_total() const { return std::log(total_); }  // lse - scale * shift()
   double lse() const { return total_ == 0.0 ? -kInf : static_cast<double>(scale_) * shift_ + log_total(); }
   float factor(float shift) const {  // exp(scale * shift - lse), of a block that had this shift; NaN for an empty row
