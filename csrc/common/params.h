@@ -160,9 +160,10 @@ struct PosteriorParams {
   int32_t* ids;            // (rows, top) contiguous
   float* q;                // (rows, top) contiguous
   float* rest;             // (rows,) contiguous
-  float* stats;  // of a target's rows, (rows, 3) contiguous: sum_j E_j of the noise alone, shift = max_j z_j, total =
-                 // sum_j exp(z_j - shift); or null. Not S: e_k needs S / sum_j E_j to a part in V, so who reads the
-                 // stats makes E_k again
+  float* stats;    // of a target's rows, (rows, 3) contiguous: sum_j E_j of the noise alone, shift = max_j z_j, total =
+                   // sum_j exp(z_j - shift); or null. Not S: e_k needs S / sum_j E_j to a part in V, so who reads the
+                   // stats makes E_k again
+  float* scratch;  // CUDA: posterior_scratch_rows rows of float32, or null where shared memory holds a row
 };
 
 // out_n = sum_i q_ni weight[ids_ni] + rest_n mean: the embedding of sparse rows.

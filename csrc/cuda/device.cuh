@@ -45,7 +45,9 @@ __device__ __forceinline__ void store16_global(void* address, const Words16& x) 
                : "memory");
 }
 
-// Thread-block clusters: blocks of neighbouring multiprocessors that read each other's shared memory.
+// Thread-block clusters: blocks of neighbouring multiprocessors that read each other's shared memory. Before Hopper
+// there are none: every block is a cluster of its own.
+#if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -65,6 +67,12 @@ __device__ __forceinline__ unsigned char* map_shared(unsigned char* mine, uint32
 __device__ __forceinline__ void klflow_cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+#else
+__device__ __forceinline__ constexpr uint32_t cluster_rank() { return 0; }
+__device__ __forceinline__ constexpr uint32_t cluster_size() { return 1; }
+__device__ __forceinline__ unsigned char* map_shared(unsigned char* mine, uint32_t) { return mine; }
+__device__ __forceinline__ void klflow_cluster_sync() { __syncthreads(); }
+#endif
 
 // The special-function unit's logarithm and exponential. Error, by the PTX manual: lg2 2^-22 absolute for x in (1/2,
 // 2), 2^-22 relative elsewhere; ex2 2^-22 relative.

@@ -48,7 +48,7 @@ def linear_cross_entropy(
         fail(ValueError, "hidden", "shape ()", "(*rows, D)")
     *shape, width = hidden.shape
     device, dtypes = hidden.device, (hidden.dtype,)
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
         hidden, dtypes = hidden.to(torch.get_autocast_dtype(device.type)), FLOATS
     check_tensor("weight", weight, dtypes, device)
     if weight.dim() != 2 or weight.shape[1] != width or not 2 <= weight.shape[0] <= 2**30:
