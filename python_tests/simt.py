@@ -1,8 +1,9 @@
 """Builds the SIMT machine of csrc/simt: the CUDA kernels as host code, one shared library, at test time with ninja.
 
-KLFLOW_SIMT_SANITIZE=1 adds AddressSanitizer and UBSan; the process then needs libasan preloaded (see .ci/run).
+KLFLOW_SIMT_DEVICE names the kind of device that it stands for (KINDS; sm_90). KLFLOW_SIMT_SANITIZE=1 adds AddressSanitizer and UBSan; the process then needs libasan preloaded (see .ci/run).
 """
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -10,6 +11,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# Kinds of devices: whether they have clusters, and shared memory in KB that a block may have and that a multiprocessor has.
+KINDS = {"sm_80": (False, 163, 164), "sm_86": (False, 99, 100), "sm_90": (True, 227, 228), "sm_120": (True, 99, 100)}
+
+
+def set_kind(library, name):
+    """What device the machine of this library stands for."""
+    clusters, block, processor = KINDS[name]
+    ctypes.CDLL(str(library)).klflow_simt_device(
+        ctypes.c_int(clusters), ctypes.c_int64(block << 10), ctypes.c_int64(processor << 10)
+    )
 
 
 def build(folder, name, sources):
@@ -45,4 +58,6 @@ def build(folder, name, sources):
 def kernels(folder):
     """The library of all CUDA kernels as host code."""
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + sorted((ROOT / "csrc" / "simt").glob("*.cpp"))
-    return build(folder, "klflow_simt", sources)
+    library = build(folder, "klflow_simt", sources)
+    set_kind(library, os.environ.get("KLFLOW_SIMT_DEVICE", "sm_90"))
+    return library
