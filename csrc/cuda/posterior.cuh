@@ -132,7 +132,7 @@ __device__ __forceinline__ void store_plain_row(const PosteriorParams& p, int64_
   if (threadIdx.x != 0) return;
   p.rest[row] = !valid ? not_a_number() : p.top > 0 ? 0.0f : 1.0f;
   if (p.stats != nullptr)
-    for (int i = 0; i < 3; ++i) p.stats[3 * row + i] = !valid ? not_a_number() : i == 1 ? 0.0f : 1.0f;
+    for (int i = 0; i < 3; ++i) p.stats[3 * row + i] = !valid ? not_a_number() : i == 2 ? 1.0f : 0.0f;
 }
 
 // Where a row's E comes from: the noise and a target, the noise and boosts, or a dense state of type T.
@@ -167,9 +167,8 @@ __device__ __forceinline__ Boosted larger(const Boosted& a, const Boosted& b) {
 // Calls f(column, E, boost) for this thread's slots of a row; the column is -1 where they hold no token or no number.
 template <class F>
 __device__ __forceinline__ void each_slot(const PosteriorParams& p, int64_t row, const NoiseKey& key, F&& f) {
-  const Tokens columns{p.target.data, 1, p.target.is_int32, 0};
   for (int64_t slot = threadIdx.x; slot < p.slots; slot += kThreads) {
-    const int64_t column = token_at(columns, row * p.slots + slot);
+    const int64_t column = token_at(p.target, row, slot);
     if (column == -1) continue;
     const float boost = p.boost[row * p.slots + slot];
     if (column < 0 || column >= p.vocab || !(boost == boost))
@@ -287,39 +286,71 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
     };
 
     // E and its sum. In the row's token and beyond the row it does not count.
-    double sum = threadIdx.x == 0 && slice.begin == 0 ? own_noise : 0.0;
-    if (narrow) {
-      for (int column = static_cast<int>(threadIdx.x); column < size; column += kThreads) {
-        kept[column] = Source::kDense ? exp2f((kept[column] - peak.value) * power)
-                                      : exact_noise(row_noise_words(key, column), column);
-        if (column != own_column) sum += kept[column];
+    double sum = threadIdx.x == 0 && slice.begin == 0 ? expf(own_boost - gain) * own_noise : 0.0;
+    auto sum_row = [&](auto&& make) {  // make(column, e), of one column or (not narrow) of a quad
+      if (narrow) {
+        for (int column = static_cast<int>(threadIdx.x); column < size; column += kThreads) {
+          float e[kQuad];
+          make(column, e);
+          if (column != own_column) sum += e[0];
+        }
+      } else {
+        float partial = 0.0f;
+        for (int column = first; column < size; column += stride) {
+          float e[kQuad];
+          make(column, e);
+          if (holds_own(column) || column + kQuad > size) {
+#pragma unroll
+            for (int i = 0; i < kQuad; ++i) e[i] = column + i < size && column + i != own_column ? e[i] : 0.0f;
+          }
+          partial += (e[0] + e[1]) + (e[2] + e[3]);
+        }
+        sum += partial;
       }
-    } else {
-      float partial = 0.0f;
-      for (int column = first; column < size; column += stride) {
-        float e[kQuad];
+    };
+    auto make_e = [&](int column, float (&e)[kQuad]) {
+      if (narrow) {
+        e[0] = Source::kDense ? exp2f((kept[column] - peak.value) * power)
+                              : exact_noise(row_noise_words(key, column), column);
+        kept[column] = e[0];
+      } else {
         if constexpr (Source::kDense)
           state_at(column, e);
         else
           noise_at(column, e);
         if (kKeep) store_quad(kept + column, e);
-        if (holds_own(column) || column + kQuad > size) {
-#pragma unroll
-          for (int i = 0; i < kQuad; ++i) e[i] = column + i < size && column + i != own_column ? e[i] : 0.0f;
-        }
-        partial += (e[0] + e[1]) + (e[2] + e[3]);
       }
-      sum += partial;
-    }
-    if constexpr (Source::kBoosted) {
+    };
+    if constexpr (!Source::kBoosted) {
+      sum_row(make_e);
+    } else {
+      // The boosted columns are taken out, the others summed, and what the boosts make of the columns is added: taken
+      // from a sum over all columns, the noise of columns with negative boosts would leave nothing but its rounding.
       static_assert(kKeep);
+      for (int column = narrow ? static_cast<int>(threadIdx.x) : first; column < size;
+           column += narrow ? kThreads : stride) {
+        float e[kQuad];
+        make_e(column, e);
+      }
+      auto each_boosted = [&](auto&& f) {  // f(column of the slice, what its boost makes of it), the row's token aside
+        each_slot(p, row, key, [&](int column, float noise, float boost) {
+          const int in_slice = column - slice.begin;
+          if (column != static_cast<int>(token) && in_slice >= 0 && in_slice < size) f(in_slice, noise * expf(boost));
+        });
+      };
       __syncthreads();
-      each_slot(p, row, key, [&](int column, float noise, float boost) {
-        if (column == static_cast<int>(token)) return;
-        const int in_slice = column - slice.begin;
-        if (in_slice < 0 || in_slice >= size) return;
-        sum += static_cast<double>(expm1f(boost)) * noise;
-        kept[in_slice] = noise * expf(boost);
+      each_boosted([&](int column, float) { kept[column] = 0.0f; });
+      __syncthreads();
+      sum_row([&](int column, float (&e)[kQuad]) {
+        if (narrow)
+          e[0] = kept[column];
+        else
+          load_quad(kept + column, e);
+      });
+      __syncthreads();
+      each_boosted([&](int column, float raised) {
+        kept[column] = raised;
+        sum += raised;
       });
     }
     sum = row_sum(sum);
