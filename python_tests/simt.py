@@ -1,8 +1,12 @@
-"""Builds the SIMT machine of csrc/simt: the CUDA kernels as host code, one shared library, at test time with ninja.
+"""Builds, at test time with ninja, libraries that stand in for the CPU kernels (see use_backend of klflow_ext._C):
 
-KLFLOW_SIMT_SANITIZE=1 adds AddressSanitizer and UBSan; the process then needs libasan preloaded (see .ci/run).
+- the SIMT machine of csrc/simt: the CUDA kernels as host code. KLFLOW_SIMT_SANITIZE=1 adds AddressSanitizer and UBSan.
+- the CPU kernels of one instruction set under these sanitizers. KLFLOW_CPU_SANITIZE=1 runs them in the tests of "cpu".
+
+A process that loads a sanitized library needs libasan preloaded (see .ci/run).
 """
 
+import ast
 import os
 import shutil
 import subprocess
@@ -11,19 +15,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SANITIZE_SIMT = os.environ.get("KLFLOW_SIMT_SANITIZE") == "1"
+SIMT_FLAGS = "-x c++ -O1 -fno-strict-aliasing -Wno-unused-function -Wno-unknown-pragmas -DKLFLOW_SIMT"
 
-def build(folder, name, sources):
+
+def isa_flags():
+    """ISA_FLAGS of setup.py, read without running it."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "ISA_FLAGS":
+            return ast.literal_eval(node.value)
+
+
+def build(folder, name, sources, flags=SIMT_FLAGS, sanitize=SANITIZE_SIMT):
     """The path of lib<name>.so, compiled from sources (paths) with csrc/ as include folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    sanitize = os.environ.get("KLFLOW_SIMT_SANITIZE") == "1"
-    flags = "-x c++ -std=c++20 -O1 -g -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wno-unused-function -Wno-unknown-pragmas"
+    flags = f"{flags} -std=c++20 -g1 -fPIC -fvisibility=hidden -Wall"
     if sanitize:
         flags += " -fsanitize=address,undefined -fno-sanitize-recover=undefined"
     link = "-fsanitize=address,undefined" if sanitize else ""
     cxx = os.environ.get("CXX", "g++")
     lines = [
-        f"rule cxx\n  command = {cxx} {flags} -DKLFLOW_SIMT -I{ROOT / 'csrc'} -MMD -MF $out.d -c $in -o $out\n"
+        f"rule cxx\n  command = {cxx} {flags} -I{ROOT / 'csrc'} -MMD -MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc\n",
         f"rule link\n  command = {cxx} -shared {link} $in -o $out\n",
     ]
@@ -46,3 +59,11 @@ def kernels(folder):
     """The library of all CUDA kernels as host code."""
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + sorted((ROOT / "csrc" / "simt").glob("*.cpp"))
     return build(folder, "klflow_simt", sources)
+
+
+def sanitized_cpu_kernels(folder, isa):
+    """The library of the CPU kernels of "baseline", "avx2" or "avx512", under the sanitizers."""
+    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) + [ROOT / "python_tests" / "cpu_backend.cpp"]
+    flags = ["-O1 -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"]
+    flags += [*isa_flags()[isa], f"-DKLFLOW_ISA={isa}"]
+    return build(folder, f"klflow_{isa}", [s for s in sources if s.name != "dispatch.cpp"], " ".join(flags), True)
