@@ -114,9 +114,9 @@ float gap(double beta, int64_t vocab) {  // c = log(V / beta - V + 1)
   return static_cast<float>(std::log(vocab / beta - vocab + 1.0));
 }
 
-int64_t token_at(const Tokens& tokens, int64_t row) {
-  return tokens.is_int32 ? static_cast<const int32_t*>(tokens.data)[row * tokens.stride]
-                         : static_cast<const int64_t*>(tokens.data)[row * tokens.stride];
+int64_t token_at(const Tokens& tokens, int64_t row, int64_t slot = 0) {
+  const int64_t i = row * tokens.stride + slot;
+  return tokens.is_int32 ? static_cast<const int32_t*>(tokens.data)[i] : static_cast<const int64_t*>(tokens.data)[i];
 }
 
 // On the CPU a bad target is an error before any work (Python's IndexError); on CUDA a check would synchronise, so the
@@ -172,7 +172,7 @@ void run_posterior(PosteriorParams& p, const Tensor& like) {
       scratch = posterior_scratch(p, like, cuda::posterior_scratch_rows(p), cuda::posterior_scratch_columns(p));
     });
 #endif
-  if (!like.is_cuda() && stand_in != nullptr)
+  if (!like.is_cuda() && stand_in != nullptr && stand_in->posterior_scratch_rows != nullptr)
     scratch = posterior_scratch(p, like, stand_in->posterior_scratch_rows(p), stand_in->posterior_scratch_columns(p));
   KLFLOW_RUN(posterior, p, like);
 }
@@ -316,6 +316,13 @@ void cross_entropy_backward(Tensor logits, Tensor target, Tensor lse, OptionalTe
   if (p.rows > 0) KLFLOW_RUN(cross_entropy, p, logits);
 }
 
+// Within these bounds logits up to 10^8 divided by it are no infinities, and its inverse is no denormal number.
+float temperature_of(double temperature) {
+  check(temperature >= 1e-30 && temperature <= 1e30, "temperature: got ", temperature,
+        ", allowed is a number in [1e-30, 1e30]");
+  return static_cast<float>(temperature);
+}
+
 TopkSampleParams topk_params(const Tensor& logits, int64_t k, const Tensor& rng, double temperature, double top_p,
                              const OptionalTensor& given, const OptionalTensor& known, int64_t row_offset,
                              const Tensor& token) {
@@ -324,11 +331,10 @@ TopkSampleParams topk_params(const Tensor& logits, int64_t k, const Tensor& rng,
   p.rows = logits.size(0);
   p.vocab = logits.size(1);
   check(k >= 1 && k <= p.vocab, "k: ", k, " is not in [1, ", p.vocab, "]");
-  check(temperature > 0.0, "temperature: ", temperature, " is not positive");
   check(top_p > 0.0 && top_p <= 1.0, "top_p: ", top_p, " is not in (0, 1]");
   p.k = k;
   p.logits = rows_of(logits, p.rows, p.vocab, "logits");
-  p.temperature = static_cast<float>(temperature);
+  p.temperature = temperature_of(temperature);
   p.top_p = static_cast<float>(top_p);
   p.rng = rng_of(rng, p.rows, row_offset);
   p.given = given_of(given, known, p.rows);
@@ -365,8 +371,7 @@ void euler_step(Tensor log_x, Tensor logits, Tensor rate, double temperature, do
   p.logits = rows_of(logits, p.rows, p.vocab, "logits");
   p.log_x = rows_of(log_x, p.rows, p.vocab, "log_x");
   p.rate = scalars_of(rate, p.rows, "rate");
-  check(temperature > 0.0, "temperature: ", temperature, " is not positive");
-  p.temperature = static_cast<float>(temperature);
+  p.temperature = temperature_of(temperature);
   p.c = gap(beta, p.vocab);
   p.given = given_of(given, known, p.rows);
   check(p.given.flags == nullptr || p.given.known.data != nullptr || p.rows == 0, "known: needed where given is");
@@ -440,10 +445,9 @@ PosteriorParams posterior_params(const Tensor& t, const Tensor& log_prior, doubl
 
 // With boosts, target is (rows, slots): a slot holds a token or -1, and the first of a given row its token.
 void check_slots(const PosteriorParams& p) {
-  const Tokens tokens{p.target.data, 1, p.target.is_int32, 0};
   for (int64_t row = 0; row < p.rows; ++row)
     for (int64_t slot = 0; slot < p.slots; ++slot) {
-      const int64_t value = token_at(tokens, row * p.slots + slot);
+      const int64_t value = token_at(p.target, row, slot);
       const bool given = slot == 0 && p.given.flags != nullptr && p.given.flags[row * p.given.stride];
       if (value >= (given ? 0 : -1) && value < p.vocab) continue;
       std::ostringstream message;

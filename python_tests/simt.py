@@ -1,8 +1,13 @@
-"""Builds the SIMT machine of csrc/simt: the CUDA kernels as host code, one shared library, at test time with ninja.
+"""Builds, at test time with ninja, libraries that stand in for the CPU kernels (see use_backend of klflow_ext._C):
 
-KLFLOW_SIMT_DEVICE names the kind of device that it stands for (KINDS; sm_90). KLFLOW_SIMT_SANITIZE=1 adds AddressSanitizer and UBSan; the process then needs libasan preloaded (see .ci/run).
+- the SIMT machine of csrc/simt: the CUDA kernels as host code. KLFLOW_SIMT_DEVICE names the kind of device that it stands
+  for (KINDS; sm_90), KLFLOW_SIMT_SANITIZE=1 adds AddressSanitizer and UBSan.
+- the CPU kernels of one instruction set under these sanitizers. KLFLOW_CPU_SANITIZE=1 runs them in the tests of "cpu".
+
+A process that loads a sanitized library needs libasan preloaded (see .ci/run).
 """
 
+import ast
 import ctypes
 import os
 import shutil
@@ -12,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SANITIZE_SIMT = os.environ.get("KLFLOW_SIMT_SANITIZE") == "1"
+SIMT_FLAGS = "-x c++ -O1 -fno-strict-aliasing -Wno-unused-function -Wno-unknown-pragmas -DKLFLOW_SIMT"
 
 # Kinds of devices: whether they have clusters, and shared memory in KB that a block may have and that a multiprocessor has.
 KINDS = {"sm_80": (False, 163, 164), "sm_86": (False, 99, 100), "sm_90": (True, 227, 228), "sm_120": (True, 99, 100)}
@@ -25,18 +32,24 @@ def set_kind(library, name):
     )
 
 
-def build(folder, name, sources):
+def isa_flags():
+    """ISA_FLAGS of setup.py, read without running it."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "ISA_FLAGS":
+            return ast.literal_eval(node.value)
+
+
+def build(folder, name, sources, flags=SIMT_FLAGS, sanitize=SANITIZE_SIMT):
     """The path of lib<name>.so, compiled from sources (paths) with csrc/ as include folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    sanitize = os.environ.get("KLFLOW_SIMT_SANITIZE") == "1"
-    flags = "-x c++ -std=c++20 -O1 -g -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wno-unused-function -Wno-unknown-pragmas"
+    flags = f"{flags} -std=c++20 -g1 -fPIC -fvisibility=hidden -Wall"
     if sanitize:
         flags += " -fsanitize=address,undefined -fno-sanitize-recover=undefined"
     link = "-fsanitize=address,undefined" if sanitize else ""
     cxx = os.environ.get("CXX", "g++")
     lines = [
-        f"rule cxx\n  command = {cxx} {flags} -DKLFLOW_SIMT -I{ROOT / 'csrc'} -MMD -MF $out.d -c $in -o $out\n"
+        f"rule cxx\n  command = {cxx} {flags} -I{ROOT / 'csrc'} -MMD -MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc\n",
         f"rule link\n  command = {cxx} -shared {link} $in -o $out\n",
     ]
@@ -61,3 +74,11 @@ def kernels(folder):
     library = build(folder, "klflow_simt", sources)
     set_kind(library, os.environ.get("KLFLOW_SIMT_DEVICE", "sm_90"))
     return library
+
+
+def sanitized_cpu_kernels(folder, isa):
+    """The library of the CPU kernels of "baseline", "avx2" or "avx512", under the sanitizers."""
+    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) + [ROOT / "python_tests" / "cpu_backend.cpp"]
+    flags = ["-O1 -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"]
+    flags += [*isa_flags()[isa], f"-DKLFLOW_ISA={isa}"]
+    return build(folder, f"klflow_{isa}", [s for s in sources if s.name != "dispatch.cpp"], " ".join(flags), True)

@@ -1,21 +1,11 @@
 """The CPU kernels' own exp2 and log2: their errors over dense sweeps, for each instruction set."""
 
-import ast
 import subprocess
-from pathlib import Path
 
 import pytest
+from simt import ROOT, isa_flags
 
 from klflow_ext import build_info
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def isa_flags():
-    """ISA_FLAGS of setup.py, read without running it."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == "ISA_FLAGS":
-            return ast.literal_eval(node.value)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

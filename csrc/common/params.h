@@ -162,7 +162,7 @@ struct PosteriorParams {
   float* rest;             // (rows,) contiguous
   float* stats;    // of a target's rows, (rows, 3) contiguous: sum_j E_j of the noise alone, shift = max_j z_j, total =
                    // sum_j exp(z_j - shift); or null. Not S: e_k needs S / sum_j E_j to a part in V, so who reads the
-                   // stats makes E_k again
+                   // stats makes E_k again. Of a onehot row, whose E are not made: (0, 0, 1)
   float* scratch;  // CUDA: posterior_scratch_rows rows of float32, or null where shared memory holds a row
 };
 

@@ -52,17 +52,10 @@ void parallel_rows(int64_t rows, int64_t columns, const F& f) {
     torch::stable::parallel_for(0, rows, grain, f);
 }
 
-int64_t rows_of(const TopkRenoiseParams& p) { return p.sample.rows; }
 int64_t columns_of(const TopkRenoiseParams& p) { return p.sample.vocab; }
 int64_t columns_of(const NoiseTileParams& p) { return p.columns; }
 int64_t columns_of(const GatherRowsParams& p) { return p.top * p.width; }
-// Tokens differ in how many pairs they have: the range that is split counts a unit for each pair and for each token.
-int64_t rows_of(const ScatterRowsParams& p) { return p.pairs + p.vocab; }
 int64_t columns_of(const ScatterRowsParams& p) { return p.width; }
-template <class P>
-int64_t rows_of(const P& p) {
-  return p.rows;
-}
 template <class P>
 int64_t columns_of(const P& p) {
   return p.vocab;

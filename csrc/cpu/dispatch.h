@@ -37,6 +37,15 @@ namespace cpu {
 KLFLOW_CPU_OPS(KLFLOW_DECLARE)
 #undef KLFLOW_DECLARE
 
+// What an op's range counts.
+template <class P>
+int64_t rows_of(const P& p) {
+  return p.rows;
+}
+inline int64_t rows_of(const TopkRenoiseParams& p) { return p.sample.rows; }
+// Tokens differ in how many pairs they have: the range that is split has a unit for each pair and for each token.
+inline int64_t rows_of(const ScatterRowsParams& p) { return p.pairs + p.vocab; }
+
 const char* capability();         // "baseline", "avx2" or "avx512": what runs
 const char* capability_reason();  // why not more, or ""
 }  // namespace cpu

@@ -46,9 +46,9 @@ struct Evidence {
 struct Split {
   double base, raised;
   double sum() const { return base + raised; }
-  // Of noise that sums to `noise`, E_k of which, `own`, is boosted.
-  static Split of_noise(double noise, double own, double boost, double s) {
-    return {noise + std::expm1(boost - s) * own, -std::expm1(-s) * std::exp(boost) * own};
+  // Of noise whose E_k, `own`, is boosted; base: the others, and e^(boost - s) own (without boosts: all the noise).
+  static Split of_noise(double base, double own, double boost, double s) {
+    return {base, -std::expm1(-s) * std::exp(boost) * own};
   }
   float own_evidence(int64_t vocab) const { return static_cast<float>(vocab * std::log1p(raised / base)); }  // e_k
 };

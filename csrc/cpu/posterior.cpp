@@ -143,21 +143,34 @@ class Selection {
   std::vector<int32_t> column_;
 };
 
-// E of a whole row and their sum.
-double exponential_row(const PhiloxKey& key, int64_t vocab, float* e) {
+// The sum of a row of E, block by block; before(begin, end) makes a block.
+template <class F>
+double sum_row(const float* e, int64_t vocab, F&& before) {
   double total = 0.0;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t end = std::min(vocab, begin + kBlock);
-    for (int64_t column = begin; column < end; column += kNoiseColumns) {
-      vf v[2 * kChains];
-      exponentials(key, column, v);
-      for (int i = 0; i < 2 * kChains; ++i) store(e + column + i * kLanes, v[i]);
-    }
+    before(begin, end);
     vf sum = {};
     for_vectors(end - begin, [&](int64_t i, int m) { sum += load_n(e + begin + i, m, 0.0f); });
     total += static_cast<double>(sum_lanes(sum));
   }
   return total;
+}
+double exact_sum(const float* e, int64_t vocab) {
+  double total = 0.0;
+  for (int64_t i = 0; i < vocab; ++i) total += e[i];
+  return total;
+}
+
+// E of a whole row and their sum.
+double exponential_row(const PhiloxKey& key, int64_t vocab, float* e) {
+  return sum_row(e, vocab, [&](int64_t begin, int64_t end) {
+    for (int64_t column = begin; column < end; column += kNoiseColumns) {
+      vf v[2 * kChains];
+      exponentials(key, column, v);
+      for (int i = 0; i < 2 * kChains; ++i) store(e + column + i * kLanes, v[i]);
+    }
+  });
 }
 
 // E of a row (up to a factor; that of its column `own` is not used), where it is split, and the largest other E.
@@ -166,7 +179,7 @@ struct Row {
   int64_t own;  // the target, the largest boosted column or entry; -1: none
   Split split;
   float largest = 33.1f;
-  double noise = 0.0;    // the sum of the noise alone
+  double noise = 0.0;    // the sum of the noise of a target's row
   bool certain = false;  // the row is onehot(own)
 };
 
@@ -174,41 +187,48 @@ constexpr double kMostBoost = 60.0;
 
 Row row_of_noise(const PosteriorParams& p, int64_t row, const Pull& pull) {
   float* e = scratch_row(p.vocab);
+  const int64_t target = token_at(p.target, row);
   if ((p.boost == nullptr && pull.certain) || (p.given.flags != nullptr && p.given.flags[row * p.given.stride])) {
-    return {e, token_at(p.target, row), {}, 0.0f, 0.0, true};
+    return {e, target, {}, 0.0f, 0.0, true};
   }
   double noise = exponential_row(philox_key(p.rng, row, kSimplexNoise), p.vocab, e);
-  const Tokens columns{p.target.data, 1, p.target.is_int32, 0};
-  auto column_of = [&](int64_t slot) { return token_at(columns, row * p.slots + slot); };
-  auto boost_of = [&](int64_t slot) {
-    if (p.boost == nullptr) return pull.s;
-    return std::clamp<double>(p.boost[row * p.slots + slot], -kMostBoost, kMostBoost);
+  // 1 - w of any column may be small: the sum must then be exact.
+  auto needs_exact = [&](const Split& split) { return Evidence(pull.s, split.sum(), p.vocab).needs_log1p; };
+  if (p.boost == nullptr) {
+    Split split = Split::of_noise(noise, e[target], pull.s, pull.s);
+    if (needs_exact(split)) {
+      noise = exact_sum(e, p.vocab);
+      split = Split::of_noise(noise, e[target], pull.s, pull.s);
+    }
+    return {e, target, split, 33.1f, noise};
+  }
+  // The boosted columns are taken out, the others summed, and what the boosts make of the columns is added: taken from
+  // a sum over all columns, the noise of columns with negative boosts would leave nothing but its rounding.
+  float* raised = scratch_row(p.slots, 1);
+  int64_t own = -1, own_slot = -1;
+  double own_noise = 0.0, own_boost = 0.0;
+  for (int64_t slot = 0; slot < p.slots; ++slot) {
+    const int64_t column = token_at(p.target, row, slot);
+    if (column < 0) continue;
+    const double boost = std::clamp<double>(p.boost[row * p.slots + slot], -kMostBoost, kMostBoost);
+    raised[slot] = static_cast<float>(e[column] * std::exp(boost));
+    if (own >= 0 && !(raised[slot] > raised[own_slot])) continue;
+    own = column, own_slot = slot, own_noise = e[column], own_boost = boost;
+  }
+  auto each_other = [&](auto&& f) {
+    for (int64_t slot = 0; slot < p.slots; ++slot)
+      if (slot != own_slot && token_at(p.target, row, slot) >= 0) f(e[token_at(p.target, row, slot)], raised[slot]);
   };
-  int64_t own_slot = -1;
-  double most = -1.0, own_noise = 0.0, own_boost = 0.0;
-  for (int64_t slot = 0; slot < p.slots; ++slot) {
-    if (column_of(slot) < 0) continue;
-    const double raised = e[column_of(slot)] * std::exp(boost_of(slot));
-    if (raised > most) most = raised, own_slot = slot;
-  }
-  const int64_t own = own_slot < 0 ? -1 : column_of(own_slot);
-  if (own >= 0) own_noise = e[own], own_boost = boost_of(own_slot);
-  double others = 0.0;  // what the boosts of the others add
-  for (int64_t slot = 0; slot < p.slots; ++slot)
-    if (slot != own_slot && column_of(slot) >= 0) others += std::expm1(boost_of(slot)) * e[column_of(slot)];
-  Split split = Split::of_noise(noise + others, own_noise, own_boost, pull.s);
-  if (Evidence(pull.s, split.sum(), p.vocab).needs_log1p) {  // 1 - w of any column may be small: it needs an exact sum
-    noise = 0.0;
-    for (int64_t i = 0; i < p.vocab; ++i) noise += e[i];
-    split = Split::of_noise(noise + others, own_noise, own_boost, pull.s);
-  }
-  Row result{e, own, split, 33.1f, noise};
-  for (int64_t slot = 0; slot < p.slots; ++slot) {
-    if (slot == own_slot || column_of(slot) < 0) continue;
-    float& raised = e[column_of(slot)];
-    raised = static_cast<float>(raised * std::exp(boost_of(slot)));
-    result.largest = std::max(result.largest, raised);
-  }
+  double boosted = own < 0 ? 0.0 : std::exp(own_boost - pull.s) * own_noise;
+  if (own >= 0) e[own] = 0.0f;
+  each_other([&](float& noise_of_column, float value) { noise_of_column = 0.0f, boosted += value; });
+  Split split = Split::of_noise(sum_row(e, p.vocab, [](int64_t, int64_t) {}) + boosted, own_noise, own_boost, pull.s);
+  if (needs_exact(split)) split = Split::of_noise(exact_sum(e, p.vocab) + boosted, own_noise, own_boost, pull.s);
+  Row result{e, own, split};
+  each_other([&](float& noise_of_column, float value) {
+    noise_of_column = value;
+    result.largest = std::max(result.largest, value);
+  });
   return result;
 }
 
@@ -322,6 +342,10 @@ void posterior(const PosteriorParams& p, int64_t begin, int64_t end) {
   for_dtype(p.log_x.dtype, [&](auto* type) {
     for (int64_t row = begin; row < end; ++row) {
       const float t = p.t.data[row * p.t.stride];
+      if (!(t >= 0.0f && t <= 1.0f)) {
+        store_plain(p, row, 0, false);
+        continue;
+      }
       const Pull pull(t, p.c);
       const Row made =
           p.log_x.data == nullptr ? row_of_noise(p, row, pull) : row_of_state<element<decltype(type)>>(p, row, pull, t);

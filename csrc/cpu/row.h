@@ -186,9 +186,9 @@ inline PhiloxKey philox_key(const Rng& rng, int64_t row, uint32_t stream) {
           static_cast<uint32_t>(pair[1]), stream};
 }
 
-inline int64_t token_at(const Tokens& tokens, int64_t row) {
-  return tokens.is_int32 ? static_cast<const int32_t*>(tokens.data)[row * tokens.stride]
-                         : static_cast<const int64_t*>(tokens.data)[row * tokens.stride];
+inline int64_t token_at(const Tokens& tokens, int64_t row, int64_t slot = 0) {
+  const int64_t i = row * tokens.stride + slot;
+  return tokens.is_int32 ? static_cast<const int32_t*>(tokens.data)[i] : static_cast<const int64_t*>(tokens.data)[i];
 }
 
 template <class T>

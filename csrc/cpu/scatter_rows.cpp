@@ -7,7 +7,7 @@ namespace klflow::KLFLOW_ISA {
 
 namespace {
 
-// The token whose unit (see rows_of in dispatch.cpp) is the first at or after `unit`: starts[v] + v grows with v.
+// The token whose unit (see rows_of in dispatch.h) is the first at or after `unit`: starts[v] + v grows with v.
 int64_t token_of_unit(const ScatterRowsParams& p, int64_t unit) {
   int64_t low = 0, high = p.vocab;
   while (low < high) {

@@ -3,6 +3,8 @@
 // blocks that reach it are visited again, while in cache: few candidates remain. Then a Gumbel-max draw over the k kept
 // with the noise contract's accurate small-E tail. topk_renoise appends the re-noising of the drawn token. Never built:
 // sorted rows, probabilities, x_0.
+#include <numeric>
+
 #include "dispatch.h"
 #include "row.h"
 
@@ -96,6 +98,20 @@ int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k, int64_t slack, in
   return static_cast<int32_t>(low);
 }
 
+// e^x for x <= 0, to 1e-14 of its value; 0 below e^-700.
+typedef double vd __attribute__((vector_size(4 * kLanes)));
+typedef int64_t vi64 __attribute__((vector_size(4 * kLanes)));
+typedef float vf_half __attribute__((vector_size(2 * kLanes)));
+KLFLOW_INLINE vd exp_double(vd x) {
+  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: its last bits take the rounded number
+  const vd shifted = x * 1.4426950408889634 + kMagic, n = shifted - kMagic;
+  const vd r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;  // log 2 in two parts
+  vd p = vd{} + 1.0 / 39916800;
+  for (const double factorial : {3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1, 1}) p = p * r + 1.0 / factorial;
+  const vi64 bits = reinterpret_cast<vi64>(p) + (reinterpret_cast<vi64>(shifted) << 52);
+  return reinterpret_cast<vd>(bits & ~reinterpret_cast<vi64>(x < -700.0));
+}
+
 constexpr int kDraw = kChains * kLanes;  // columns drawn at a time
 
 // Words of the columns' counters.
@@ -147,17 +163,8 @@ class Draw {
     log_prob = 0.0f;
     if (p_.k == 1) return columns_[0];
     double total = 0.0;
-    int64_t n = p_.k;
-    if (p_.top_p < 1.0f) {
-      std::sort(columns_, columns_ + n, [&](int32_t a, int32_t b) {
-        const int32_t key_a = key(a), key_b = key(b);
-        return key_a > key_b || (key_a == key_b && a < b);
-      });
-      load_logits(n);
-      n = nucleus(total);
-    } else {
-      load_logits(n);
-    }
+    load_logits(p_.k);
+    const int64_t n = p_.top_p < 1.0f ? nucleus(total) : p_.k;
     const int64_t winner = choose(row, n, total);
     log_prob = static_cast<float>(scaled(winner) - std::log(total));
     return columns_[winner];
@@ -175,11 +182,12 @@ class Draw {
 
   void place_scratch() {
     const int64_t size = (p_.vocab + kGroups - 1) / kGroups * kGroups;
-    float* room = scratch_row(4 * size, 3);
+    float* room = scratch_row(6 * size, 3);
     columns_ = reinterpret_cast<int32_t*>(room);
     keys_ = reinterpret_cast<int32_t*>(room + size);
     logits_ = room + 2 * size;
     scores_ = room + 3 * size;
+    masses_ = reinterpret_cast<double*>(room + 4 * size);
     maxima_ = reinterpret_cast<int32_t*>(logits_);
     values_ = reinterpret_cast<T*>(scores_);
   }
@@ -317,12 +325,71 @@ class Draw {
     std::fill(logits_ + n, logits_ + padded, -kInf);
   }
 
-  // The length of the shortest prefix of the sorted candidates with mass >= top_p; its mass in total.
+  // The masses of the candidates; returns their sum.
+  double weigh() {
+    const double inverse = 1.0 / p_.temperature;
+    vd sum = {};
+    for (int64_t i = 0; i < p_.k; i += kHalf) {
+      const vd z = __builtin_convertvector(load_raw<vf_half>(logits_ + i), vd);
+      const vd mass = exp_double((z - static_cast<double>(top_)) * inverse);
+      std::memcpy(masses_ + i, &mass, sizeof(mass));
+      sum += mass;
+    }
+    double total = 0.0;
+    for (int lane = 0; lane < kHalf; ++lane) total += sum[lane];
+    return total;
+  }
+
+  // Larger logits have larger bits.
+  static uint32_t rising_bits(float z) {
+    int32_t bits;
+    z += 0.0f;  // -0 counts as 0
+    std::memcpy(&bits, &z, 4);
+    return static_cast<uint32_t>(ordered<int32_t>(bits)) ^ 0x80000000u;
+  }
+
+  // Keeps the smallest most likely set of the candidates with mass >= top_p, ties to the lower column, and returns its
+  // size; its mass in total. The last of the set is found digit by digit of its bits: the masses of the candidates that
+  // share the digits found so far are summed by their next digit, until few candidates are left to be sorted.
   int64_t nucleus(double& total) {
-    double all = 0.0;
-    for (int64_t i = 0; i < p_.k; ++i) all += std::exp(scaled(i));
-    int64_t n = 0;
-    while (n == 0 || (n < p_.k && total < p_.top_p * all)) total += std::exp(scaled(n++));
+    constexpr int64_t kFew = 64;
+    constexpr uint32_t kDigits = 2048;
+    const double wanted = std::max(p_.top_p * weigh(), 1e-300);  // the largest of mass 1 is kept at any top_p
+    int32_t* left = keys_;
+    int64_t n = p_.k;
+    std::iota(left, left + n, 0);
+    for (const int shift : {21, 10, 0}) {
+      if (n <= kFew) break;
+      double mass[kDigits] = {};
+      auto digit = [&](int32_t i) { return rising_bits(logits_[i]) >> shift & (kDigits - 1); };
+      for (int64_t i = 0; i < n; ++i) mass[digit(left[i])] += masses_[left[i]];
+      uint32_t last = 0;
+      double above = total;
+      for (uint32_t d = kDigits; d-- > 0 && above < wanted;)
+        if (mass[d] > 0.0) last = d, total = above, above += mass[d];
+      int64_t kept = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const int32_t candidate = left[i];
+        left[kept] = candidate;
+        kept += digit(candidate) == last;
+      }
+      n = kept;
+    }
+    auto before = [&](int32_t a, int32_t b) { return logits_[a] > logits_[b] || (logits_[a] == logits_[b] && a < b); };
+    if (!std::is_sorted(left, left + n, before)) std::sort(left, left + n, before);
+    int64_t taken = 0;
+    do {
+      total += masses_[left[taken++]];
+    } while (taken < n && total < wanted);
+    const int32_t last = left[taken - 1];
+    const float bound = logits_[last];
+    n = 0;
+    for (int64_t i = 0; i < p_.k; ++i) {
+      const float z = logits_[i];
+      columns_[n] = columns_[i];
+      logits_[n] = z;
+      n += (z > bound) | ((z == bound) & (i <= last));
+    }
     pad(n);
     return n;
   }
@@ -381,6 +448,7 @@ class Draw {
   float top_ = 0.0f;  // the largest logit
   int32_t *columns_, *keys_, *maxima_;
   float *logits_, *scores_;  // maxima_ lies in logits_, values_ in scores_: each is done before the other is written
+  double* masses_;
   T* values_;
   Key tail_[kGroups];
 };

@@ -26,6 +26,7 @@ inline Words16 load16(const void* address) { return *static_cast<const Words16*>
 inline void store16(void* address, const Words16& x) { *static_cast<Words16*>(address) = x; }
 inline void store16_global(void* address, const Words16& x) { *static_cast<Words16*>(address) = x; }
 #define klflow_cluster_sync() ::simt::cluster_barrier(KLFLOW_SITE)
+inline int unhoisted(int x) { return x; }
 inline float lg2_approx(float x) { return simt::lg2_approx(x); }
 inline float ex2_approx(float x) { return simt::ex2_approx(x); }
 #else
@@ -73,6 +74,13 @@ __device__ __forceinline__ constexpr uint32_t cluster_size() { return 1; }
 __device__ __forceinline__ unsigned char* map_shared(unsigned char* mine, uint32_t) { return mine; }
 __device__ __forceinline__ void klflow_cluster_sync() { __syncthreads(); }
 #endif
+
+// x, of which the compiler does not know that it stays the same: what is worked out from it is not kept in registers
+// from one row to the next.
+__device__ __forceinline__ int unhoisted(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // The special-function unit's logarithm and exponential. Error, by the PTX manual: lg2 2^-22 absolute for x in (1/2,
 // 2), 2^-22 relative elsewhere; ex2 2^-22 relative.

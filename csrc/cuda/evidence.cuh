@@ -25,9 +25,10 @@ struct Split {
   double base;
   float raised;
 };
-// Of noise that sums to noise_sum, E_k of which, own_noise, is boosted.
-__device__ __forceinline__ Split split_of_noise(double noise_sum, float own_noise, float boost, float gain) {
-  return {noise_sum + expm1f(boost - gain) * own_noise, -expm1f(-gain) * expf(boost) * own_noise};
+// Of noise whose E_k, own_noise, is boosted; base: the others, and e^(boost - s) own_noise (without boosts: all the
+// noise).
+__device__ __forceinline__ Split split_of_noise(double base, float own_noise, float boost, float gain) {
+  return {base, -expm1f(-gain) * expf(boost) * own_noise};
 }
 
 struct Evidence {

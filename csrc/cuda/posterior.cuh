@@ -137,7 +137,7 @@ __device__ __forceinline__ void store_plain_row(const PosteriorParams& p, int64_
   if (threadIdx.x != 0) return;
   p.rest[row] = !valid ? not_a_number() : p.top > 0 ? 0.0f : 1.0f;
   if (p.stats != nullptr)
-    for (int i = 0; i < 3; ++i) p.stats[3 * row + i] = !valid ? not_a_number() : i == 1 ? 0.0f : 1.0f;
+    for (int i = 0; i < 3; ++i) p.stats[3 * row + i] = !valid ? not_a_number() : i == 2 ? 1.0f : 0.0f;
 }
 
 // Where a row's E comes from: the noise and a target, the noise and boosts, or a dense state of type T.
@@ -172,9 +172,8 @@ __device__ __forceinline__ Boosted larger(const Boosted& a, const Boosted& b) {
 // Calls f(column, E, boost) for this thread's slots of a row; the column is -1 where they hold no token or no number.
 template <class F>
 __device__ __forceinline__ void each_slot(const PosteriorParams& p, int64_t row, const NoiseKey& key, F&& f) {
-  const Tokens columns{p.target.data, 1, p.target.is_int32, 0};
-  for (int64_t slot = threadIdx.x; slot < p.slots; slot += kThreads) {
-    const int64_t column = token_at(columns, row * p.slots + slot);
+  for (int slot = static_cast<int>(threadIdx.x); slot < p.slots; slot += kThreads) {
+    const int64_t column = token_at(p.target, row, slot);
     if (column == -1) continue;
     const float boost = p.boost[row * p.slots + slot];
     if (column < 0 || column >= p.vocab || !(boost == boost))
@@ -205,19 +204,20 @@ __device__ __forceinline__ Peak higher(const Peak& a, const Peak& b) {
 template <bool kScratch, class Source>
 __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams p, bool) {
   PosteriorShared& s = *reinterpret_cast<PosteriorShared*>(shared_memory() + kPartialBytes);
-  float* kept = kScratch ? p.scratch + blockIdx.x * scratch_columns(p.vocab)
-                         : reinterpret_cast<float*>(shared_memory() + kPosteriorBytes);
-  const Slice slice = slice_of(p.vocab);  // columns below are of the slice
+  // Columns below are of the slice.
+  const Slice slice = kScratch ? Slice{0, static_cast<int>(p.vocab)} : slice_of(p.vocab);
   const int size = slice.size, stride = kQuad * kThreads;
-  const int first = kQuad * static_cast<int>(threadIdx.x);
   const float* log_prior = p.log_prior + slice.begin;
-  const bool narrow = p.vocab <= kNarrow;
+  const bool narrow = !kScratch && p.vocab <= kNarrow;
   using T = typename Source::Type;
   constexpr bool plain =
       !Source::kBoosted && !Source::kDense;  // noise alone has no large w in a row that is not narrow
   const int in_words =
       (reinterpret_cast<uintptr_t>(log_prior) & 15) == 0 ? size : 0;  // columns read 16 bytes at a time
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
+    float* kept = kScratch ? p.scratch + unhoisted(static_cast<int>(blockIdx.x)) * scratch_columns(p.vocab)
+                           : reinterpret_cast<float*>(shared_memory() + kPosteriorBytes);
+    const int first = unhoisted(kQuad * static_cast<int>(threadIdx.x));
     const float t = scalar_at(p.t, row, 0.0f), gain = gain_of(t, p.c);
     int token = -1;  // the column whose evidence has no cancellation: the target, the largest boosted or entry
     bool valid = t >= 0.0f && t <= 1.0f, certain = false;
@@ -289,38 +289,70 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
     };
 
     // E and its sum. In the row's token and beyond the row it does not count.
-    double sum = threadIdx.x == 0 && slice.begin == 0 ? own_noise : 0.0;
-    if (narrow) {
-      for (int column = static_cast<int>(threadIdx.x); column < size; column += kThreads) {
-        kept[column] = Source::kDense ? exp2f((kept[column] - peak.value) * power)
-                                      : exact_noise(row_noise_words(key, column), column);
-        if (column != own_column) sum += kept[column];
+    double sum = threadIdx.x == 0 && slice.begin == 0 ? expf(own_boost - gain) * own_noise : 0.0;
+    auto sum_row = [&](auto&& make) {  // make(column, e), of one column or (not narrow) of a quad
+      if (narrow) {
+        for (int column = static_cast<int>(threadIdx.x); column < size; column += kThreads) {
+          float e[kQuad];
+          make(column, e);
+          if (column != own_column) sum += e[0];
+        }
+      } else {
+        float partial = 0.0f;
+        for (int column = first; column < size; column += stride) {
+          float e[kQuad];
+          make(column, e);
+          if (holds_own(column) || column + kQuad > size) {
+#pragma unroll
+            for (int i = 0; i < kQuad; ++i) e[i] = column + i < size && column + i != own_column ? e[i] : 0.0f;
+          }
+          partial += (e[0] + e[1]) + (e[2] + e[3]);
+        }
+        sum += partial;
       }
-    } else {
-      float partial = 0.0f;
-      for (int column = first; column < size; column += stride) {
-        float e[kQuad];
+    };
+    auto make_e = [&](int column, float (&e)[kQuad]) {
+      if (narrow) {
+        e[0] = Source::kDense ? exp2f((kept[column] - peak.value) * power)
+                              : exact_noise(row_noise_words(key, column), column);
+        kept[column] = e[0];
+      } else {
         if constexpr (Source::kDense)
           state_at(column, e);
         else
           noise_at(column, e);
         store_quad(kept + column, e);
-        if (holds_own(column) || column + kQuad > size) {
-#pragma unroll
-          for (int i = 0; i < kQuad; ++i) e[i] = column + i < size && column + i != own_column ? e[i] : 0.0f;
-        }
-        partial += (e[0] + e[1]) + (e[2] + e[3]);
       }
-      sum += partial;
-    }
-    if constexpr (Source::kBoosted) {
+    };
+    if constexpr (!Source::kBoosted) {
+      sum_row(make_e);
+    } else {
+      // The boosted columns are taken out, the others summed, and what the boosts make of the columns is added: taken
+      // from a sum over all columns, the noise of columns with negative boosts would leave nothing but its rounding.
+      for (int column = narrow ? static_cast<int>(threadIdx.x) : first; column < size;
+           column += narrow ? kThreads : stride) {
+        float e[kQuad];
+        make_e(column, e);
+      }
+      auto each_boosted = [&](auto&& f) {  // f(column of the slice, what its boost makes of it), the row's token aside
+        each_slot(p, row, key, [&](int column, float noise, float boost) {
+          const int in_slice = column - slice.begin;
+          if (column != token && in_slice >= 0 && in_slice < size) f(in_slice, noise * expf(boost));
+        });
+      };
       __syncthreads();
-      each_slot(p, row, key, [&](int column, float noise, float boost) {
-        if (column == token) return;
-        const int in_slice = column - slice.begin;
-        if (in_slice < 0 || in_slice >= size) return;
-        sum += static_cast<double>(expm1f(boost)) * noise;
-        kept[in_slice] = noise * expf(boost);
+      each_boosted([&](int column, float) { kept[column] = 0.0f; });
+      __syncthreads();
+      sum_row([&](int column, float (&e)[kQuad]) {
+        if (narrow)
+          e[0] = kept[column];
+        else
+          load_quad(kept + column, e);
+      });
+      __syncthreads();
+      each_boosted([&](int column, float raised) {
+        kept[column] = raised;
+        sum += raised;
       });
     }
     sum = row_sum(sum);
@@ -451,7 +483,7 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
 
     // Masses, and how many are selected, of a piece of the slice: an odd number of quads, so that the threads of a warp
     // read different banks.
-    const int piece = kQuad * (((size + kQuad - 1) / kQuad + kThreads - 1) / kThreads | 1);
+    const int piece = kQuad * (((unhoisted(size) + kQuad - 1) / kQuad + kThreads - 1) / kThreads | 1);
     const int begin = piece * static_cast<int>(threadIdx.x), end = begin + piece < size ? begin + piece : size;
     float selected = 0.0f, rest = 0.0f;
     uint32_t above = 0, equal = 0;

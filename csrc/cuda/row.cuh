@@ -52,8 +52,8 @@ __device__ __forceinline__ void store(const Rows& rows, int64_t row, int64_t col
   else
     static_cast<__half*>(rows.data)[i] = __float2half_rn(x);
 }
-__device__ __forceinline__ int64_t token_at(const Tokens& tokens, int64_t row) {
-  const int64_t i = row * tokens.stride;
+__device__ __forceinline__ int64_t token_at(const Tokens& tokens, int64_t row, int64_t slot = 0) {
+  const int64_t i = row * tokens.stride + slot;
   return tokens.is_int32 ? static_cast<const int32_t*>(tokens.data)[i] : static_cast<const int64_t*>(tokens.data)[i];
 }
 __device__ __forceinline__ bool is_given(const Given& given, int64_t row) {

@@ -2,8 +2,9 @@
 // a unique 64-bit key, (ordered value, ~column): a larger key is a larger logit or, on ties, a lower column, so the
 // result never depends on the order of arrival. k <= 256: one read of the row, which stays in shared memory; the k-th
 // largest of the threads' maxima bounds the k-th logit from below, and the few logits above it are queued and ranked.
-// Otherwise, or where ties overflow the queue: an 8-bit radix descent over the row. Never materialised: sorted rows,
-// probabilities, x_0. Bytes: one read of the logits (topk_renoise: and one write of x).
+// Otherwise, or where ties overflow the queue: an 8-bit radix descent over the row, by count for k and by mass for
+// top_p. Never materialised: sorted rows, probabilities, x_0. Bytes: one read of the logits (topk_renoise: and one
+// write of x).
 #pragma once
 
 #include "row.cuh"
@@ -15,8 +16,7 @@ constexpr int kQueue = 512;
 
 // Shared memory after the partial results; the kept row follows.
 struct TopkShared {
-  uint32_t counts[256];  // of a radix digit
-  uint64_t queue[kQueue];
+  uint64_t queue[kQueue];       // or, where it overflows, the weights of a radix digit
   uint64_t sorted[kMaxQueued];  // the k largest keys in order: of the block's slice, in the end of the row
   uint64_t merged[kMaxQueued];  // of the row, in the first block of the cluster
   uint32_t queued, kept;
@@ -33,22 +33,23 @@ __device__ __forceinline__ uint64_t key_of(float logit, int64_t column) {
 }
 __device__ __forceinline__ int64_t column_of(uint64_t key) { return ~static_cast<uint32_t>(key); }
 
-// The k-th largest key of the row.
-__device__ __forceinline__ uint64_t kth_key(const Rows& logits, int64_t row, int64_t vocab, int64_t k) {
-  uint32_t* counts = topk_shared().counts;
+// The largest key such that the keys from it on weigh at least `wanted` >= 1. each(f) calls f(key, weight) for the keys
+// of this thread; the weights are whole numbers, so that their order of arrival is of no account.
+template <class Each>
+__device__ __forceinline__ uint64_t key_reaching(unsigned long long wanted, Each&& each) {
+  unsigned long long* weights = reinterpret_cast<unsigned long long*>(topk_shared().queue);
   uint64_t prefix = 0;
   for (int shift = 56; shift >= 0; shift -= 8) {
     __syncthreads();
-    for (int digit = threadIdx.x; digit < 256; digit += kThreads) counts[digit] = 0;
+    for (int digit = threadIdx.x; digit < 256; digit += kThreads) weights[digit] = 0;
     __syncthreads();
     const uint64_t above = shift == 56 ? 0 : ~0ull << (shift + 8);  // digits already decided
-    for (int64_t j = threadIdx.x; j < vocab; j += kThreads) {
-      const uint64_t key = key_of(load(logits, row, j), j);
-      if ((key & above) == prefix) atomicAdd(&counts[key >> shift & 255], 1u);
-    }
+    each([&](uint64_t key, unsigned long long weight) {
+      if ((key & above) == prefix) atomicAdd(&weights[key >> shift & 255], weight);
+    });
     __syncthreads();
     int digit = 255;
-    while (k > counts[digit]) k -= counts[digit--];
+    while (digit > 0 && wanted > weights[digit]) wanted -= weights[digit--];
     prefix |= static_cast<uint64_t>(digit) << shift;
   }
   return prefix;
@@ -205,16 +206,19 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
       each(threshold, [&](float z, int64_t) { held += mass(z); });
       return row_sum<false>(held);
     };
-    uint64_t threshold = p.k >= p.vocab ? 0 : kth_key(p.logits, row, p.vocab, p.k);
+    uint64_t threshold = 0;
+    if (p.k < p.vocab)
+      threshold = key_reaching(p.k, [&](auto&& f) { each(0, [&](float z, int64_t j) { f(key_of(z, j), 1); }); });
     total = mass_from(threshold);
-    if (p.top_p < 1.0f) {  // the largest threshold whose keys still hold the mass, bit by bit
-      const double wanted = p.top_p * total;
-      uint64_t best = 0;
-      for (int bit = 63; bit >= 0; --bit) {
-        const uint64_t raised = best | 1ull << bit;
-        if (raised <= threshold || mass_from(raised) >= wanted) best = raised;
-      }
-      threshold = best > threshold ? best : threshold;
+    if (p.top_p < 1.0f) {
+      double unit = 4611686018427387904.0;  // 2^62, divided until V of the largest masses, 1, do not exceed it
+      for (int64_t columns = 1; columns < p.vocab; columns *= 2) unit *= 0.5;
+      auto whole = [&](double mass) { return static_cast<unsigned long long>(mass * unit + 0.5); };
+      const unsigned long long wanted = whole(p.top_p * total);
+      const uint64_t reached = key_reaching(wanted > 0 ? wanted : 1, [&](auto&& f) {
+        each(threshold, [&](float z, int64_t j) { f(key_of(z, j), whole(mass(z))); });
+      });
+      threshold = reached > threshold ? reached : threshold;
       total = mass_from(threshold);
     }
     each(threshold, [&](float z, int64_t j) { choice = better(choice, score(z, j)); });
