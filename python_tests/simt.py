@@ -65,6 +65,8 @@ def kernels(folder):
 def sanitized_cpu_kernels(folder, isa):
     """The library of the CPU kernels of "baseline", "avx2" or "avx512", under the sanitizers."""
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) + [ROOT / "python_tests" / "cpu_backend.cpp"]
-    flags = ["-O1 -fexpensive-optimizations -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"]
+    flags = [
+        "-O1 -fexpensive-optimizations -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
+    ]
     flags += [*isa_flags()[isa], f"-DKLFLOW_ISA={isa}"]
     return build(folder, f"klflow_{isa}", [s for s in sources if s.name != "dispatch.cpp"], " ".join(flags), True)
