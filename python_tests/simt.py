@@ -62,7 +62,8 @@ def build(folder, name, sources, flags=SIMT_FLAGS, sanitize=SANITIZE_SIMT):
     (folder / "build.ninja").write_text("".join(lines))
     ninja = shutil.which("ninja")
     command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
-    done = subprocess.run([*command, "-C", str(folder)], capture_output=True, text=True)
+    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # of libasan: a compiler would be slow under it
+    done = subprocess.run([*command, "-C", str(folder)], capture_output=True, text=True, env=env)
     if done.returncode != 0:
         raise RuntimeError(f"building {target} failed:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
     return target
@@ -79,6 +80,8 @@ def kernels(folder):
 def sanitized_cpu_kernels(folder, isa):
     """The library of the CPU kernels of "baseline", "avx2" or "avx512", under the sanitizers."""
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) + [ROOT / "python_tests" / "cpu_backend.cpp"]
-    flags = ["-O1 -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"]
+    flags = [
+        "-O1 -fexpensive-optimizations -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
+    ]
     flags += [*isa_flags()[isa], f"-DKLFLOW_ISA={isa}"]
     return build(folder, f"klflow_{isa}", [s for s in sources if s.name != "dispatch.cpp"], " ".join(flags), True)

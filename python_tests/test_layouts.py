@@ -5,6 +5,9 @@ KLFLOW_CPU_SANITIZE=1 or KLFLOW_SIMT_SANITIZE=1 (see .ci/run), a read beside a t
 """
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -252,6 +255,17 @@ def test_results(dtype, vocab, place, device):
         got = call(view.detach()).detach()
         assert got.data_ptr() == view.data_ptr() and torch.equal(got, want), name
         assert room.isnan().sum() == room.numel() - rows * vocab, name
+
+
+@pytest.mark.skipif(os.environ.get("KLFLOW_CPU_SANITIZE") != "1", reason="needs KLFLOW_CPU_SANITIZE=1")
+def test_one_element_past_a_row_is_caught_by_the_sanitizer(cpu_library):
+    script = (
+        "import ctypes; f = (ctypes.c_float * 1024)(); "  # larger than what Python keeps in pools
+        f"ctypes.CDLL({str(cpu_library)!r}).klflow_read(ctypes.byref(f, 4 * 1022), {{}})"
+    )
+    for n, caught in ((2, False), (3, True)):
+        done = subprocess.run([sys.executable, "-c", script.format(n)], capture_output=True, text=True)
+        assert (done.returncode != 0 and "heap-buffer-overflow" in done.stderr) == caught, done.stderr
 
 
 # ---- the smallest and largest of everything

@@ -16,6 +16,10 @@ struct Pull {
   bool certain;
 };
 
+// The sum of the noise, here in units of ln 2, in the stats of a row; shift is the same z again only from the same sum.
+inline float stats_of_noise(double noise) { return static_cast<float>(noise * kLn2); }
+inline double noise_of_stats(float noise) { return noise / kLn2; }
+
 struct Evidence {
   double slope;      // (1 - e^-s) / S
   float w, v_w;      // slope and V slope in float32: E to w and to the first term of e

@@ -7,18 +7,18 @@ namespace klflow::KLFLOW_ISA {
 
 namespace {
 
-// E of one column, in units of ln 2.
-double exponential(const PhiloxKey& key, int64_t column) {
-  const Words4 words = philox(static_cast<uint32_t>(column / 4), key.row, key.step, key.stream,
-                              static_cast<uint32_t>(key.round_keys[0]), static_cast<uint32_t>(key.round_keys[1]));
-  return -std::log2(static_cast<double>(simplex_uniform(words.w[column % 4])));
+// E of one column, in units of ln 2: the bits that it has in its row.
+float exponential(const PhiloxKey& key, int64_t column) {
+  vf v[2 * kChains];
+  exponentials(key, column / 4 * 4, v);
+  return v[0][column % 4];
 }
 
 // q_j = exp(z_j - shift) / total over the tile, or log q_j.
 void posterior_tile(const NoiseTileParams& p, int64_t row, const PhiloxKey& key, int64_t token, double s, float* q) {
   const float* stats = p.stats + 3 * row;
   const float shift = stats[1], scale = 1.0f / stats[2];
-  const double noise = stats[0] / kLn2, own = exponential(key, token);
+  const double noise = noise_of_stats(stats[0]), own = exponential(key, token);
   for (int64_t i = 0; i < p.columns; i += kNoiseColumns) {
     vf v[2 * kChains];
     exponentials(key, p.column + i, v);

@@ -143,6 +143,19 @@ class Selection {
   std::vector<int32_t> column_;
 };
 
+// The sum of value(i, m) over n columns, in four chains: float32 sums of few terms.
+template <class F>
+KLFLOW_INLINE double sum_vectors(int64_t n, F&& value) {
+  vf sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[j] += value(i + j * kLanes, kLanes);
+  }
+  for_vectors(n - i, [&](int64_t k, int m) { sums[0] += value(i + k, m); });
+  return static_cast<double>(sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])));
+}
+
 // The sum of a row of E, block by block; before(begin, end) makes a block.
 template <class F>
 double sum_row(const float* e, int64_t vocab, F&& before) {
@@ -150,9 +163,7 @@ double sum_row(const float* e, int64_t vocab, F&& before) {
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t end = std::min(vocab, begin + kBlock);
     before(begin, end);
-    vf sum = {};
-    for_vectors(end - begin, [&](int64_t i, int m) { sum += load_n(e + begin + i, m, 0.0f); });
-    total += static_cast<double>(sum_lanes(sum));
+    total += sum_vectors(end - begin, [&](int64_t i, int m) { return load_n(e + begin + i, m, 0.0f); });
   }
   return total;
 }
@@ -195,12 +206,9 @@ Row row_of_noise(const PosteriorParams& p, int64_t row, const Pull& pull) {
   // 1 - w of any column may be small: the sum must then be exact.
   auto needs_exact = [&](const Split& split) { return Evidence(pull.s, split.sum(), p.vocab).needs_log1p; };
   if (p.boost == nullptr) {
-    Split split = Split::of_noise(noise, e[target], pull.s, pull.s);
-    if (needs_exact(split)) {
-      noise = exact_sum(e, p.vocab);
-      split = Split::of_noise(noise, e[target], pull.s, pull.s);
-    }
-    return {e, target, split, 33.1f, noise};
+    if (needs_exact(Split::of_noise(noise, e[target], pull.s, pull.s))) noise = exact_sum(e, p.vocab);
+    if (p.stats != nullptr) noise = noise_of_stats(stats_of_noise(noise));  // as who reads the stats will have it
+    return {e, target, Split::of_noise(noise, e[target], pull.s, pull.s), 33.1f, noise};
   }
   // The boosted columns are taken out, the others summed, and what the boosts make of the columns is added: taken from
   // a sum over all columns, the noise of columns with negative boosts would leave nothing but its rounding.
@@ -256,13 +264,11 @@ Row row_of_state(const PosteriorParams& p, int64_t row, const Pull& pull, float 
   const float power = kLog2E / (1.0f - t);
   double rest = 0.0;
   for (int64_t start = 0; start < p.vocab; start += kBlock) {
-    vf sum = {};
-    for_vectors(std::min(kBlock, p.vocab - start), [&](int64_t i, int m) {
+    rest += sum_vectors(std::min(kBlock, p.vocab - start), [&](int64_t i, int m) {
       const vf v = exp2v((load_n(e + start + i, m, -kInf) - most) * power);
       store_n(e + start + i, v, m);
-      sum += v;
+      return v;
     });
-    rest += static_cast<double>(sum_lanes(sum));
   }
   const double stay = std::exp(-pull.s);
   return {e, own, {std::max(rest + stay, 1e-37), -std::expm1(-pull.s)}, 1.0f};  // 1e-37: e_k is then 85 V
@@ -308,11 +314,7 @@ void store_row(const PosteriorParams& p, int64_t row, const Row& made, double s,
       total *= std::exp(static_cast<double>(shift) - top);
       shift = top;
     }
-    if (shift > -kInf) {
-      vf mass = {};
-      for_vectors(n, [&](int64_t i, int m) { mass += expv(load_n(z + i, m, -kInf) - shift); });
-      total += static_cast<double>(sum_lanes(mass));
-    }
+    if (shift > -kInf) total += sum_vectors(n, [&](int64_t i, int m) { return expv(load_n(z + i, m, -kInf) - shift); });
     if (p.top > 0) selection.add(z, start, n);
   }
   double kept = 0.0;
@@ -329,7 +331,7 @@ void store_row(const PosteriorParams& p, int64_t row, const Row& made, double s,
   }
   p.rest[row] = p.top == p.vocab ? 0.0f : static_cast<float>(std::max(0.0, total - kept) / total);
   if (p.stats != nullptr) {
-    p.stats[3 * row] = static_cast<float>(made.noise * kLn2);
+    p.stats[3 * row] = stats_of_noise(made.noise);
     p.stats[3 * row + 1] = shift;
     p.stats[3 * row + 2] = static_cast<float>(total);
   }

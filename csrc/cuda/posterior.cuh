@@ -356,7 +356,10 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
       });
     }
     sum = row_sum(sum);
-    if (is_leader() && p.stats != nullptr) p.stats[3 * row] = static_cast<float>(sum);
+    if (p.stats != nullptr) {
+      sum = static_cast<float>(sum);  // as who reads the stats will have it: shift is then the same z again
+      if (is_leader()) p.stats[3 * row] = static_cast<float>(sum);
+    }
     Split split;
     if constexpr (Source::kDense)
       split = {fmaxf(static_cast<float>(sum) + expf(-gain), 1e-37f), -expm1f(-gain)};  // 1e-37: e_k is then 85 V
