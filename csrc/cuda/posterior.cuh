@@ -204,8 +204,9 @@ __device__ __forceinline__ Peak higher(const Peak& a, const Peak& b) {
 template <bool kScratch, class Source>
 __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams p, bool) {
   PosteriorShared& s = *reinterpret_cast<PosteriorShared*>(shared_memory() + kPartialBytes);
-  // Columns below are of the slice.
-  const Slice slice = kScratch ? Slice{0, static_cast<int>(p.vocab)} : slice_of(p.vocab);
+  // Columns below are of the slice. (A scratch row has no cluster; to say so saves registers here, and costs some of a
+  // state.)
+  const Slice slice = kScratch && !Source::kDense ? Slice{0, static_cast<int>(p.vocab)} : slice_of(p.vocab);
   const int size = slice.size, stride = kQuad * kThreads;
   const float* log_prior = p.log_prior + slice.begin;
   const bool narrow = !kScratch && p.vocab <= kNarrow;
