@@ -29,7 +29,7 @@ __device__ __forceinline__ void weighted_sum(const Rows& rows, int64_t width, in
   for (int64_t first = 0; first < width; first += kThreads * kVector) {
     const int columns = static_cast<int>(width - first < kThreads * kVector ? width - first : kThreads * kVector);
     const int lanes = (columns + kVector - 1) / kVector, groups = kThreads / lanes;
-    const int group = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
+    const int thread = unhoisted(static_cast<int>(threadIdx.x)), group = thread / lanes, lane = thread % lanes;
     const int column = kVector * lane;
     const T* base = static_cast<const T*>(rows.data) + first;
     float sum[kVector] = {};
