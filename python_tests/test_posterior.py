@@ -421,6 +421,10 @@ def test_an_id_that_is_no_token_is_nan_where_nobody_looks(device, monkeypatch):
     ids = torch.tensor([[0, 9], [0, 10], [-1, 3]], device=device)
     out = ops.posterior_embedding(ids, torch.rand(3, 2), torch.rand(3), weight_of(10, 4, device), prior_of(10, device))
     assert out[0].isfinite().all() and out[1:].isnan().all()
+    if device.type == "cpu":  # the operator itself reads no row that is not there
+        rest, mean = torch.zeros(3), torch.zeros(4)
+        with pytest.raises(IndexError, match=r"ids.flatten\(\): row 3 holds 10"):
+            torch.ops.klflow.gather_rows(ids.int(), torch.rand(3, 2), rest, weight_of(10, 4), mean, torch.empty(3, 4))
 
 
 SCRIPT = """
