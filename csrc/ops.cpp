@@ -501,6 +501,7 @@ void gather_rows(Tensor ids, Tensor q, Tensor rest, Tensor weight, Tensor mean, 
   p.mean = vector_of(mean, p.width, "mean");
   p.weight = rows_of(weight, weight.size(0), p.width, "weight");
   p.out = rows_of(out, p.rows, p.width, "out");
+  if (out.is_cpu()) check_targets({p.ids, 1, 1, 0}, p.rows * p.top, weight.size(0), "ids.flatten()", nullptr, nullptr);
   if (p.rows > 0) KLFLOW_RUN(gather_rows, p, out);
 }
 

@@ -391,6 +391,62 @@ def test_topk_of_awkward_rows(vocab, k, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("top_p", [1e-50, 0.1, 0.5, 0.9, 1 - 2.0**-24])
+def test_top_p_keeps_the_smallest_set(top_p, dtype, device):
+    """The shortest prefix of the sorted logits with mass >= top_p, ties by column, however many logits there are."""
+    vocab = 1500
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(8, vocab, generator=generator) * torch.tensor([1e-3, 0.1, 1, 5, 50, 1, 1, 1])[:, None]
+    rows[1] = torch.randint(-2, 2, (vocab,), generator=generator)  # hundreds of equals at the bound
+    rows[5] = torch.where(rows[5] > 0, 0.0, -0.0)  # one value, two spellings
+    rows[6, vocab // 2 :] = -math.inf
+    rows[7] = torch.arange(vocab).flip(0) * 2.0**-12
+    rows = rows.to(dtype)
+    for k in (vocab, 700, 60):
+        token, log_prob = ops.topk_sample(rows.to(device), k, 5, top_p=top_p)
+        z, column = rows.double().sort(descending=True, stable=True)
+        z[:, k:] = -math.inf
+        mass = (z - z[:, :1]).exp()
+        before = mass.cumsum(-1) - mass  # equal to the bound (where masses are whole numbers): enough
+        bound = float(torch.tensor(top_p).float()) * mass.sum(-1, keepdim=True)
+        kept = (before < bound) | (torch.arange(vocab) == 0)
+        place = (column == token.cpu()[:, None]).double().argmax(-1)
+        assert kept[torch.arange(8), place].all()
+        want = z.masked_fill(~kept, -math.inf).log_softmax(-1)[torch.arange(8), place]
+        # The bound itself is rounded: one of the kept more or less than in float64, no more.
+        slack = 1e-5 + (1.01 / kept.sum(-1) if top_p > 0.999 else 0)
+        assert ((log_prob.double().cpu() - want).abs() <= slack).all()
+
+
+def test_the_range_of_temperatures(device):
+    """What is 0 or infinite in float32 never reaches a kernel; at both ends of the range the results are right."""
+    rows, vocab = 6, 600
+    logits, token = logits_of(rows, vocab, device=device), torch.empty(rows, dtype=torch.int64, device=device)
+    log_x, seed = torch.randn(rows, vocab, device=device).log_softmax(-1), torch.tensor([0, 0], device=device)
+    out, row = torch.empty(rows, vocab, device=device), torch.full((rows,), 0.3, device=device)
+    klflow = torch.ops.klflow
+    for bad in (0.0, -1.0, 1e-50, 1e-45, 1e-44, 1e-38, 1e-31, 1e31, 1e39, math.inf, math.nan):
+        with pytest.raises(RuntimeError, match="temperature: got"):
+            klflow.topk_sample(logits, 20, seed, bad, 1.0, 0, token, row.clone())
+        with pytest.raises(RuntimeError, match="temperature: got"):
+            klflow.topk_renoise(logits, 20, row, seed, bad, 1.0, 0.01, None, None, 0, token, out)
+        with pytest.raises(RuntimeError, match="temperature: got"):
+            klflow.euler_step(log_x, logits, row, bad, 0.01, None, None, out.clone(), out)
+    best = logits.argmax(-1)
+    for k, top_p in ((20, 1.0), (20, 0.5), (vocab, 1.0), (vocab, 0.5)):
+        token, log_prob = ops.topk_sample(logits, k, 0, temperature=1e-30, top_p=top_p)
+        assert torch.equal(token, best) and (log_prob == 0).all()
+        assert torch.equal(ops.topk_renoise(logits, k, 0.3, 0, temperature=1e-30, top_p=top_p)[0], best)
+        token, log_prob = ops.topk_sample(logits, k, 0, temperature=1e30, top_p=top_p)
+        torch.testing.assert_close(log_prob, torch.full_like(log_prob, -math.log(k * top_p)))
+    for temperature in (1e-5, 1e30):
+        state, x = ops.euler_step(log_x, logits, 0.3, temperature=temperature)
+        want, want_x = reference.euler_step(log_x.double().cpu(), logits.double().cpu(), 0.3, temperature=temperature)
+        assert_close(state, want, torch.float32, absolute=2e-5)
+        assert_close(x, want_x, torch.float32, scale=30, absolute=1e-10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows,vocab", SMALL)
 def test_topk_renoise(rows, vocab, dtype, device, request):
     logits = logits_of(rows, vocab, dtype, device, std=3, layout="strided")

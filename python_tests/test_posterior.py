@@ -199,6 +199,54 @@ def test_noise_posterior_of_boosts(rows, vocab, slots, device):
         torch.testing.assert_close(twin[1], full[0].gather(1, twin[0].long()), rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.parametrize("low,high", [(-60.0, 0.0), (-100.0, -40.0), (-20.0, 30.0), (30.0, 60.0)])
+@pytest.mark.parametrize("vocab", [2, 4, 31, 1000, 2500])
+def test_boosts_of_every_sign(vocab, low, high, device):
+    """All columns boosted, or all but one: with negative boosts their noise is far more than what is left of it."""
+    generator = torch.Generator().manual_seed(vocab)
+    rows, log_prior = 12, prior_of(vocab, device)
+    boost = (torch.rand(rows, vocab, generator=generator) * (high - low) + low).to(device)
+    target = torch.arange(vocab, device=device).expand(rows, -1).clone()
+    target[::2, vocab // 2] = -1
+    t = torch.linspace(0.0, 1.0, rows, device=device)
+    ids, q, rest = ops.noise_posterior(target, t, 3, log_prior, top=vocab, boost=boost)
+    m = (
+        reference.simplex_noise(rows, vocab, 3).log()
+        + torch.where(target < 0, 0.0, boost.clamp(-60, 60)).double().cpu()
+    )
+    s = reference.gap(vocab, 0.01) * to64(t) / (1 - to64(t))
+    # log(1 - (1 - e^-s) u) is that of the others' share and e^-s of the own.
+    others = torch.stack([m.index_fill(1, torch.tensor([j]), -math.inf).logsumexp(-1) for j in range(vocab)], -1)
+    evidence = -vocab * (torch.logaddexp(others, m - s[:, None]) - m.logsumexp(-1, keepdim=True))
+    want = (to64(log_prior) + evidence).softmax(-1)
+    scale = torch.where(want > 1e-10, evidence, 0.0).amax(-1, keepdim=True).clamp(min=60)
+    assert torch.equal(ids.cpu(), torch.arange(vocab).int().expand(rows, -1)) and (rest == 0).all()
+    assert_close(q, want, torch.float32, scale=scale, absolute=1e-10)
+
+
+def test_stats_mean_the_same_everywhere(device):
+    """(sum of E, the largest z, the sum of exp(z - largest)); of a onehot row (0, 0, 1); NaN of a row at no time."""
+    rows, vocab, log_prior = 8, 500, prior_of(500, device)
+    target, t = (
+        targets_of(rows, vocab, device),
+        torch.tensor([0, 0.1, 0.2, 0.1, 1, 0.999, math.nan, 1.5], device=device),
+    )
+    given = torch.arange(rows, device=device) == 3
+    empty = torch.empty(rows, 0, device=device)
+    rest, stats = torch.empty(rows, device=device), torch.empty(rows, 3, device=device)
+    seed = torch.tensor([3, 0], device=device)
+    arguments = target, t, seed, given, None, log_prior, 0.01, 0, empty.int(), empty, rest, stats
+    torch.ops.klflow.noise_posterior(*arguments)
+    noise = reference.simplex_noise(rows, vocab, 3)
+    assert stats[3:6].tolist() == 3 * [[0, 0, 1]] and stats[6:].isnan().all() and rest[6:].isnan().all()
+    s = (reference.gap(vocab, 0.01) * to64(t) / (1 - to64(t)))[:3, None]
+    m = noise[:3].log() + s * torch.nn.functional.one_hot(target[:3].cpu(), vocab)
+    z = to64(log_prior) - vocab * torch.log1p(torch.expm1(-s) * m.softmax(-1))
+    largest = z.amax(-1)
+    want = torch.stack([noise[:3].sum(-1), largest, (z - largest[:, None]).exp().sum(-1)], -1)
+    torch.testing.assert_close(stats[:3].double().cpu(), want, rtol=2e-5, atol=2e-5)
+
+
 def test_one_boost_is_the_target(device, request):
     """boost = c t / (1 - t) of one slot: the form without boosts, on CUDA bit for bit."""
     rows, vocab = 40, 2500
@@ -375,6 +423,10 @@ def test_an_id_that_is_no_token_is_nan_where_nobody_looks(device, monkeypatch):
     ids = torch.tensor([[0, 9], [0, 10], [-1, 3]], device=device)
     out = ops.posterior_embedding(ids, torch.rand(3, 2), torch.rand(3), weight_of(10, 4, device), prior_of(10, device))
     assert out[0].isfinite().all() and out[1:].isnan().all()
+    if device.type == "cpu":  # the operator itself reads no row that is not there
+        rest, mean = torch.zeros(3), torch.zeros(4)
+        with pytest.raises(IndexError, match=r"ids.flatten\(\): row 3 holds 10"):
+            torch.ops.klflow.gather_rows(ids.int(), torch.rand(3, 2), rest, weight_of(10, 4), mean, torch.empty(3, 4))
 
 
 SCRIPT = """

@@ -142,10 +142,10 @@ struct NoiseTileParams {
 //   onehot(target_0). Boosts beyond +-60 count as +-60.
 // - a dense state: m = log_x / (1 - t). A row whose only entry above -infinity is k, and the largest entry of one at
 //   t = 1, is onehot(k).
-// With E_j = e^m_j, S their sum and k the largest (the target, the largest boosted column), the terms are u_j = E_j / S
-// and, without cancellation, 1 - (1 - e^-s) u_k = (the sum of the other E_j + e^-s E_k) / S.
-// The `top` largest q (ties to the lower column), in ascending order of column, and the mass of all the others. The
-// other ids of a onehot row are the lowest columns, with q = 0.
+// With E_j = e^m_j, S their sum and k the largest (the target, the largest boosted column, or another where that has
+// more than a 64th of S), the terms are u_j = E_j / S and, without cancellation, 1 - (1 - e^-s) u_k = (the sum of the
+// other E_j + e^-s E_k) / S. The `top` largest q (ties to the lower column), in ascending order of column, and the mass
+// of all the others. The other ids of a onehot row are the lowest columns, with q = 0.
 struct PosteriorParams {
   int64_t rows, vocab, top;  // top == 0: only the stats
   Rows log_x;                // (rows, V); data == null: from the noise

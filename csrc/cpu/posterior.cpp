@@ -187,7 +187,7 @@ double exponential_row(const PhiloxKey& key, int64_t vocab, float* e) {
 // E of a row (up to a factor; that of its column `own` is not used), where it is split, and the largest other E.
 struct Row {
   float* e;
-  int64_t own;  // the target, the largest boosted column or entry; -1: none
+  int64_t own;  // the target, the largest boosted column, column or entry; -1: none is large
   Split split;
   float largest = 33.1f;
   double noise = 0.0;    // the sum of the noise of a target's row
@@ -227,11 +227,22 @@ Row row_of_noise(const PosteriorParams& p, int64_t row, const Pull& pull) {
     for (int64_t slot = 0; slot < p.slots; ++slot)
       if (slot != own_slot && token_at(p.target, row, slot) >= 0) f(e[token_at(p.target, row, slot)], raised[slot]);
   };
-  double boosted = own < 0 ? 0.0 : std::exp(own_boost - pull.s) * own_noise;
   if (own >= 0) e[own] = 0.0f;
-  each_other([&](float& noise_of_column, float value) { noise_of_column = 0.0f, boosted += value; });
-  Split split = Split::of_noise(sum_row(e, p.vocab, [](int64_t, int64_t) {}) + boosted, own_noise, own_boost, pull.s);
-  if (needs_exact(split)) split = Split::of_noise(exact_sum(e, p.vocab) + boosted, own_noise, own_boost, pull.s);
+  each_other([](float& noise_of_column, float) { noise_of_column = 0.0f; });
+  auto split_of = [&](double unboosted) {
+    double base = unboosted + std::exp(own_boost - pull.s) * own_noise;
+    each_other([&](float, float value) { base += value; });
+    return Split::of_noise(base, own_noise, own_boost, pull.s);
+  };
+  Split split = split_of(sum_row(e, p.vocab, [](int64_t, int64_t) {}));
+  if (needs_exact(split)) {
+    const int64_t column = std::max_element(e, e + p.vocab) - e;
+    if (own < 0 || e[column] > raised[own_slot]) {  // the largest of all has no boost
+      own = column, own_slot = -1, own_noise = e[column], own_boost = 0.0;
+      e[column] = 0.0f;
+    }
+    split = split_of(exact_sum(e, p.vocab));
+  }
   Row result{e, own, split};
   each_other([&](float& noise_of_column, float value) {
     noise_of_column = value;

@@ -18,6 +18,7 @@ __device__ __forceinline__ float exact_noise(const Words4& words, int64_t column
 constexpr float kMostGain = 80.0f;
 __device__ __forceinline__ float gain_of(float t, float c) { return c * t / (1.0f - t); }
 
+constexpr float kMostNoise = 22.9f;   // the largest E
 constexpr float kSeries = 0.015625f;  // 2^-6: largest w for which four terms of -log(1 - w) are within 2e-8
 
 // S = base + raised, split so that base / S = 1 - (1 - e^-s) u_k without cancellation.

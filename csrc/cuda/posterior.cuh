@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
     } else if constexpr (!Source::kDense) {
       own_noise = exact_noise(row_noise_words(key, token), token);
     }
-    const int own_column = token - slice.begin;
+    int own_column = token - slice.begin;
     auto holds_own = [&](int column) { return static_cast<uint32_t>(own_column - column) < kQuad; };
     auto noise_at = [&](int column, float (&noise)[kQuad]) {
       const Words4 words = row_noise_words(key, slice.begin + column);
@@ -357,6 +357,27 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
       });
     }
     sum = row_sum(sum);
+    if constexpr (Source::kBoosted) {
+      const float own_raised = own_noise * expf(own_boost);
+      if (-expm1f(-gain) * kMostNoise > kSeries * (sum + own_raised)) {  // the largest of all may have no boost
+        if (threadIdx.x == 0 && own_column >= 0 && own_column < size) kept[own_column] = own_raised;
+        __syncthreads();
+        Boosted most{-infinity(), 0.0f, 0.0f, -1};
+        for (int column = static_cast<int>(threadIdx.x); column < size; column += kThreads)
+          most = larger(most, {kept[column], kept[column], 0.0f, slice.begin + column});
+        most = row_reduce(most, [](const Boosted& a, const Boosted& b) { return larger(a, b); });
+        if (most.value > own_raised || token < 0) {
+          token = most.column;
+          own_column = most.column - slice.begin;
+          own_noise = most.noise;
+          own_boost = 0.0f;
+        }
+        sum = threadIdx.x == 0 && slice.begin == 0 ? expf(own_boost - gain) * own_noise : 0.0;
+        for (int column = static_cast<int>(threadIdx.x); column < size; column += kThreads)
+          if (column != own_column) sum += kept[column];
+        sum = row_sum(sum);
+      }
+    }
     if (p.stats != nullptr) {
       sum = static_cast<float>(sum);  // as who reads the stats will have it: shift is then the same z again
       if (is_leader()) p.stats[3 * row] = static_cast<float>(sum);
