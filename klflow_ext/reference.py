@@ -300,7 +300,7 @@ def logit_interpolate(log_x0, log_x1, t, *, beta=0.01, log=False, out=None):
     return x if out is None else out.copy_(x)
 
 
-def _loss_rows(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, row_weight):
+def loss_rows(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, row_weight):
     """(loss rows, lse rows, divisor of the mean) in the working dtype."""
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
     shape, vocab = logits.shape[:-1], logits.shape[-1]
@@ -345,7 +345,7 @@ def cross_entropy(
         result = row_weight * (rows + (target != ignore_index) * z_loss * z.logsumexp(-1) ** 2)
     "sum" adds the rows; "mean" divides that by the sum of weight[target] * row_weight over the rows kept.
     """
-    loss, lse, divisor = _loss_rows(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, row_weight)
+    loss, lse, divisor = loss_rows(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, row_weight)
     if reduction == "mean":
         loss = loss.sum() / divisor
     elif reduction == "sum":
@@ -365,7 +365,7 @@ def cross_entropy_grad(
         result = loss, lse, torch.autograd.grad((dloss * loss).sum(), x)[0]
     """
     x = logits.detach().clone().requires_grad_()
-    loss, lse, divisor = _loss_rows(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, row_weight)
+    loss, lse, divisor = loss_rows(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, row_weight)
     upstream = 1 / divisor if dloss is None else torch.as_tensor(dloss, dtype=loss.dtype, device=loss.device)
     (grad,) = torch.autograd.grad((loss * upstream).sum(), x)
     return loss.detach(), lse.detach(), grad if out is None else out.copy_(grad)

@@ -203,6 +203,29 @@ def as_rows(tensor, vocab):
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+def is_transformed(*tensors):
+    """Whether torch.func or forward-mode differentiation looks on: the operators below know neither, autograd Functions do."""
+    if torch.compiler.is_compiling():
+        return False
+    level = torch.autograd.forward_ad._current_level >= 0
+    return any(
+        t is not None
+        and (
+            torch._C._functorch.is_functorch_wrapped_tensor(t)
+            or (level and torch.autograd.forward_ad.unpack_dual(t).tangent is not None)
+        )
+        for t in tensors
+    )
+
+
+def fold_batch(tensor, dim, batch):
+    """Rows of a batch under vmap, (batch * rows, ...): dim is where the batch is, None where all share the rows."""
+    if tensor is None:
+        return None
+    tensor = tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.reshape(-1, *tensor.shape[2:])
+
+
 def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 

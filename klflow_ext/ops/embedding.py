@@ -57,7 +57,7 @@ def noise_embedding(
     boost = boost_rows(boost, target)
     noise, options = noise_arguments(target, t, rng, beta, given, row_offset, vocab, boost)
     if log_prior is None or top is None:
-        out, _ = _dense(*noise, weight, log_prior, *options)
+        out = _embed_dense(noise, weight, log_prior, options)
     else:
         out = _embed(*largest_entries(noise, options, log_prior, min(top, vocab), boost), weight, log_prior)
     return out.reshape(*(target.shape if boost is None else target.shape[:-1]), width)
@@ -100,6 +100,31 @@ def posterior_embedding(ids, q, rest, weight, log_prior):
         ids = ids.clamp(0, vocab - 1)
     ids, rest = ids.int().contiguous(), rest.detach().float().reshape(-1).contiguous()
     return _embed(ids, q.contiguous(), rest, weight, log_prior).reshape(*shape, width)
+
+
+class _LinearMap(torch.autograd.Function):
+    """there(x), a linear map whose transpose is `back`: its gradient of any order and its tangent are one or the other again."""
+
+    @staticmethod
+    def forward(x, there, back):
+        return there(x.detach())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.there, ctx.back = inputs
+        ctx.dtype = x.dtype
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return _LinearMap.apply(upstream, ctx.back, ctx.there).to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return _LinearMap.apply(tangent.contiguous(), ctx.there, ctx.back)
+
+    @staticmethod
+    def vmap(info, in_dims, *_):
+        raise NotImplementedError("weight: got a batch of them under vmap, allowed is one; embed with each in a loop")
 
 
 def _check_weight(weight, device):
@@ -202,6 +227,22 @@ def _dense_backward(
     return dweight
 
 
+def _embed_dense(noise, weight, log_prior, options):
+    if torch.compiler.is_compiling():
+        return _dense(*noise, weight, log_prior, *options)[0]
+    stats = None  # of the noise alone, so of the first call; the others need them
+
+    def there(weight):
+        nonlocal stats
+        out, stats = _dense(*noise, weight, log_prior, *options)
+        return out
+
+    def back(dout):
+        return _dense_backward(dout, stats, *noise, log_prior, *options, len(weight))
+
+    return _LinearMap.apply(weight, there, back)
+
+
 # ---- the sparse form
 
 
@@ -241,7 +282,11 @@ def _shares(ids, q, rest, prior):
 
 def _embed(ids, q, rest, weight, log_prior):
     prior = log_prior.softmax(0)
-    return _sparse(ids, *_shares(ids, q, rest, prior), weight, prior)
+    entries = (ids, *_shares(ids, q, rest, prior))
+    if torch.compiler.is_compiling():
+        return _sparse(*entries, weight, prior)
+    there, back = (lambda w: _sparse(*entries, w, prior)), (lambda dout: _sparse_backward(dout, *entries, prior))
+    return _LinearMap.apply(weight, there, back)
 
 
 @torch.library.custom_op("klflow::embed_rows", mutates_args=())

@@ -10,10 +10,11 @@ from klflow_ext.ops.arguments import (
     check_tensor,
     check_tokens,
     fail,
+    is_transformed,
     looks_at_values,
     needs_grad,
 )
-from klflow_ext.ops.loss import check_reduction, loss_arguments, mean_divisor
+from klflow_ext.ops.loss import check_reduction, cross_entropy, loss_arguments, mean_divisor
 
 _klflow = torch.ops.klflow
 
@@ -30,7 +31,8 @@ def linear_cross_entropy(
     """cross_entropy(hidden @ weight.T + bias, target) without the logits: those of a chunk of rows exist at a time.
 
     Where the result is one number, its gradients are made in the forward pass, from the same logits; the backward pass
-    only scales them. With reduction="none" or return_lse=True the backward pass makes each chunk's logits again.
+    only scales them. With reduction="none" or return_lse=True the backward pass makes each chunk's logits again. Under
+    torch.func transforms, in forward mode and with create_graph=True, all logits are made, and every derivative is right.
 
     Args:
         hidden: (*rows, D). weight: (V, D), as nn.Linear holds it. bias: (V,). All of one dtype, which the logits have too;
@@ -69,6 +71,11 @@ def linear_cross_entropy(
         chunk_rows = max(1, -(-rows // max(1, -(-rows // most))))  # chunks of one size
     else:
         check_int("chunk_rows", chunk_rows, 1, 2**30, "None or an integer in [1, 2^30]")
+    if is_transformed(flat, weight, bias, tokens, *options[:2]):
+        result = _with_logits(flat, weight, bias, tokens, *options, reduction=reduction, return_lse=return_lse)
+        loss, lse = result if return_lse else (result, None)
+        loss = loss.reshape(shape) if reduction == "none" else loss
+        return (loss, lse.reshape(shape)) if return_lse else loss
     arguments = (flat, weight, bias, tokens, *options, chunk_rows)
     wanted = [x is not None and needs_grad(x) for x in (flat, weight, bias)]
     if reduction == "none" or return_lse or not any(wanted):
@@ -86,6 +93,17 @@ def linear_cross_entropy(
         empty = divisor == 0  # then NaN, but with gradients of zero, as in torch
         loss = torch.where(empty, math.nan, loss / torch.where(empty, 1, divisor))
     return (loss, lse.reshape(shape)) if return_lse else loss
+
+
+def _with_logits(
+    hidden, weight, bias, target, class_weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, **result
+):
+    """linear_cross_entropy of flat rows with all their logits, differentiable any number of times."""
+    weight, bias = _as_hidden(hidden, weight, bias)
+    return cross_entropy(
+        torch.nn.functional.linear(hidden, weight, bias), target, weight=class_weight, row_weight=row_weight,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap or None, **result,
+    )  # fmt: skip
 
 
 # ---- chunks. Below, `options` are those of the cross-entropy operators with chunk_rows behind them.
@@ -249,7 +267,25 @@ def _save_inputs(ctx, inputs, output):
 def _gradients_from_inputs(ctx, dloss, dlse):
     *inputs, lse = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _differentiable_gradients(ctx, dloss, dlse)
     return _as_inputs(ctx, _gradients_again(lse, dloss, dlse, *inputs, *ctx.scalars, *wanted))
+
+
+def _differentiable_gradients(ctx, dloss, dlse):
+    """The gradients in operations that can be differentiated again; dloss: of the rows."""
+    hidden, weight, bias, *others, lse = ctx.saved_tensors
+
+    def rows(hidden, weight, *bias):
+        bias = bias[0] if bias else None
+        options = (*others, *ctx.scalars[:-1])
+        return _with_logits(hidden, weight, bias, *options, reduction="none", return_lse=True)
+
+    _, pull_back = torch.func.vjp(rows, hidden, weight, *(() if bias is None else (bias,)))
+    gradients = pull_back(tuple(torch.zeros_like(lse) if d is None else d for d in (dloss, dlse)))
+    wanted = ctx.needs_input_grad
+    found = [g if w else None for g, w in zip((*gradients, None), wanted, strict=False)]
+    return (*found[:3], *[None] * (len(wanted) - 3))
 
 
 def _save_gradients(ctx, inputs, output):
@@ -275,8 +311,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
+        if torch.is_grad_enabled():  # the gradients may be differentiated again
+            return _differentiable_gradients(ctx, dloss.expand(ctx.saved_tensors[-1].shape), None)
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             return _gradients_from_inputs(ctx, dloss.expand(ctx.saved_tensors[-1].shape), None)

@@ -2,6 +2,7 @@
 
 import torch
 
+from klflow_ext import reference
 from klflow_ext.ops.arguments import (
     FLOATS,
     as_rows,
@@ -10,6 +11,8 @@ from klflow_ext.ops.arguments import (
     check_tensor,
     check_vocab,
     fail,
+    fold_batch,
+    is_transformed,
     needs_grad,
     output,
     register_fake_mutation,
@@ -105,21 +108,42 @@ def cross_entropy(
         logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap
     )
     shape = logits.shape[:-1]
-    if not needs_grad(flat):  # the differentiable operator alone costs as much as a short row
+    transformed = is_transformed(flat, tokens, *options[:2])
+    divisor = mean_divisor(tokens, *options) if reduction == "mean" and (transformed or needs_grad(flat)) else None
+    if transformed:
+        loss, lse, _ = _CrossEntropy.apply(flat, tokens, *options, None)
+    elif not needs_grad(flat):  # the differentiable operator alone costs as much as a short row
         if flat.device.type == "cpu" and reduction != "none":
             loss, lse = _klflow.cross_entropy_total(flat, tokens, *options, reduction == "mean")
             return (loss, lse.reshape(shape)) if return_lse else loss
         loss, lse = _new_rows(flat), _new_rows(flat)
         _klflow.cross_entropy_out(flat, tokens, *options, loss, lse)
-    elif inplace_backward and not torch.compiler.is_compiling():  # the compiler plans its own memory
+    elif torch.compiler.is_compiling():  # the compiler plans its own memory
+        loss, lse = _klflow.cross_entropy(flat, tokens, *options)
+    elif inplace_backward:
         loss, lse = _InplaceCrossEntropy.apply(flat, tokens, *options)
     else:
-        loss, lse = _klflow.cross_entropy(flat, tokens, *options)
+        loss, lse, _ = _CrossEntropy.apply(flat, tokens, *options, _expected_upstream(flat, divisor))
     if reduction == "none":
         loss = loss.reshape(shape)
     else:
-        loss = loss.sum() if reduction == "sum" else loss.sum() / mean_divisor(tokens, *options)
+        loss = loss.sum()
+        if reduction == "mean":
+            loss = loss / (mean_divisor(tokens, *options) if divisor is None else divisor)
     return (loss, lse.reshape(shape)) if return_lse else loss
+
+
+def _expected_upstream(flat, divisor):
+    """The gradient that every row's loss will most likely get, (rows,), for which the forward pass makes that of the logits;
+    None: the backward pass makes it.
+
+    On a CPU a second pass over the logits costs more than scaling what was made, if it must be scaled at all. On a GPU it
+    costs less, as the scale is not known there. In float16 what is small would be lost before a loss scale is applied.
+    """
+    if flat.device.type != "cpu" or flat.dtype == torch.float16:
+        return None
+    one = torch.ones((), dtype=torch.float32, device=flat.device)
+    return (one if divisor is None else one / divisor).expand(flat.shape[0])
 
 
 def cross_entropy_grad(
@@ -181,16 +205,115 @@ def _cross_entropy_gradient(ctx, dloss, dlse, grad_into):
         dloss = torch.zeros_like(lse)
     grad = grad_into(logits)
     _klflow.cross_entropy_backward(logits, target, lse, weight, row_weight, *ctx.options, dloss, dlse, grad)
-    return (grad, *[None] * 7)
+    return grad
+
+
+def _new_like(logits):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _backward_cross_entropy(ctx, dloss, dlse):
-    return _cross_entropy_gradient(
-        ctx, dloss, dlse, lambda logits: torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    )
+    return (_cross_entropy_gradient(ctx, dloss, dlse, _new_like), *[None] * 7)
 
 
 torch.library.register_autograd("klflow::cross_entropy", _backward_cross_entropy, setup_context=_setup_cross_entropy)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(loss, lse) of rows, and the gradient of the logits for the expected upstream gradient of the loss (or an empty tensor).
+
+    Derivatives of the gradient, and forward-mode derivatives, are those of plain torch operations: right, of any order, and
+    with tensors of the size of the logits.
+    """
+
+    @staticmethod
+    def forward(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, expected):
+        options = (target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap)
+        loss, lse = _new_rows(logits), _new_rows(logits)
+        if expected is None:
+            _klflow.cross_entropy_out(logits, *options, loss, lse)
+            return loss, lse, logits.new_empty(0)
+        grad = _new_like(logits)
+        _klflow.cross_entropy_grad(logits, *options, expected, loss, lse, grad)
+        return loss, lse, grad
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *inputs, ctx.expected = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        _setup_cross_entropy(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:4], output[1])
+        ctx.grad = None if ctx.expected is None else output[2]
+
+    @staticmethod
+    def backward(ctx, dloss, dlse, _):
+        nothing = [None] * 8
+        if torch.is_grad_enabled():  # the gradient may be differentiated again
+            return _plain_gradient(ctx, dloss, dlse), *nothing
+        grad, ctx.grad = ctx.grad, None  # once: a second backward pass makes it again
+        if grad is None or dloss is None or dlse is not None:
+            return _cross_entropy_gradient(ctx, dloss, dlse, _new_like), *nothing
+        if not torch.equal(dloss, ctx.expected):
+            grad.mul_((dloss / ctx.expected)[:, None])
+        return grad, *nothing
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        logits, target, weight, row_weight, lse = ctx.saved_tensors
+        return *_tangents(tangent, logits, target, weight, row_weight, lse, *ctx.options), None
+
+    @staticmethod
+    def vmap(info, in_dims, logits, target, weight, row_weight, *scalars):
+        """The batch goes before the rows."""
+        if in_dims[2] is not None:
+            raise ValueError("weight: got a batch of them under vmap, allowed is the same for all")
+        *scalars, _ = scalars
+        rows = zip((logits, target, row_weight), (*in_dims[:2], in_dims[3]), strict=True)
+        logits, target, row_weight = (fold_batch(x, dim, info.batch_size) for x, dim in rows)
+        loss, lse, _ = _CrossEntropy.apply(logits, target, weight, row_weight, *scalars, None)
+        return (loss.view(info.batch_size, -1), lse.view(info.batch_size, -1), logits.new_empty(0)), (0, 0, None)
+
+
+def _plain_gradient(ctx, dloss, dlse):
+    """The gradient of the logits in plain torch operations."""
+    logits, target, weight, row_weight, lse = ctx.saved_tensors
+
+    def rows(x):
+        return reference.loss_rows(x, target, weight, *_reference_options(ctx.options), row_weight)[:2]
+
+    _, pull_back = torch.func.vjp(rows, logits)
+    return pull_back(tuple(torch.zeros_like(lse) if d is None else d for d in (dloss, dlse)))[0]
+
+
+def _reference_options(options):
+    *options, softcap = options
+    return *options, softcap or None
+
+
+def _tangents(tangent, logits, target, weight, row_weight, lse, ignore_index, label_smoothing, z_loss, softcap):
+    """Directional derivatives of (loss, lse): sum_j p_j dz_j for lse, and from it that of CrossEntropyParams' loss."""
+    z, dz = logits.float(), tangent.float()
+    if softcap:
+        tanh = (z / softcap).tanh()
+        z, dz = softcap * tanh, dz * (1 - tanh * tanh)
+    dlse = (torch.softmax(z, -1) * dz).sum(-1)
+    w = torch.ones_like(z[0]) if weight is None else weight
+    uniform = label_smoothing / z.shape[1] * w
+    kept = None
+    if target.dim() == 2:
+        qw = (1 - label_smoothing) * target.float() * w + uniform
+        total, pulled = qw.sum(-1), (qw * dz).sum(-1)
+    else:
+        kept = target != ignore_index
+        token = torch.where(kept, target, 0).long()
+        own = (1 - label_smoothing) * w[token]
+        total = own + uniform.sum()
+        pulled = own * dz.gather(1, token[:, None])[:, 0] + (uniform * dz).sum(-1)
+    dloss = (total + 2 * z_loss * lse) * dlse - pulled
+    if row_weight is not None:
+        dloss = dloss * row_weight
+    return dloss if kept is None else torch.where(kept, dloss, 0.0), dlse
 
 
 class _InplaceCrossEntropy(torch.autograd.Function):
@@ -205,13 +328,17 @@ class _InplaceCrossEntropy(torch.autograd.Function):
         return loss, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, dlse):
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "cross_entropy(inplace_backward=True): create_graph=True, but the gradient takes the place of what it is a "
+                "function of; leave inplace_backward out"
+            )
         if ctx.used:
             raise RuntimeError(
                 "cross_entropy(inplace_backward=True): a second backward pass, but the first replaced the logits"
             )
-        result = _cross_entropy_gradient(ctx, dloss, dlse, lambda logits: logits.detach())
+        grad = _cross_entropy_gradient(ctx, dloss, dlse, lambda logits: logits.detach())
         ctx.used = True
         torch.autograd.graph.increment_version(ctx.saved_tensors[0])
-        return result
+        return (grad, *[None] * 7)

@@ -2,6 +2,7 @@
 
 import torch
 
+from klflow_ext import reference
 from klflow_ext.ops.arguments import (
     FLOATS,
     INTEGERS,
@@ -12,6 +13,8 @@ from klflow_ext.ops.arguments import (
     check_tensor,
     check_vocab,
     fail,
+    fold_batch,
+    is_transformed,
     needs_grad,
     noise_arguments,
     register_fake_mutation,
@@ -96,8 +99,10 @@ def logit_interpolate(log_x0, log_x1, t, *, beta=0.01, log=False, out=None):
         end = as_rows(log_x1, vocab)
     times = row_scalars("t", t, shape, rows, device, 0, 1)
     start = as_rows(log_x0, vocab)
-    if out is None and needs_grad(start, end, times):
-        return _klflow.logit_interpolate(start, end, times, beta, bool(log)).reshape(log_x0.shape)
+    if out is None and (is_transformed(start, end, times) or needs_grad(start, end, times)):
+        # The compiler takes the operator, which knows its gradient; the Function also knows torch.func and forward mode.
+        points = _klflow.logit_interpolate if torch.compiler.is_compiling() else _LogitInterpolate.apply
+        return points(start, end, times, beta, bool(log)).reshape(log_x0.shape)
     result, flat = output_rows("out", out, log_x0.shape, log_x0.dtype, device)
     _klflow.logit_interpolate_out(start, end, times, beta, bool(log), flat)
     return result
@@ -116,9 +121,13 @@ def _(log_x0, log_x1, t, beta, log):
 
 
 def _setup_logit_interpolate(ctx, inputs, output):
-    log_x0, log_x1, t, _, log = inputs
+    log_x0, log_x1, t, ctx.beta, ctx.log = inputs
     ctx.save_for_backward(log_x0, log_x1, t, output)
-    ctx.log, ctx.beta = log, inputs[3]
+
+
+def _through_softmax(dl, y):
+    """What a change dl of logits does to their softmax y; its matrix is symmetric, so a gradient goes back in the same way."""
+    return y * (dl - (y * dl).sum(-1, keepdim=True))
 
 
 def _backward_logit_interpolate(ctx, upstream):
@@ -127,21 +136,56 @@ def _backward_logit_interpolate(ctx, upstream):
     if ctx.log:
         dl = g - y.exp() * g.sum(-1, keepdim=True)
     else:
-        dl = y * (g - (y * g).sum(-1, keepdim=True))
+        dl = _through_softmax(g, y)
     soft = log_x1.dim() == 2
     d0 = dl * (1 - t)[:, None]
     d1 = (dl * t[:, None]).to(log_x1.dtype) if soft else None
     dt = None
     if ctx.needs_input_grad[2]:
-        if soft:
-            dt = (dl * (log_x1.float() - log_x0.float())).sum(-1)
-        else:
-            vocab = log_x0.shape[1]
-            c = float(torch.log(torch.tensor(vocab / ctx.beta - vocab + 1, dtype=torch.float64)))
-            dt = c * dl.gather(1, log_x1.long()[:, None])[:, 0] - (dl * log_x0.float()).sum(-1)
+        dt = (dl * _direction(log_x0, log_x1, ctx.beta)).sum(-1)
     return d0.to(log_x0.dtype), d1, dt, None, None
+
+
+def _direction(log_x0, log_x1, beta):
+    """d l / d t."""
+    if log_x1.dim() == 2:
+        return log_x1.float() - log_x0.float()
+    c = torch.full((len(log_x1), 1), reference.gap(log_x0.shape[1], beta), dtype=torch.float32, device=log_x0.device)
+    return (-log_x0.float()).scatter_add(1, log_x1.long()[:, None], c)
 
 
 torch.library.register_autograd(
     "klflow::logit_interpolate", _backward_logit_interpolate, setup_context=_setup_logit_interpolate
 )
+
+
+class _LogitInterpolate(torch.autograd.Function):
+    @staticmethod
+    def forward(log_x0, log_x1, t, beta, log):
+        return _klflow.logit_interpolate(log_x0.detach(), log_x1.detach(), t.detach(), beta, log)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _setup_logit_interpolate(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3], output)
+
+    backward = staticmethod(_backward_logit_interpolate)
+
+    @staticmethod
+    def jvp(ctx, d0, d1, dt, *_):
+        log_x0, log_x1, t, output = ctx.saved_tensors
+        dl = 0.0 if d0 is None else d0.float() * (1 - t)[:, None]
+        if d1 is not None:
+            dl = dl + d1.float() * t[:, None]
+        if dt is not None:
+            dl = dl + dt[:, None] * _direction(log_x0, log_x1, ctx.beta)
+        y = output.float()
+        change = dl - (y.exp() * dl).sum(-1, keepdim=True) if ctx.log else _through_softmax(dl, y)
+        return change.to(output.dtype)
+
+    @staticmethod
+    def vmap(info, in_dims, log_x0, log_x1, t, beta, log):
+        """The batch goes before the rows."""
+        flat = [fold_batch(x, dim, info.batch_size) for x, dim in zip((log_x0, log_x1, t), in_dims, strict=False)]
+        out = _LogitInterpolate.apply(*flat, beta, log)
+        return out.view(info.batch_size, -1, out.shape[-1]), 0
