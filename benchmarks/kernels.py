@@ -44,13 +44,13 @@ def compiled(function):
 def installed_peers(name, logits, target):
     """The same op of other libraries, where they are installed; CUDA only. A peer that fails is named and left out."""
     peers = {}
-    leaf = logits.clone().requires_grad_() if name == "cross_entropy_grad" else None
+    leaf = logits.clone().requires_grad_() if name.startswith("cross_entropy_") else None
 
     def both(loss):
         leaf.grad = None
         loss.sum().backward()
 
-    if name in ("cross_entropy", "cross_entropy_grad"):
+    if name.startswith("cross_entropy"):
         try:
             from liger_kernel.transformers import LigerCrossEntropyLoss
 
@@ -123,7 +123,7 @@ def build_case(name, rows, vocab, dtype, device):
     if name == "cross_entropy":
         eager = lambda: F.cross_entropy(logits.float(), target)  # noqa: E731
         return Case(lambda: ops.cross_entropy(logits, target), 1, {"eager": eager, "compile": compiled(eager)})
-    if name == "cross_entropy_grad":
+    if name in ("cross_entropy_grad", "cross_entropy_autograd"):
 
         def loss(x):
             return F.cross_entropy(x.float(), target)
@@ -136,6 +136,8 @@ def build_case(name, rows, vocab, dtype, device):
             f(leaf).backward()
 
         peers = {"eager": lambda: both(loss), "compile": lambda: both(fast)}
+        if name == "cross_entropy_autograd":  # the same by loss.backward()
+            return Case(lambda: both(lambda x: ops.cross_entropy(x, target)), 2, peers)
         return Case(lambda: ops.cross_entropy_grad(mine, target, out=mine), 2, peers)
     if name == "topk_sample":
         peers = {"eager": sample_eager, "torch.topk": lambda: logits.topk(TOP_K)}
@@ -160,6 +162,7 @@ OPS = [
     "logit_interpolate",
     "cross_entropy",
     "cross_entropy_grad",
+    "cross_entropy_autograd",
     "topk_sample",
     "topk_renoise",
     "euler_step",

@@ -177,6 +177,17 @@ void run_posterior(PosteriorParams& p, const Tensor& like) {
   KLFLOW_RUN(posterior, p, like);
 }
 
+// First touches of a fresh CPU tensor cost several times the arithmetic on it with small pages.
+void prefer_huge_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  if (!t.is_cpu() || !t.is_contiguous()) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.numel() * t.element_size();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // ---- the operators
 
 void noise_interpolate(Tensor target, Tensor t, Tensor rng, OptionalTensor given, double beta, int64_t row_offset,
@@ -301,6 +312,7 @@ void cross_entropy_grad(Tensor logits, Tensor target, OptionalTensor weight, Opt
   p.dloss = scalars_of(dloss, p.rows, "dloss");
   p.grad = rows_of(grad, p.rows, p.vocab, "grad");
   check(p.grad.dtype == p.logits.dtype, "grad: must have the dtype of logits");
+  prefer_huge_pages(grad);
   if (p.rows > 0) KLFLOW_RUN(cross_entropy, p, logits);
 }
 
@@ -313,6 +325,7 @@ void cross_entropy_backward(Tensor logits, Tensor target, Tensor lse, OptionalTe
   p.dlse = scalars_of(dlse, p.rows, "dlse");
   p.grad = rows_of(grad, p.rows, p.vocab, "grad");
   check(p.grad.dtype == p.logits.dtype, "grad: must have the dtype of logits");
+  prefer_huge_pages(grad);
   if (p.rows > 0) KLFLOW_RUN(cross_entropy, p, logits);
 }
 
@@ -505,16 +518,6 @@ void gather_rows(Tensor ids, Tensor q, Tensor rest, Tensor weight, Tensor mean, 
   if (p.rows > 0) KLFLOW_RUN(gather_rows, p, out);
 }
 
-// First touches of a fresh CPU tensor cost several times the arithmetic on it with small pages.
-void prefer_huge_pages(const Tensor& t) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.numel() * sizeof(float);
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
-  if (t.is_contiguous() && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 // order holds them as int32.
 void check_pairs(int64_t pairs) {
   check(pairs < int64_t{1} << 31, "ids: ", pairs, " entries, allowed are fewer than 2^31");
@@ -539,7 +542,7 @@ void scatter_rows(Tensor order, Tensor starts, Tensor q, Tensor prior, Tensor g,
   p.dweight = rows_of(dweight, p.vocab, p.width, "dweight");
   check_pairs(p.pairs);
   check(p.dweight.dtype == kFloat32, "dweight: dtype must be float32");
-  if (dweight.is_cpu()) prefer_huge_pages(dweight);
+  prefer_huge_pages(dweight);
   KLFLOW_RUN(scatter_rows, p, dweight);
 }
 
