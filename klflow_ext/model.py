@@ -247,7 +247,7 @@ class Denoiser(nn.Module):
         if tokens:
             if x.dtype not in INTEGERS:
                 raise ValueError(f"x: got {x.dtype}, allowed is {' or '.join(map(str, INTEGERS))}")
-            if looks_at_values(x.device) and x.numel() and not 0 <= x.min() <= x.max() <= vocab:
+            if looks_at_values(x) and x.numel() and not 0 <= x.min() <= x.max() <= vocab:
                 bad = x[(x < 0) | (x > vocab)][0].item()
                 raise ValueError(f"x: got the id {bad}, allowed is 0 to V = {vocab}, which is the mask or start")
             return F.embedding(x, self.embedding)

@@ -1,37 +1,57 @@
 """Argument checks that the ops share. Every message reads "<name>: got <value>, allowed is <what>"."""
 
+import numbers
+import operator
 import os
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
 DEBUG_CHECK = os.environ.get("KLFLOW_CHECK") == "1"  # also check values on CUDA, which synchronises
+LEAST, MOST = 1e-30, 1e30  # of scalars that the kernels divide by or multiply with in float32
 
 
 def fail(error, name, value, allowed):
     raise error(f"{name}: got {value}, allowed is {allowed}")
 
 
+def is_bool(value):
+    return isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, bool)
+
+
 def check_scalar(name, value, low, high, allowed, open_low=False, open_high=False):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        fail(TypeError, name, repr(value), allowed)
+    """The number as a float; of Python, numpy, or a tensor of one. A symbolic one of torch.compile stays what it is."""
+    if not isinstance(value, float):
+        single = isinstance(value, torch.Tensor) and value.dim() == 0
+        if is_bool(value) or not (single or isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt))):
+            fail(TypeError, name, repr(value), allowed)
+        if not isinstance(value, (torch.SymFloat, torch.SymInt)):
+            value = float(value)
     if not (low < value if open_low else low <= value) or not (value < high if open_high else value <= high):
         fail(ValueError, name, value, allowed)
-    return float(value)
+    return value
 
 
 def check_beta(beta):
-    return check_scalar("beta", beta, 0, 1, "a number in (0, 1)", True, True)
+    return check_scalar("beta", beta, LEAST, 1, f"a number in [{LEAST}, 1)", open_high=True)
 
 
 def check_temperature(temperature):
-    return check_scalar("temperature", temperature, 0, float("inf"), "a positive finite number", True, True)
+    return check_scalar("temperature", temperature, LEAST, MOST, f"a number in [{LEAST}, {MOST}]")
 
 
 def check_int(name, value, low, high, allowed):
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    """The number as an int; of Python, numpy, or a tensor of one. A symbolic one of torch.compile stays what it is."""
+    if is_bool(value):
         fail(TypeError, name, repr(value), allowed)
+    if not isinstance(value, torch.SymInt):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            fail(TypeError, name, repr(value), allowed)
     if value < low or value > high:
         fail(ValueError, name, value, allowed)
     return value
@@ -55,9 +75,19 @@ def check_vocab(name, tensor):
     return tensor.shape[-1]
 
 
-def looks_at_values(device):
-    """Whether values may be read: free on the CPU, a synchronisation on CUDA, impossible under torch.compile."""
-    return not torch.compiler.is_compiling() and (device.type == "cpu" or (device.type == "cuda" and DEBUG_CHECK))
+def looks_at_values(tensor):
+    """Whether its values may be read: free on the CPU, a synchronisation on CUDA, impossible where something traces."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or get_proxy_mode() is not None:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return tensor.device.type == "cpu" or (tensor.device.type == "cuda" and DEBUG_CHECK)
+
+
+def refuse_gradient(name, value, flows):
+    """ValueError for an argument that has no gradient but asks for one; flows: what gradients flow to."""
+    if value.requires_grad and torch.is_grad_enabled():
+        fail(ValueError, name, "a tensor that requires grad", f"one that does not, as gradients flow to {flows} only")
 
 
 def broadcast(name, value, shape, rows):
@@ -71,12 +101,12 @@ def broadcast(name, value, shape, rows):
 
 def row_scalars(name, value, shape, rows, device, low=None, high=None):
     """Floats that broadcast to the rows, as (rows,) float32; each within [low, high]."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if low is not None:
-            check_scalar(name, value, low, high, f"numbers in [{low}, {high}]")
-        return torch.full((1,), float(value), device=device).expand(rows)
+    if not isinstance(value, torch.Tensor):
+        least, most = (-3e38, 3e38) if low is None else (low, high)
+        value = check_scalar(name, value, least, most, f"numbers in [{least}, {most}]")
+        return torch.full((1,), value, dtype=torch.float32, device=device).expand(rows)
     check_tensor(name, value, (*FLOATS, torch.float64), device)
-    if low is not None and looks_at_values(device) and value.numel():
+    if low is not None and looks_at_values(value) and value.numel():
         bad = ~((value >= low) & (value <= high))
         if bad.any():
             fail(ValueError, name, value[bad].reshape(-1)[0].item(), f"numbers in [{low}, {high}]")
@@ -90,7 +120,7 @@ def token_rows(name, value, shape, rows, vocab, device, where=None, ignore_index
     """
     check_tensor(name, value, INTEGERS, device)
     flat = broadcast(name, value, shape, rows)
-    if device.type != "cpu" and looks_at_values(device):
+    if device.type != "cpu" and looks_at_values(flat):
         check_tokens(name, flat, vocab, where, ignore_index)
     return flat
 
@@ -128,23 +158,30 @@ def given_known(given, known, shape, rows, vocab, device):
 
 def rng_state(rng, shape, rows, device, row_offset=0):
     """The noise state as the kernels take it, int64 on the device: (2,), (rows, 2), or (rows, 3) with the row's number."""
-    if isinstance(rng, torch.Generator):
-        rng = int(torch.randint(2**63 - 1, (), generator=rng, device=rng.device))
-    if isinstance(rng, int) and not isinstance(rng, bool):
-        if not -(2**63) <= rng < 2**64:
-            fail(ValueError, "rng", rng, "a seed that fits in 64 bits")
-        seed = rng - 2**64 if rng >= 2**63 else rng
-        return torch.tensor([seed, 0], dtype=torch.int64, device=device)
-    check_tensor("rng", rng, (torch.int64,), device)
-    if rng.shape == (2,):
-        return rng.contiguous()
-    if len(shape) > 1 and rng.shape == (*shape[:-1], 2):  # a state for each sequence: rows are numbered within it
-        row = torch.arange(row_offset, row_offset + shape[-1], device=device).expand(shape)
-        return torch.cat([rng[..., None, :].expand(*shape, 2), row[..., None]], -1).reshape(rows, 3)
-    if rng.shape != (*shape, 2):
-        each = f", {(*shape[:-1], 2)}" if len(shape) > 1 else ""
-        fail(ValueError, "rng", f"shape {tuple(rng.shape)}", f"(2,){each} or {(*shape, 2)}")
-    return rng.reshape(rows, 2).contiguous()
+    numbered = rows  # rows numbered from row_offset on
+    if not isinstance(rng, torch.Tensor) or rng.dim() == 0:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            fail(ValueError, "rng", repr(rng), "under CUDA graph capture the (seed, step) tensor on the device")
+        if isinstance(rng, torch.Generator):
+            rng = torch.randint(2**63 - 1, (), generator=rng, device=rng.device, dtype=torch.int64)
+        seed = check_int("rng", rng, -(2**63), 2**64 - 1, "a seed that fits in 64 bits, a torch.Generator or a tensor")
+        state = torch.tensor([seed - 2**64 if seed >= 2**63 else seed, 0], dtype=torch.int64, device=device)
+    else:
+        check_tensor("rng", rng, (torch.int64,), device)
+        if rng.shape == (2,):
+            state = rng.contiguous()
+        elif len(shape) > 1 and rng.shape == (*shape[:-1], 2):  # a state for each sequence: rows are numbered within it
+            numbered = shape[-1]
+            row = torch.arange(row_offset, row_offset + numbered, dtype=torch.int64, device=device).expand(shape)
+            state = torch.cat([rng[..., None, :].expand(*shape, 2), row[..., None]], -1).reshape(rows, 3)
+        elif rng.shape == (*shape, 2):
+            state = rng.reshape(rows, 2).contiguous()
+        else:
+            each = f", {(*shape[:-1], 2)}" if len(shape) > 1 else ""
+            fail(ValueError, "rng", f"shape {tuple(rng.shape)}", f"(2,){each} or {(*shape, 2)}")
+    if row_offset + numbered > 2**32:  # the noise would repeat that of the first rows
+        fail(ValueError, "row_offset", f"{row_offset} with {numbered} rows", "row_offset + rows <= 2^32")
+    return state
 
 
 def check_row_offset(row_offset):
@@ -157,7 +194,8 @@ def check_log_prior(log_prior, vocab, device):
         fail(
             ValueError, "log_prior", f"shape {tuple(log_prior.shape)}", "one log-probability for each of V >= 2 tokens"
         )
-    if looks_at_values(device) and not log_prior.max() < float("inf"):  # NaN too
+    refuse_gradient("log_prior", log_prior, "weight")
+    if looks_at_values(log_prior) and not log_prior.max() < float("inf"):  # NaN too
         fail(ValueError, "log_prior", f"a maximum of {log_prior.max().item()}", "numbers below infinity")
     return log_prior.detach().float().contiguous()
 
@@ -174,7 +212,8 @@ def boost_rows(boost, target):
             f"shape {tuple(boost.shape)}",
             f"that of target, {tuple(target.shape)}, (*rows, K >= 1)",
         )
-    if looks_at_values(target.device) and boost.isnan().any():
+    refuse_gradient("boost", boost, "weight")
+    if looks_at_values(boost) and boost.isnan().any():
         fail(ValueError, "boost", "nan", "numbers")
     return boost.detach().float().reshape(boost.shape[:-1].numel(), boost.shape[-1]).contiguous()
 
@@ -187,12 +226,14 @@ def noise_arguments(target, t, rng, beta, given, row_offset, vocab, boost=None):
         tokens = token_rows("target", target, shape, rows, vocab, device)
     else:
         tokens = target.reshape(rows, target.shape[-1]).contiguous()
-        if device.type != "cpu" and looks_at_values(device):
+        if device.type != "cpu" and looks_at_values(tokens):
             check_tokens("target", tokens, vocab, ignore_index=-1)
+    times, row_offset = row_scalars("t", t, shape, rows, device, 0, 1), check_row_offset(row_offset)
+    refuse_gradient("t", times, "weight, where there is one,")
     return (
         tokens,
-        row_scalars("t", t, shape, rows, device, 0, 1).detach(),
-        rng_state(rng, shape, rows, device, check_row_offset(row_offset)),
+        times,
+        rng_state(rng, shape, rows, device, row_offset),
         row_flags("given", given, shape, rows, device),
     ), (check_beta(beta), row_offset)
 
@@ -230,8 +271,11 @@ def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def output(name, out, shape, dtype, device):
-    """(tensor to return, its (rows, V) view); out must be viewable, so that writing reaches it."""
+def output(name, out, shape, dtype, device, inputs=()):
+    """(tensor to return, its (rows, V) view); out must be viewable, so that writing reaches it, and its memory its own.
+
+    inputs: what it may not overlap, unless it is the very same tensor: (name, (rows, V) tensor, whether that is allowed).
+    """
     vocab = shape[-1]
     if out is None:
         if dtype not in FLOATS:
@@ -249,7 +293,61 @@ def output(name, out, shape, dtype, device):
         flat = None
     if flat is None or flat.stride(1) != 1:
         fail(ValueError, name, f"strides {out.stride()}", "rows with stride 1 along V that can be viewed as (rows, V)")
+    check_overlap(name, flat, inputs)
     return out, flat
+
+
+def check_overlap(name, flat, inputs=()):
+    """ValueError where rows (rows, V) that are written share memory with each other or with an input."""
+    if torch.compiler.is_compiling() or isinstance(flat, FakeTensor) or get_proxy_mode() is not None:
+        return
+    rows, vocab = flat.shape
+    if rows > 1 and flat.stride(0) < vocab:
+        fail(
+            ValueError,
+            name,
+            f"rows {flat.stride(0)} elements apart, which share memory,",
+            f"rows at least V = {vocab} apart",
+        )
+    for other, tensor, same_is_fine in inputs:
+        if not may_overlap(flat, tensor) or (same_is_fine and is_same_memory(flat, tensor)):
+            continue
+        fail(
+            ValueError,
+            name,
+            f"memory that overlaps {other}",
+            f"memory of its own{f' or {other} itself' * same_is_fine}",
+        )
+
+
+def is_same_memory(a, b):
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+def may_overlap(a, b):
+    """Whether rows of a, of unit stride and apart from each other, share memory with tensor b; of interleaved rows of one
+    buffer (columns of it) only those that do."""
+    if a.device != b.device or 0 in (a.numel(), b.numel()):
+        return False
+
+    def end(x):
+        return (
+            x.data_ptr() + (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1) * x.element_size()
+        )
+
+    if end(a) <= b.data_ptr() or end(b) <= a.data_ptr():
+        return False
+    pitch = a.stride(0) * a.element_size()
+    if (
+        a.shape[0] == 1
+        or b.dim() != 2
+        or b.shape[0] == 1
+        or b.stride(0) * b.element_size() != pitch
+        or b.stride(1) != 1
+    ):
+        return True
+    ahead = (b.data_ptr() - a.data_ptr()) % pitch  # of b's rows within a's
+    return ahead < a.shape[1] * a.element_size() or ahead + b.shape[1] * b.element_size() > pitch
 
 
 def register_fake_mutation(name):

@@ -51,7 +51,7 @@ def noise_embedding(
     if log_prior is not None:
         log_prior = check_log_prior(log_prior, vocab, target.device)
     if top is not None:
-        check_int("top", top, 1, 2**30, "None or an integer >= 1")
+        top = check_int("top", top, 1, 2**30, "None or an integer >= 1")
     if boost is not None and (log_prior is None or top is None):
         fail(ValueError, "boost", type(boost).__name__, "None unless log_prior and top are given")
     boost = boost_rows(boost, target)
@@ -93,7 +93,7 @@ def posterior_embedding(ids, q, rest, weight, log_prior):
     if rest.shape != shape:
         fail(ValueError, "rest", f"shape {tuple(rest.shape)}", f"that of the rows of ids, {tuple(shape)}")
     ids, q = ids.reshape(-1, top), q.detach().float().reshape(-1, top)
-    if looks_at_values(ids.device):
+    if looks_at_values(ids):
         check_tokens("ids", ids, vocab)
     else:
         q = torch.where((ids >= 0) & (ids < vocab), q, torch.nan)
@@ -196,14 +196,14 @@ def _dense(
     if log_prior is None:
         stats = torch.zeros(rows, dtype=torch.float64, device=device)
     else:
-        stats = torch.empty(rows, 3, device=device)
+        stats = torch.empty(rows, 3, dtype=torch.float32, device=device)
         largest_entries((target, t, rng, given), (beta, row_offset), log_prior, 0, stats=stats)
     dtype = _tile_dtype(weight.dtype, device)
     noise = _Noise(target, t, rng, given, log_prior, stats, beta, row_offset, vocab, dtype)
     out = torch.empty(rows, width, dtype=weight.dtype, device=device)
     row_chunks, column_tiles = _tiles(rows, vocab, device)
     for chunk in row_chunks:
-        total = torch.empty(chunk.stop - chunk.start, width, device=device)
+        total = torch.empty(chunk.stop - chunk.start, width, dtype=torch.float32, device=device)
         for columns in column_tiles:
             _add_product(total, noise.tile(chunk, columns, stats), weight[columns], columns.start == 0)
         out[chunk] = total if log_prior is not None else total.div_(stats[chunk, None])
@@ -219,7 +219,7 @@ def _dense_backward(
     dtype = _tile_dtype(dout.dtype, device)
     noise = _Noise(target, t, rng, given, log_prior, stats, beta, row_offset, vocab, dtype)
     scaled = (dout.float() if log_prior is not None else dout / stats[:, None]).to(dtype)
-    dweight = (torch.empty if rows else torch.zeros)(vocab, width, device=device)
+    dweight = (torch.empty if rows else torch.zeros)(vocab, width, dtype=torch.float32, device=device)
     row_chunks, column_tiles = _tiles(rows, vocab, device)
     for columns in column_tiles:
         for chunk in row_chunks:
@@ -251,10 +251,10 @@ def _mean(prior, weight):
     vocab, width, device = *weight.shape, weight.device
     groups = (vocab + 511) // 512
     ids = torch.arange(groups * 512, dtype=torch.int32, device=device).clamp_(max=vocab - 1).view(groups, 512)
-    share = torch.zeros(groups * 512, device=device)
+    share = torch.zeros(groups * 512, dtype=torch.float32, device=device)
     share[:vocab] = prior
-    nothing = torch.zeros(max(groups, width), device=device)
-    sums = torch.empty(groups, width, device=device)
+    nothing = torch.zeros(max(groups, width), dtype=torch.float32, device=device)
+    sums = torch.empty(groups, width, dtype=torch.float32, device=device)
     _klflow.gather_rows(ids, share.view(groups, 512), nothing[:groups], weight, nothing[:width], sums)
     return sums.sum(0)
 
@@ -262,8 +262,8 @@ def _mean(prior, weight):
 def _group_by_token(ids, vocab):
     """(order, starts): positions in ids.reshape(-1) sorted by id, stable; where each id's group begins."""
     if ids.device.type == "cpu":
-        order = torch.empty(ids.numel(), dtype=torch.int32)
-        starts = torch.empty(vocab + 1, dtype=torch.int64)
+        order = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
+        starts = torch.empty(vocab + 1, dtype=torch.int64, device=ids.device)
         _klflow.group_by_token(ids, vocab, order, starts)
         return order, starts
     tokens, order = ids.reshape(-1).sort(stable=True)
@@ -300,7 +300,7 @@ def _sparse(ids: Tensor, q: Tensor, rest: Tensor, weight: Tensor, prior: Tensor)
 @torch.library.custom_op("klflow::embed_rows_backward", mutates_args=())
 def _sparse_backward(dout: Tensor, ids: Tensor, q: Tensor, rest: Tensor, prior: Tensor) -> Tensor:
     dout = dout.contiguous()
-    dweight = torch.empty(prior.shape[0], dout.shape[1], device=dout.device)
+    dweight = torch.empty(prior.shape[0], dout.shape[1], dtype=torch.float32, device=dout.device)
     order, starts = _group_by_token(ids, prior.shape[0])
     _klflow.scatter_rows(order, starts, q, prior, rest @ dout.float(), dout, dweight)
     return dweight

@@ -70,7 +70,7 @@ def linear_cross_entropy(
         most = max(LEAST_ROWS, LOGIT_BYTES // (flat.element_size() * vocab))
         chunk_rows = max(1, -(-rows // max(1, -(-rows // most))))  # chunks of one size
     else:
-        check_int("chunk_rows", chunk_rows, 1, 2**30, "None or an integer in [1, 2^30]")
+        chunk_rows = check_int("chunk_rows", chunk_rows, 1, 2**30, "None or an integer in [1, 2^30]")
     if is_transformed(flat, weight, bias, tokens, *options[:2]):
         result = _with_logits(flat, weight, bias, tokens, *options, reduction=reduction, return_lse=return_lse)
         loss, lse = result if return_lse else (result, None)
@@ -170,7 +170,7 @@ def _new_rows(hidden):
 
 def _check_target(target, weight, ignore_index):
     """Before any chunk's work, which would count rows from the chunk's first."""
-    if target.dim() == 1 and looks_at_values(target.device):
+    if target.dim() == 1 and looks_at_values(target):
         check_tokens("target", target, weight.shape[0], ignore_index=ignore_index)
 
 

@@ -5,8 +5,12 @@ import torch
 from klflow_ext import reference
 from klflow_ext.ops.arguments import (
     FLOATS,
+    INTEGERS,
+    LEAST,
+    MOST,
     as_rows,
     check_int,
+    check_overlap,
     check_scalar,
     check_tensor,
     check_vocab,
@@ -15,12 +19,14 @@ from klflow_ext.ops.arguments import (
     is_transformed,
     needs_grad,
     output,
+    refuse_gradient,
     register_fake_mutation,
     row_scalars,
     token_rows,
 )
 
 _klflow = torch.ops.klflow
+FLOWS = "logits (or hidden states, weight and bias)"
 
 
 def loss_arguments(
@@ -28,18 +34,20 @@ def loss_arguments(
 ):  # fmt: skip
     """(tokens (rows,) or soft targets (rows, V), the options that follow them in the cross-entropy operators), checked."""
     rows = shape.numel()
-    check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1, "an integer")
+    ignore_index = check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1, "an integer")
     smoothing = check_scalar("label_smoothing", label_smoothing, 0, 1, "a number in [0, 1]")
-    z_loss = check_scalar("z_loss", z_loss, 0, float("inf"), "a finite number >= 0", open_high=True)
+    z_loss = check_scalar("z_loss", z_loss, 0, MOST, f"a number in [0, {MOST}]")
     if softcap is not None:
-        check_scalar("softcap", softcap, 0, float("inf"), "None or a positive finite number", True, True)
+        softcap = check_scalar("softcap", softcap, LEAST, MOST, f"None or a number in [{LEAST}, {MOST}]")
     if weight is not None:
         check_tensor(weight_name, weight, FLOATS, device)
         if weight.shape != (vocab,):
             fail(ValueError, weight_name, f"shape {tuple(weight.shape)}", f"({vocab},)")
-        weight = weight.detach().float().contiguous()
+        refuse_gradient(weight_name, weight, FLOWS)
+        weight = weight.float().contiguous()
     if row_weight is not None:
-        row_weight = row_scalars("row_weight", row_weight, shape, rows, device).detach()
+        row_weight = row_scalars("row_weight", row_weight, shape, rows, device)
+        refuse_gradient("row_weight", row_weight, FLOWS)
     if isinstance(target, torch.Tensor) and target.dtype in FLOATS:
         check_tensor("target", target, FLOATS, device)
         if target.shape != (*shape, vocab):
@@ -49,10 +57,18 @@ def loss_arguments(
                 f"shape {tuple(target.shape)} of soft targets",
                 f"that of logits, {(*shape, vocab)}",
             )
-        tokens = as_rows(target.detach(), vocab)
+        if ignore_index >= 0:  # torch's rule
+            fail(ValueError, "ignore_index", f"{ignore_index} beside soft targets", "a negative number there")
+        refuse_gradient("target", target, FLOWS)
+        tokens = as_rows(target, vocab)
     else:
+        check_tensor("target", target, INTEGERS, device)
+        if target.shape != shape:
+            fail(ValueError, "target", f"shape {tuple(target.shape)}", f"one token for each row, {tuple(shape)}")
+        if target.dtype == torch.int32 and not -(2**31) <= ignore_index < 2**31:
+            target = target.long()  # else the number would wrap where it is compared
         tokens = token_rows("target", target, shape, rows, vocab, device, ignore_index=ignore_index)
-    return tokens, (weight, row_weight, ignore_index, smoothing, z_loss, 0.0 if softcap is None else float(softcap))
+    return tokens, (weight, row_weight, ignore_index, smoothing, z_loss, 0.0 if softcap is None else softcap)
 
 
 def check_reduction(reduction):
@@ -63,7 +79,7 @@ def check_reduction(reduction):
 def mean_divisor(tokens, weight, row_weight, ignore_index, *_):
     """What reduction="mean" divides by: the sum over kept rows of weight[target] row_weight."""
     if tokens.dim() == 2:
-        return torch.ones(len(tokens), device=tokens.device).sum() if row_weight is None else row_weight.sum()
+        return tokens.new_full((), len(tokens), dtype=torch.float32) if row_weight is None else row_weight.sum()
     kept = tokens != ignore_index
     if weight is None and row_weight is None:
         return kept.count_nonzero()
@@ -121,6 +137,7 @@ def cross_entropy(
     elif torch.compiler.is_compiling():  # the compiler plans its own memory
         loss, lse = _klflow.cross_entropy(flat, tokens, *options)
     elif inplace_backward:
+        check_overlap("logits", flat)
         loss, lse = _InplaceCrossEntropy.apply(flat, tokens, *options)
     else:
         loss, lse, _ = _CrossEntropy.apply(flat, tokens, *options, _expected_upstream(flat, divisor))
@@ -165,7 +182,7 @@ def cross_entropy_grad(
         upstream = (1.0 / mean_divisor(tokens, *options)).expand(rows)
     else:
         upstream = row_scalars("dloss", dloss, shape, rows, device)
-    grad, flat_grad = output("out", out, logits.shape, logits.dtype, device)
+    grad, flat_grad = output("out", out, logits.shape, logits.dtype, device, [("logits", flat, True)])
     if grad.dtype != logits.dtype:
         fail(TypeError, "out", grad.dtype, f"the dtype of logits, {logits.dtype}")
     loss, lse = _new_rows(flat), _new_rows(flat)

@@ -25,8 +25,8 @@ _klflow = torch.ops.klflow
 def _new_entries(rows, top, device):
     return (
         torch.empty(rows, top, dtype=torch.int32, device=device),
-        torch.empty(rows, top, device=device),
-        torch.empty(rows, device=device),
+        torch.empty(rows, top, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
     )
 
 
@@ -40,7 +40,7 @@ def largest_entries(noise, options, log_prior, top, boost=None, stats=None):
 def all_entries(noise, options, log_prior, log, out):
     """Writes q or log q of flat rows to out (rows, V): its sum and maximum first, then one tile of all columns."""
     (target, t, rng, given), (beta, row_offset), (rows, vocab) = noise, options, out.shape
-    stats = torch.empty(rows, 3, device=out.device)
+    stats = torch.empty(rows, 3, dtype=torch.float32, device=out.device)
     largest_entries(noise, options, log_prior, 0, stats=stats)
     _klflow.noise_tile(target, t, rng, given, log_prior, stats, beta, row_offset, vocab, 0, log, None, out)
 
@@ -73,7 +73,7 @@ def noise_posterior(target, t, rng, log_prior, *, top=512, beta=0.01, given=None
     check_tensor("log_prior", log_prior, (*FLOATS, torch.float64), target.device)
     vocab = log_prior.numel()
     log_prior = check_log_prior(log_prior, vocab, target.device)
-    check_int("top", top, 1, vocab, f"an integer in [1, V = {vocab}]")
+    top = check_int("top", top, 1, vocab, f"an integer in [1, V = {vocab}]")
     boost = boost_rows(boost, target)
     shape = target.shape if boost is None else target.shape[:-1]
     noise, options = noise_arguments(target, t, rng, beta, given, row_offset, vocab, boost)
@@ -102,7 +102,7 @@ def token_posterior(log_x, t, log_prior, *, top=512, beta=0.01):
     shape, device = log_x.shape[:-1], log_x.device
     rows = shape.numel()
     log_prior = check_log_prior(log_prior, vocab, device)
-    check_int("top", top, 1, vocab, f"an integer in [1, V = {vocab}]")
+    top = check_int("top", top, 1, vocab, f"an integer in [1, V = {vocab}]")
     times = row_scalars("t", t, shape, rows, device, 0, 1).detach()
     ids, q, rest = _new_entries(rows, top, device)
     _klflow.token_posterior(as_rows(log_x.detach(), vocab), times, log_prior, check_beta(beta), ids, q, rest)
@@ -129,7 +129,7 @@ def merge_boosts(ids, boost, new_ids, new_boost, keep):
     check_tensor("boost", boost, (*FLOATS, torch.float64), ids.device)
     check_tensor("new_ids", new_ids, (ids.dtype,), ids.device)
     check_tensor("new_boost", new_boost, (boost.dtype,), ids.device)
-    check_int("keep", keep, 1, 2**30, "an integer >= 1")
+    keep = check_int("keep", keep, 1, 2**30, "an integer >= 1")
     if ids.dim() < 1:
         fail(ValueError, "ids", "shape ()", "(*rows, K)")
     if boost.shape != ids.shape:
@@ -138,7 +138,7 @@ def merge_boosts(ids, boost, new_ids, new_boost, keep):
         fail(ValueError, "new_ids", f"shape {tuple(new_ids.shape)}", f"{(*ids.shape[:-1], 'L')}")
     if new_boost.shape != new_ids.shape:
         fail(ValueError, "new_boost", f"shape {tuple(new_boost.shape)}", f"that of new_ids, {tuple(new_ids.shape)}")
-    if looks_at_values(ids.device) and (ids < -1).any() | (new_ids < -1).any():
+    if looks_at_values(ids) and (ids < -1).any() | (new_ids < -1).any():
         fail(ValueError, "ids", min(ids.min().item(), new_ids.min().item()), "tokens or -1")
     ids, order = torch.cat([ids, new_ids], -1).sort(dim=-1, stable=True)
     boost = torch.cat([boost, new_boost], -1).gather(-1, order)

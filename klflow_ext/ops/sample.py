@@ -4,6 +4,7 @@ import torch
 
 from klflow_ext.ops.arguments import (
     FLOATS,
+    LEAST,
     as_rows,
     check_beta,
     check_int,
@@ -26,13 +27,13 @@ _klflow = torch.ops.klflow
 def _topk_arguments(logits, k, rng, temperature, top_p, row_offset):
     check_tensor("logits", logits, FLOATS)
     vocab = check_vocab("logits", logits)
-    check_int("k", k, 1, vocab, f"an integer in [1, V = {vocab}]")
-    check_scalar("top_p", top_p, 0, 1, "a number in (0, 1]", open_low=True)
-    shape = logits.shape[:-1]
+    k = check_int("k", k, 1, vocab, f"an integer in [1, V = {vocab}]")
+    top_p = check_scalar("top_p", top_p, LEAST, 1, f"a number in [{LEAST}, 1]")
+    shape, row_offset = logits.shape[:-1], check_row_offset(row_offset)
     rows = shape.numel()
     return shape, rows, vocab, (as_rows(logits.detach(), vocab), k), (
-        rng_state(rng, shape, rows, logits.device, check_row_offset(row_offset)), check_temperature(temperature),
-        float(top_p), row_offset,
+        rng_state(rng, shape, rows, logits.device, row_offset), check_temperature(temperature),
+        top_p, row_offset,
     )  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def topk_sample(logits, k, rng, *, temperature=1.0, top_p=1.0, row_offset=0):
         logits, k, rng, temperature, top_p, row_offset
     )
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    log_prob = torch.empty(rows, device=logits.device)
+    log_prob = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _klflow.topk_sample(*head, state, temperature, top_p, row_offset, token, log_prob)
     return token.reshape(shape), log_prob.reshape(shape)
 
@@ -85,7 +86,7 @@ def topk_renoise(
     flags, tokens = given_known(given, known, shape, rows, vocab, device)
     times = row_scalars("t_next", t_next, shape, rows, device, 0, 1)
     beta = check_beta(beta)
-    result, flat = output("out", out, logits.shape, dtype or logits.dtype, device)
+    result, flat = output("out", out, logits.shape, dtype or logits.dtype, device, [("logits", head[0], True)])
     token = torch.empty(rows, dtype=torch.int64, device=device)
     _klflow.topk_renoise(*head, times, state, temperature, top_p, beta, flags, tokens, row_offset, token, flat)
     return token.reshape(shape), result
@@ -115,10 +116,12 @@ def euler_step(
     rates = row_scalars("rate", rate, shape, rows, device, 0, 1)
     temperature, beta = check_temperature(temperature), check_beta(beta)
     flags, tokens = given_known(given, known, shape, rows, vocab, device)
-    x_next, flat = output("out", out, logits.shape, dtype or logits.dtype, device)
-    state, state_flat = output("log_x", log_x if inplace else None, logits.shape, log_x.dtype, device)
-    source = state_flat if inplace else as_rows(log_x, vocab)
-    _klflow.euler_step(source, as_rows(logits, vocab), rates, temperature, beta, flags, tokens, state_flat, flat)
+    source, flat_logits = as_rows(log_x, vocab), as_rows(logits, vocab)
+    inputs = [("logits", flat_logits, False)]
+    x_next, flat = output("out", out, logits.shape, dtype or logits.dtype, device, [*inputs, ("log_x", source, False)])
+    state, state_flat = output("log_x", log_x if inplace else None, logits.shape, log_x.dtype, device, inputs)
+    source = state_flat if inplace else source
+    _klflow.euler_step(source, flat_logits, rates, temperature, beta, flags, tokens, state_flat, flat)
     return state, x_next
 
 

@@ -209,7 +209,7 @@ def hidden_of(model: Model, h: Tensor, t: Tensor, row_offset: int) -> Tensor:
 
 def check_targets(target: Tensor, vocab_size: int) -> None:
     """IndexError for a target outside [0, V) that is no padding, where values may be read (as the kernels do)."""
-    if looks_at_values(target.device):
+    if looks_at_values(target):
         check_tokens("target", target.reshape(-1), vocab_size, ignore_index=IGNORE)
 
 
@@ -218,7 +218,7 @@ def hide_padding(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(target, t, given) with padding as rows of pure noise: nothing is known of them, at time 0."""
     t = torch.as_tensor(t, dtype=dtype, device=target.device)
-    if looks_at_values(target.device) and bool((~((t >= 0) & (t <= 1))).any()):
+    if looks_at_values(target) and bool((~((t >= 0) & (t <= 1))).any()):
         raise ValueError(f"t: got {t.min().item():g} to {t.max().item():g}, allowed are numbers in [0, 1]")
     padding = target == IGNORE
     t = torch.where(padding, torch.zeros((), dtype=dtype, device=target.device), t)
