@@ -329,26 +329,32 @@ void cross_entropy_backward(Tensor logits, Tensor target, Tensor lse, OptionalTe
   if (p.rows > 0) KLFLOW_RUN(cross_entropy, p, logits);
 }
 
+// On the CPU, where it costs nothing, each must lie in [low, high].
+Scalars scalars_within(const Tensor& t, int64_t rows, const char* name, double low, double high) {
+  const Scalars scalars = scalars_of(t, rows, name);
+  for (int64_t row = 0; t.is_cpu() && row < (scalars.stride == 0 ? std::min<int64_t>(rows, 1) : rows); ++row) {
+    const float value = scalars.data[row * scalars.stride];
+    check(value >= low && value <= high, name, ": got ", value, ", allowed is a number in [", low, ", ", high, "]");
+  }
+  return scalars;
+}
 // Within these bounds logits up to 10^8 divided by it are no infinities, and its inverse is no denormal number.
-float temperature_of(double temperature) {
-  check(temperature >= 1e-30 && temperature <= 1e30, "temperature: got ", temperature,
-        ", allowed is a number in [1e-30, 1e30]");
-  return static_cast<float>(temperature);
+Scalars temperature_of(const Tensor& t, int64_t rows) {
+  return scalars_within(t, rows, "temperature", 0.99e-30, 1.01e30);
 }
 
-TopkSampleParams topk_params(const Tensor& logits, int64_t k, const Tensor& rng, double temperature, double top_p,
-                             const OptionalTensor& given, const OptionalTensor& known, int64_t row_offset,
-                             const Tensor& token) {
+TopkSampleParams topk_params(const Tensor& logits, int64_t k, const Tensor& rng, const Tensor& temperature,
+                             const Tensor& top_p, const OptionalTensor& given, const OptionalTensor& known,
+                             int64_t row_offset, const Tensor& token) {
   check(logits.dim() == 2, "logits: must have two axes");
   TopkSampleParams p{};
   p.rows = logits.size(0);
   p.vocab = logits.size(1);
   check(k >= 1 && k <= p.vocab, "k: ", k, " is not in [1, ", p.vocab, "]");
-  check(top_p > 0.0 && top_p <= 1.0, "top_p: ", top_p, " is not in (0, 1]");
   p.k = k;
   p.logits = rows_of(logits, p.rows, p.vocab, "logits");
-  p.temperature = temperature_of(temperature);
-  p.top_p = static_cast<float>(top_p);
+  p.temperature = temperature_of(temperature, p.rows);
+  p.top_p = scalars_within(top_p, p.rows, "top_p", 0.0, 1.0);
   p.rng = rng_of(rng, p.rows, row_offset);
   p.given = given_of(given, known, p.rows);
   check(p.given.flags == nullptr || p.given.known.data != nullptr || p.rows == 0, "known: needed where given is");
@@ -358,14 +364,14 @@ TopkSampleParams topk_params(const Tensor& logits, int64_t k, const Tensor& rng,
   return p;
 }
 
-void topk_sample(Tensor logits, int64_t k, Tensor rng, double temperature, double top_p, int64_t row_offset,
+void topk_sample(Tensor logits, int64_t k, Tensor rng, Tensor temperature, Tensor top_p, int64_t row_offset,
                  Tensor token, Tensor log_prob) {
   TopkSampleParams p = topk_params(logits, k, rng, temperature, top_p, std::nullopt, std::nullopt, row_offset, token);
   p.log_prob = vector_of(log_prob, p.rows, "log_prob");
   if (p.rows > 0) KLFLOW_RUN(topk_sample, p, logits);
 }
 
-void topk_renoise(Tensor logits, int64_t k, Tensor t_next, Tensor rng, double temperature, double top_p, double beta,
+void topk_renoise(Tensor logits, int64_t k, Tensor t_next, Tensor rng, Tensor temperature, Tensor top_p, double beta,
                   OptionalTensor given, OptionalTensor known, int64_t row_offset, Tensor token, Tensor out) {
   TopkRenoiseParams p{};
   p.sample = topk_params(logits, k, rng, temperature, top_p, given, known, row_offset, token);
@@ -375,7 +381,7 @@ void topk_renoise(Tensor logits, int64_t k, Tensor t_next, Tensor rng, double te
   if (p.sample.rows > 0) KLFLOW_RUN(topk_renoise, p, logits);
 }
 
-void euler_step(Tensor log_x, Tensor logits, Tensor rate, double temperature, double beta, OptionalTensor given,
+void euler_step(Tensor log_x, Tensor logits, Tensor rate, Tensor temperature, double beta, OptionalTensor given,
                 OptionalTensor known, Tensor log_x_next, Tensor x_next) {
   check(logits.dim() == 2, "logits: must have two axes");
   EulerStepParams p{};
@@ -384,7 +390,7 @@ void euler_step(Tensor log_x, Tensor logits, Tensor rate, double temperature, do
   p.logits = rows_of(logits, p.rows, p.vocab, "logits");
   p.log_x = rows_of(log_x, p.rows, p.vocab, "log_x");
   p.rate = scalars_of(rate, p.rows, "rate");
-  p.temperature = temperature_of(temperature);
+  p.temperature = temperature_of(temperature, p.rows);
   p.c = gap(beta, p.vocab);
   p.given = given_of(given, known, p.rows);
   check(p.given.flags == nullptr || p.given.known.data != nullptr || p.rows == 0, "known: needed where given is");
@@ -594,14 +600,14 @@ STABLE_TORCH_LIBRARY(klflow, m) {
       "int ignore_index, float label_smoothing, float z_loss, float softcap, Tensor dloss, Tensor? dlse, "
       "Tensor(a!) grad) -> ()");
   m.def(
-      "topk_sample(Tensor logits, int k, Tensor rng, float temperature, float top_p, SymInt row_offset, Tensor(a!) "
+      "topk_sample(Tensor logits, int k, Tensor rng, Tensor temperature, Tensor top_p, SymInt row_offset, Tensor(a!) "
       "token, "
       "Tensor(b!) log_prob) -> ()");
   m.def(
-      "topk_renoise(Tensor logits, int k, Tensor t_next, Tensor rng, float temperature, float top_p, float beta, "
+      "topk_renoise(Tensor logits, int k, Tensor t_next, Tensor rng, Tensor temperature, Tensor top_p, float beta, "
       "Tensor? given, Tensor? known, SymInt row_offset, Tensor(a!) token, Tensor(b!) out) -> ()");
   m.def(
-      "euler_step(Tensor log_x, Tensor logits, Tensor rate, float temperature, float beta, Tensor? given, "
+      "euler_step(Tensor log_x, Tensor logits, Tensor rate, Tensor temperature, float beta, Tensor? given, "
       "Tensor? known, Tensor(a!) log_x_next, Tensor(b!) x_next) -> ()");
   m.def(
       "noise_tile(Tensor target, Tensor t, Tensor rng, Tensor? given, Tensor? log_prior, Tensor? stats, float beta, "

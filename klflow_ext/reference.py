@@ -394,11 +394,13 @@ def _draw(logits, k, rng, temperature, top_p, row_offset):
     bad = z.isnan().any(-1) | ~z.max(-1).values.isfinite()
     z = torch.where(bad[:, None], 0.0, z)
     order = z.argsort(dim=-1, descending=True, stable=True)[:, :k]  # stable: ties to the lowest index
+    temperature, top_p = (_rows(x, z.shape[:1], work, z.device) for x in (temperature, top_p))
     kept = z.gather(1, order) / temperature
     p = kept.softmax(-1)
     before = p.cumsum(-1) - p
-    if top_p < 1:
-        kept = torch.where((before < top_p) | (torch.arange(k, device=z.device) == 0), kept, -math.inf)
+    if (top_p < 1).any():
+        first = torch.arange(k, device=z.device) == 0
+        kept = torch.where((before < top_p) | (top_p == 1) | first, kept, -math.inf)
     log_p = kept.log_softmax(-1)
     score = log_p - token_exponential(*z.shape, rng, row_offset, work, z.device).gather(1, order).log()
     choice = log_p.argmax(-1) if k == 1 else score.argmax(-1)
@@ -421,6 +423,7 @@ def topk_sample(logits, k, rng, *, temperature=1.0, top_p=1.0, row_offset=0):
         result = order.gather(1, choice)[:, 0], log_p.gather(1, choice)[:, 0]
     """
     rng = state_of(rng, logits.shape[:-1], row_offset)
+    temperature, top_p = (torch.as_tensor(x).expand(logits.shape[:-1]).reshape(-1) for x in (temperature, top_p))
     token, log_prob = _draw(logits.reshape(-1, logits.shape[-1]), k, rng, temperature, top_p, row_offset)
     return token.reshape(logits.shape[:-1]), log_prob.reshape(logits.shape[:-1])
 
@@ -476,7 +479,7 @@ def euler_step(
     shape, vocab = logits.shape[:-1], logits.shape[-1]
     work = torch.float64 if torch.float64 in (log_x.dtype, logits.dtype) else torch.float32
     rate = _rows(rate, shape, work, logits.device)
-    p = (logits.to(work) / temperature).softmax(-1).reshape(-1, vocab)
+    p = (logits.to(work).reshape(-1, vocab) / _rows(temperature, shape, work, logits.device)).softmax(-1)
     state = torch.where(rate == 1, 0.0, (1 - rate) * log_x.to(work).reshape(-1, vocab))
     l = state + rate * gap(vocab, beta) * p
     log_next = _onehot_rows(l.log_softmax(-1), given, known, shape, log=True).reshape(logits.shape).to(log_x.dtype)

@@ -395,7 +395,7 @@ BAD = [
     (lambda: ops.noise_embedding(Y - 1, 0.1, W, 0), IndexError, "target: row 0 holds -1"),
     (lambda: ops.noise_embedding(Y, 0.1, W, 0, log_prior=P[:4]), ValueError, r"log_prior: got shape \(4,\)"),
     (lambda: ops.noise_embedding(Y, 0.1, W, 0, log_prior=P, top=0), ValueError, "top: got 0"),
-    (lambda: ops.noise_embedding(Y, 0.1, W, "x"), TypeError, "rng: got str"),
+    (lambda: ops.noise_embedding(Y, 0.1, W, "x"), TypeError, "rng: got 'x'"),
 ]  # fmt: skip
 
 

@@ -425,11 +425,15 @@ def test_the_range_of_temperatures(device):
     log_x, seed = torch.randn(rows, vocab, device=device).log_softmax(-1), torch.tensor([0, 0], device=device)
     out, row = torch.empty(rows, vocab, device=device), torch.full((rows,), 0.3, device=device)
     klflow = torch.ops.klflow
+    one = torch.ones(rows, device=device)
     for bad in (0.0, -1.0, 1e-50, 1e-45, 1e-44, 1e-38, 1e-31, 1e31, 1e39, math.inf, math.nan):
+        if device.type == "cuda":  # where the operators themselves do not look at values
+            break
+        bad = torch.tensor([1.0] * (rows - 1) + [bad])
         with pytest.raises(RuntimeError, match="temperature: got"):
-            klflow.topk_sample(logits, 20, seed, bad, 1.0, 0, token, row.clone())
+            klflow.topk_sample(logits, 20, seed, bad, one, 0, token, row.clone())
         with pytest.raises(RuntimeError, match="temperature: got"):
-            klflow.topk_renoise(logits, 20, row, seed, bad, 1.0, 0.01, None, None, 0, token, out)
+            klflow.topk_renoise(logits, 20, row, seed, bad, one, 0.01, None, None, 0, token, out)
         with pytest.raises(RuntimeError, match="temperature: got"):
             klflow.euler_step(log_x, logits, row, bad, 0.01, None, None, out.clone(), out)
     best = logits.argmax(-1)
@@ -606,9 +610,9 @@ def test_opcheck(device):
         *([(klflow.cross_entropy_total, (logits, target, *options, True))] if logits.device.type == "cpu" else []),
         (klflow.cross_entropy_grad, (logits, target, *options, t, rows.clone(), rows.clone(), new())),
         (klflow.cross_entropy_backward, (logits, target, lse, *options, t, None, new())),
-        (klflow.topk_sample, (logits, 5, rng, 1.0, 0.9, 0, token.clone(), rows.clone())),
-        (klflow.topk_renoise, (logits, 5, t, rng, 1.0, 1.0, 0.01, given, target, 0, token.clone(), new())),
-        (klflow.euler_step, (logits, logits, t, 1.0, 0.01, given, target, new(), new())),
+        (klflow.topk_sample, (logits, 5, rng, t + 0.5, t + 0.1, 0, token.clone(), rows.clone())),
+        (klflow.topk_renoise, (logits, 5, t, rng, t + 0.5, t + 0.1, 0.01, given, target, 0, token.clone(), new())),
+        (klflow.euler_step, (logits, logits, t, t + 0.5, 0.01, given, target, new(), new())),
     ]:
         torch.library.opcheck(op, args)
 
@@ -627,7 +631,7 @@ BAD = [
     (lambda: ops.noise_interpolate(Y, 0.1, 0, vocab_size=1), ValueError, "vocab_size: got 1"),
     (lambda: ops.noise_interpolate(Y, 0.1, 0, vocab_size=10, beta=0.0), ValueError, "beta: got 0.0"),
     (lambda: ops.noise_interpolate(Y, 0.1, 0, vocab_size=10, beta=1.0), ValueError, "beta: got 1.0"),
-    (lambda: ops.noise_interpolate(Y, 0.1, "x", vocab_size=10), TypeError, "rng: got str"),
+    (lambda: ops.noise_interpolate(Y, 0.1, "x", vocab_size=10), TypeError, "rng: got 'x'"),
     (lambda: ops.noise_interpolate(Y, 0.1, torch.zeros(3), vocab_size=10), TypeError, "rng: got torch.float32"),
     (
         lambda: ops.noise_interpolate(Y, 0.1, torch.zeros(3, dtype=torch.int64), vocab_size=10),

@@ -88,10 +88,11 @@ struct CrossEntropyParams {
 };
 
 // token ~ softmax(top-k of logits / temperature), restricted to the smallest set of mass >= top_p; k = 1 is argmax.
+// Temperature and top_p may differ from row to row.
 struct TopkSampleParams {
   int64_t rows, vocab, k;
   Rows logits;
-  float temperature, top_p;
+  Scalars temperature, top_p;
   Rng rng;
   Given given;      // given rows take the known token (log-probability 0)
   int64_t* token;   // (rows,) contiguous; -1 for a row that holds a NaN or nothing above -inf
@@ -111,7 +112,8 @@ struct EulerStepParams {
   int64_t rows, vocab;
   Rows log_x, logits;
   Scalars rate;
-  float temperature, c;
+  Scalars temperature;
+  float c;
   Given given;      // given rows: x_next = onehot(known), log_x_next = log of it (0 and -inf)
   Rows log_x_next;  // may be log_x itself
   Rows x_next;

@@ -22,7 +22,7 @@ void step_row(const EulerStepParams& p, int64_t row, bool streamed) {
   // In scratch rows: exp(logits - shift), then l over it; exp(l - shift); and the shifts of the blocks.
   float *l = scratch_row(p.vocab), *e = scratch_row(p.vocab, 1), *shifts = scratch_row(p.vocab, 2);
   const float rate = p.rate.data[row * p.rate.stride];
-  StreamingSum logits_sum(1.0f / p.temperature);
+  StreamingSum logits_sum(1.0f / p.temperature.data[row * p.temperature.stride]);
   for (int64_t start = 0; start < p.vocab; start += kBlock) {
     const int64_t n = std::min(kBlock, p.vocab - start);
     logits_sum.add(logits + start, n, l + start);

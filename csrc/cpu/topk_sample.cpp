@@ -158,13 +158,15 @@ class Draw {
       return token_at(p_.given.known, row);
     }
     row_ = row_of<T>(p_.logits, row);
+    temperature_ = p_.temperature.data[row * p_.temperature.stride];
+    top_p_ = p_.top_p.data[row * p_.top_p.stride];
     place_scratch();
     if (!select()) return -1;
     log_prob = 0.0f;
     if (p_.k == 1) return columns_[0];
     double total = 0.0;
     load_logits(p_.k);
-    const int64_t n = p_.top_p < 1.0f ? nucleus(total) : p_.k;
+    const int64_t n = top_p_ < 1.0f ? nucleus(total) : p_.k;
     const int64_t winner = choose(row, n, total);
     log_prob = static_cast<float>(scaled(winner) - std::log(total));
     return columns_[winner];
@@ -202,7 +204,7 @@ class Draw {
   const Key* block(int64_t begin) const {
     return begin + kGroups <= p_.vocab ? reinterpret_cast<const Key*>(row_) + begin : tail_;
   }
-  double scaled(int64_t i) const { return (static_cast<double>(logits_[i]) - top_) / p_.temperature; }
+  double scaled(int64_t i) const { return (static_cast<double>(logits_[i]) - top_) / temperature_; }
 
   // Fills columns_ with the k best of the row, in ascending order; false where it holds a NaN or nothing finite on top.
   bool select() {
@@ -327,7 +329,7 @@ class Draw {
 
   // The masses of the candidates; returns their sum.
   double weigh() {
-    const double inverse = 1.0 / p_.temperature;
+    const double inverse = 1.0 / temperature_;
     vd sum = {};
     for (int64_t i = 0; i < p_.k; i += kHalf) {
       const vd z = __builtin_convertvector(load_raw<vf_half>(logits_ + i), vd);
@@ -354,7 +356,7 @@ class Draw {
   int64_t nucleus(double& total) {
     constexpr int64_t kFew = 64;
     constexpr uint32_t kDigits = 2048;
-    const double wanted = std::max(p_.top_p * weigh(), 1e-300);  // the largest of mass 1 is kept at any top_p
+    const double wanted = std::max(top_p_ * weigh(), 1e-300);  // the largest of mass 1 is kept at any top_p
     int32_t* left = keys_;
     int64_t n = p_.k;
     std::iota(left, left + n, 0);
@@ -412,7 +414,7 @@ class Draw {
       each_chain([&](int c) { e[c] *= v[c] / -rounded[c]; });  // E / ln 2 = -log1p(-v) / ln 2, whatever 1 - v loses
       log2_chains(e);
       each_chain([&](int c) {
-        const vf z = (load(logits_ + i + c * kLanes) - top_) / p_.temperature;
+        const vf z = (load(logits_ + i + c * kLanes) - top_) / temperature_;
         mass += expv(z);
         score[c] = z - e[c] * 0.69314718f;
         const vi unsure = reinterpret_cast<vi>(words[c] >> 20) == 0;  // where the low word counts
@@ -444,6 +446,7 @@ class Draw {
   }
 
   const TopkSampleParams& p_;
+  float temperature_ = 1.0f, top_p_ = 1.0f;  // of the row
   const T* row_ = nullptr;
   float top_ = 0.0f;  // the largest logit
   int32_t *columns_, *keys_, *maxima_;

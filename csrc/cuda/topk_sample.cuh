@@ -163,7 +163,8 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
     log_prob = 0.0f;
     return top.column;
   }
-  const double inverse = 1.0 / p.temperature;
+  const double inverse = 1.0 / scalar_at(p.temperature, row, 1.0f);
+  const float top_p = scalar_at(p.top_p, row, 1.0f);
   const NoiseKey key = noise_key(p.rng, row);
   auto mass = [&](float z) { return exp(static_cast<double>(z - top.score) * inverse); };
   auto score = [&](float z, int64_t j) { return candidate(key, z, j, top.score, static_cast<float>(inverse)); };
@@ -177,11 +178,11 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
     const uint64_t own = have ? s.sorted[threadIdx.x] : 0;
     const float z = have ? value_of_bits(static_cast<uint32_t>(own >> 32)) : 0.0f;
     total = row_sum<false>(have ? mass(z) : 0.0);
-    if (p.top_p < 1.0f) {  // the shortest prefix, by rank, that holds the mass
+    if (top_p < 1.0f) {  // the shortest prefix, by rank, that holds the mass
       if (threadIdx.x == 0) {
         double held = 0.0;
         uint32_t count = 0;
-        while (count < n && held < p.top_p * total) held += mass(value_of_bits(s.sorted[count++] >> 32));
+        while (count < n && held < top_p * total) held += mass(value_of_bits(s.sorted[count++] >> 32));
         s.kept = count > 0 ? count : 1;
       }
       __syncthreads();
@@ -210,11 +211,11 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
     if (p.k < p.vocab)
       threshold = key_reaching(p.k, [&](auto&& f) { each(0, [&](float z, int64_t j) { f(key_of(z, j), 1); }); });
     total = mass_from(threshold);
-    if (p.top_p < 1.0f) {
+    if (top_p < 1.0f) {
       double unit = 4611686018427387904.0;  // 2^62, divided until V of the largest masses, 1, do not exceed it
       for (int64_t columns = 1; columns < p.vocab; columns *= 2) unit *= 0.5;
       auto whole = [&](double mass) { return static_cast<unsigned long long>(mass * unit + 0.5); };
-      const unsigned long long wanted = whole(p.top_p * total);
+      const unsigned long long wanted = whole(top_p * total);
       const uint64_t reached = key_reaching(wanted > 0 ? wanted : 1, [&](auto&& f) {
         each(threshold, [&](float z, int64_t j) { f(key_of(z, j), whole(mass(z))); });
       });

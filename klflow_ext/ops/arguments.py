@@ -1,5 +1,6 @@
 """Argument checks that the ops share. Every message reads "<name>: got <value>, allowed is <what>"."""
 
+import math
 import numbers
 import operator
 import os
@@ -37,10 +38,6 @@ def check_scalar(name, value, low, high, allowed, open_low=False, open_high=Fals
 
 def check_beta(beta):
     return check_scalar("beta", beta, LEAST, 1, f"a number in [{LEAST}, 1)", open_high=True)
-
-
-def check_temperature(temperature):
-    return check_scalar("temperature", temperature, LEAST, MOST, f"a number in [{LEAST}, {MOST}]")
 
 
 def check_int(name, value, low, high, allowed):
@@ -105,12 +102,17 @@ def row_scalars(name, value, shape, rows, device, low=None, high=None):
         least, most = (-3e38, 3e38) if low is None else (low, high)
         value = check_scalar(name, value, least, most, f"numbers in [{least}, {most}]")
         return torch.full((1,), value, dtype=torch.float32, device=device).expand(rows)
-    check_tensor(name, value, (*FLOATS, torch.float64), device)
+    whole = INTEGERS if value.dim() == 0 else ()
+    check_tensor(name, value, (*FLOATS, torch.float64, *whole), device)
     if low is not None and looks_at_values(value) and value.numel():
         bad = ~((value >= low) & (value <= high))
         if bad.any():
             fail(ValueError, name, value[bad].reshape(-1)[0].item(), f"numbers in [{low}, {high}]")
     return broadcast(name, value.float(), shape, rows)
+
+
+def temperature_rows(temperature, shape, rows, device):
+    return row_scalars("temperature", temperature, shape, rows, device, LEAST, MOST)
 
 
 def token_rows(name, value, shape, rows, vocab, device, where=None, ignore_index=None):
@@ -215,13 +217,13 @@ def boost_rows(boost, target):
     refuse_gradient("boost", boost, "weight")
     if looks_at_values(boost) and boost.isnan().any():
         fail(ValueError, "boost", "nan", "numbers")
-    return boost.detach().float().reshape(boost.shape[:-1].numel(), boost.shape[-1]).contiguous()
+    return boost.detach().float().reshape(math.prod(boost.shape[:-1]), boost.shape[-1]).contiguous()
 
 
 def noise_arguments(target, t, rng, beta, given, row_offset, vocab, boost=None):
     """(target, t, rng, given) as flat rows, (beta, row_offset). With boosts, target is (*rows, K) and then (rows, K)."""
     shape, device = target.shape if boost is None else target.shape[:-1], target.device
-    rows = shape.numel()
+    rows = math.prod(shape)
     if boost is None:
         tokens = token_rows("target", target, shape, rows, vocab, device)
     else:

@@ -1,5 +1,7 @@
 """The loss: fused log-softmax cross-entropy over large vocabularies."""
 
+import math
+
 import torch
 
 from klflow_ext import reference
@@ -33,7 +35,7 @@ def loss_arguments(
     shape, vocab, device, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, weight_name="weight"
 ):  # fmt: skip
     """(tokens (rows,) or soft targets (rows, V), the options that follow them in the cross-entropy operators), checked."""
-    rows = shape.numel()
+    rows = math.prod(shape)
     ignore_index = check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1, "an integer")
     smoothing = check_scalar("label_smoothing", label_smoothing, 0, 1, "a number in [0, 1]")
     z_loss = check_scalar("z_loss", z_loss, 0, MOST, f"a number in [0, {MOST}]")
@@ -79,11 +81,11 @@ def check_reduction(reduction):
 def mean_divisor(tokens, weight, row_weight, ignore_index, *_):
     """What reduction="mean" divides by: the sum over kept rows of weight[target] row_weight."""
     if tokens.dim() == 2:
-        return tokens.new_full((), len(tokens), dtype=torch.float32) if row_weight is None else row_weight.sum()
+        return tokens.new_full((), tokens.shape[0], dtype=torch.float32) if row_weight is None else row_weight.sum()
     kept = tokens != ignore_index
     if weight is None and row_weight is None:
-        return kept.count_nonzero()
-    per_row = 1.0 if weight is None else weight[tokens.clamp(0, len(weight) - 1).long()]
+        return kept.count_nonzero().to(torch.float32)
+    per_row = 1.0 if weight is None else weight[tokens.clamp(0, weight.shape[0] - 1).long()]
     if row_weight is not None:
         per_row = per_row * row_weight
     return torch.where(kept, per_row, 0.0).sum()

@@ -1,5 +1,7 @@
 """The KL geodesic: noisy rows from in-kernel noise, and points between given rows."""
 
+import math
+
 import torch
 
 from klflow_ext import reference
@@ -88,7 +90,7 @@ def logit_interpolate(log_x0, log_x1, t, *, beta=0.01, log=False, out=None):
     check_tensor("log_x0", log_x0, FLOATS)
     vocab = check_vocab("log_x0", log_x0)
     shape, device = log_x0.shape[:-1], log_x0.device
-    rows = shape.numel()
+    rows = math.prod(shape)
     beta = check_beta(beta)
     if isinstance(log_x1, torch.Tensor) and log_x1.dtype in INTEGERS:
         end = token_rows("log_x1", log_x1, shape, rows, vocab, device)
@@ -151,7 +153,9 @@ def _direction(log_x0, log_x1, beta):
     """d l / d t."""
     if log_x1.dim() == 2:
         return log_x1.float() - log_x0.float()
-    c = torch.full((len(log_x1), 1), reference.gap(log_x0.shape[1], beta), dtype=torch.float32, device=log_x0.device)
+    c = torch.full(
+        (log_x1.shape[0], 1), reference.gap(log_x0.shape[1], beta), dtype=torch.float32, device=log_x0.device
+    )
     return (-log_x0.float()).scatter_add(1, log_x1.long()[:, None], c)
 
 

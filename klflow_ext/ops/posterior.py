@@ -1,5 +1,7 @@
 """The posterior of each token given its own noisy row: its largest entries, or all of it."""
 
+import math
+
 import torch
 
 from klflow_ext.ops.arguments import (
@@ -100,7 +102,7 @@ def token_posterior(log_x, t, log_prior, *, top=512, beta=0.01):
     check_tensor("log_x", log_x, FLOATS)
     vocab = check_vocab("log_x", log_x)
     shape, device = log_x.shape[:-1], log_x.device
-    rows = shape.numel()
+    rows = math.prod(shape)
     log_prior = check_log_prior(log_prior, vocab, device)
     top = check_int("top", top, 1, vocab, f"an integer in [1, V = {vocab}]")
     times = row_scalars("t", t, shape, rows, device, 0, 1).detach()

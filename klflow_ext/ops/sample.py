@@ -1,16 +1,16 @@
 """The steps of the samplers: draw, re-noise, and the basic Euler step."""
 
+import math
+
 import torch
 
 from klflow_ext.ops.arguments import (
     FLOATS,
-    LEAST,
     as_rows,
     check_beta,
     check_int,
     check_row_offset,
     check_scalar,
-    check_temperature,
     check_tensor,
     check_vocab,
     fail,
@@ -19,6 +19,7 @@ from klflow_ext.ops.arguments import (
     register_fake_mutation,
     rng_state,
     row_scalars,
+    temperature_rows,
 )
 
 _klflow = torch.ops.klflow
@@ -28,12 +29,14 @@ def _topk_arguments(logits, k, rng, temperature, top_p, row_offset):
     check_tensor("logits", logits, FLOATS)
     vocab = check_vocab("logits", logits)
     k = check_int("k", k, 1, vocab, f"an integer in [1, V = {vocab}]")
-    top_p = check_scalar("top_p", top_p, LEAST, 1, f"a number in [{LEAST}, 1]")
     shape, row_offset = logits.shape[:-1], check_row_offset(row_offset)
-    rows = shape.numel()
+    rows = math.prod(shape)
+    device = logits.device
+    if not isinstance(top_p, torch.Tensor):
+        top_p = check_scalar("top_p", top_p, 0, 1, "a number in (0, 1]", open_low=True)
     return shape, rows, vocab, (as_rows(logits.detach(), vocab), k), (
-        rng_state(rng, shape, rows, logits.device, row_offset), check_temperature(temperature),
-        top_p, row_offset,
+        rng_state(rng, shape, rows, device, row_offset), temperature_rows(temperature, shape, rows, device),
+        row_scalars("top_p", top_p, shape, rows, device, 0, 1), row_offset,
     )  # fmt: skip
 
 
@@ -43,7 +46,8 @@ def topk_sample(logits, k, rng, *, temperature=1.0, top_p=1.0, row_offset=0):
     Ties go to the lowest index; k = 1 is argmax. top_p keeps, of those k, the smallest most likely set with mass >= top_p.
     The draw is argmax_j (logit_j / T - log E_j) with E_j ~ Exp(1) accurate for small E (streams 1 and 2 of the noise).
 
-    Args: logits (*rows, V); k in [1, V]; rng: see the module; temperature > 0; top_p in (0, 1].
+    Args: logits (*rows, V); k in [1, V]; rng: see the module; temperature in [1e-30, 1e30] and top_p in (0, 1], numbers
+        or tensors that broadcast to rows.
     Returns: (token int64 (*rows), log_prob float32 (*rows)), log_prob under the kept, renormalised distribution. A row with a
         NaN, or with no finite maximum, gives token -1 and log_prob NaN.
     """
@@ -109,12 +113,12 @@ def euler_step(
     check_tensor("logits", logits, FLOATS)
     vocab = check_vocab("logits", logits)
     shape, device = logits.shape[:-1], logits.device
-    rows = shape.numel()
+    rows = math.prod(shape)
     check_tensor("log_x", log_x, FLOATS, device)
     if log_x.shape != logits.shape:
         fail(ValueError, "log_x", f"shape {tuple(log_x.shape)}", f"the shape of logits, {tuple(logits.shape)}")
     rates = row_scalars("rate", rate, shape, rows, device, 0, 1)
-    temperature, beta = check_temperature(temperature), check_beta(beta)
+    temperature, beta = temperature_rows(temperature, shape, rows, device), check_beta(beta)
     flags, tokens = given_known(given, known, shape, rows, vocab, device)
     source, flat_logits = as_rows(log_x, vocab), as_rows(logits, vocab)
     inputs = [("logits", flat_logits, False)]

@@ -1,0 +1,321 @@
+"""What the ops take and refuse: numbers of any kind, ranges, memory that overlaps, gradients asked for in vain, and tracing."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from klflow_ext import ops, reference
+
+V, N = 37, 6
+X = torch.randn(N, V, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
+W = torch.randn(V, 8, generator=torch.Generator().manual_seed(2))
+PRIOR = torch.randn(V, generator=torch.Generator().manual_seed(3)).log_softmax(0)
+
+# Every op, with its tensors as arguments.
+CALLS = {
+    "noise_interpolate": (lambda y, t: ops.noise_interpolate(y, t, 0, vocab_size=V), (Y, torch.rand(N))),
+    "noise_interpolate posterior": (
+        lambda y, p: ops.noise_interpolate(y, 0.1, 0, vocab_size=V, output="posterior", log_prior=p), (Y, PRIOR)
+    ),
+    "logit_interpolate": (lambda x, y, t: ops.logit_interpolate(x, y, t), (X, Y, torch.rand(N))),
+    "cross_entropy": (lambda x, y: ops.cross_entropy(x, y, label_smoothing=0.1), (X, Y)),
+    "cross_entropy_grad": (lambda x, y: ops.cross_entropy_grad(x, y)[2], (X, Y)),
+    "linear_cross_entropy": (lambda h, w, y: ops.linear_cross_entropy(h, w, y), (X[:, :8], W, Y)),
+    "noise_posterior": (lambda y, p: ops.noise_posterior(y, 0.2, 0, p, top=4)[1], (Y, PRIOR)),
+    "token_posterior": (lambda x, p: ops.token_posterior(x, 0.2, p, top=4)[1], (X, PRIOR)),
+    "noise_embedding": (lambda y, w: ops.noise_embedding(y, 0.2, w, 0), (Y, W)),
+    "noise_embedding sparse": (lambda y, w, p: ops.noise_embedding(y, 0.2, w, 0, log_prior=p, top=4), (Y, W, PRIOR)),
+    "topk_sample": (lambda x: ops.topk_sample(x, 5, 0)[0], (X,)),
+    "topk_renoise": (lambda x, t: ops.topk_renoise(x, 3, t, 0)[1], (X, torch.rand(N))),
+    "euler_step": (lambda x, r: ops.euler_step(x, x, r)[1], (X, torch.rand(N))),
+}  # fmt: skip
+EACH = pytest.mark.parametrize("call,tensors", CALLS.values(), ids=CALLS)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(call, tensors, dtype):
+    want = call(*tensors)
+    torch.set_default_dtype(dtype)
+    try:
+        got = call(*tensors)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+@EACH
+def test_the_default_device_changes_nothing(call, tensors):
+    want = call(*tensors)
+    with torch.device("meta"):
+        got = call(*tensors)
+    assert got.device.type == "cpu" and torch.equal(got, want)
+
+
+@EACH
+def test_fake_tensors(call, tensors):
+    want = call(*tensors)
+    with FakeTensorMode() as mode:
+        got = call(*[mode.from_tensor(x) for x in tensors])
+    assert got.shape == want.shape and got.dtype == want.dtype
+
+
+@EACH
+def test_make_fx(call, tensors):
+    for mode in ("real", "fake"):
+        graph = make_fx(call, tracing_mode=mode)(*tensors)
+        assert torch.equal(graph(*tensors), call(*tensors))
+
+
+@EACH
+def test_export_with_any_number_of_rows(call, tensors):
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return call(*tensors)
+
+    rows = torch.export.Dim("rows", min=2, max=1000)
+    shapes = tuple({0: rows} if len(x) == N else None for x in tensors)
+    exported = torch.export.export(Module(), tensors, dynamic_shapes={"tensors": shapes}).module()
+    for n in (N, 2 * N):
+        larger = tuple(x.repeat(n // N, *[1] * (x.dim() - 1)) if len(x) == N else x for x in tensors)
+        torch.testing.assert_close(exported(*larger), call(*larger), equal_nan=True)
+
+
+SCHEDULES = {
+    "t": lambda x, v: ops.noise_interpolate(Y, v, 0, vocab_size=V),
+    "t of logits": lambda x, v: ops.logit_interpolate(x, Y, v),
+    "t_next": lambda x, v: ops.topk_renoise(x, 5, v, 0)[1],
+    "temperature": lambda x, v: ops.topk_sample(x, 5, 0, temperature=v)[0],
+    "top_p": lambda x, v: ops.topk_sample(x, 5, 0, top_p=v)[0],
+    "temperature of euler_step": lambda x, v: ops.euler_step(x, x, 0.1, temperature=v)[1],
+    "rate": lambda x, v: ops.euler_step(x, x, v)[1],
+}
+
+
+@pytest.mark.parametrize("call", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_schedule_compiles_no_more_than_thrice(call):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(call, backend=counter, fullgraph=True)
+    for i in range(12):
+        torch.testing.assert_close(compiled(X, 1 - i / 16), call(X, 1 - i / 16))
+    assert counter.frame_count <= 3
+
+
+def kinds(value):
+    """The same number as Python, numpy and torch have it."""
+    made = [np.float64(value), np.float32(value), torch.tensor(value)]
+    return made + [np.int64(value), np.int32(value), torch.tensor(int(value))] if value == int(value) else made
+
+
+@pytest.mark.parametrize(
+    "call,value",
+    [
+        (lambda v: ops.topk_sample(X, v, 0)[0], 5),
+        (lambda v: ops.topk_sample(X, 5, v)[0], 7),
+        (lambda v: ops.topk_sample(X, 5, 0, row_offset=v)[0], 9),
+        (lambda v: ops.topk_sample(X, 5, 0, temperature=v)[0], 2.0),
+        (lambda v: ops.topk_sample(X, 5, 0, top_p=v)[0], 0.5),
+        (lambda v: ops.noise_interpolate(Y, v, 0, vocab_size=V), 0.25),
+        (lambda v: ops.noise_interpolate(Y, 0.1, 0, vocab_size=v), V),
+        (lambda v: ops.noise_interpolate(Y, 0.1, 0, vocab_size=V, beta=v), 0.5),
+        (lambda v: ops.noise_posterior(Y, 0.1, 0, PRIOR, top=v)[1], 4),
+        (lambda v: ops.cross_entropy(X, Y, label_smoothing=v), 0.25),
+        (lambda v: ops.cross_entropy(X, Y, z_loss=v), 0.5),
+        (lambda v: ops.cross_entropy(X, Y, softcap=v), 3.0),
+        (lambda v: ops.cross_entropy(X, Y, ignore_index=v), 3),
+        (lambda v: ops.linear_cross_entropy(X[:, :8], W, Y, chunk_rows=v), 2),
+        (lambda v: ops.euler_step(X, X, v)[1], 0.25),
+    ],
+)
+def test_numbers_of_any_kind(call, value):
+    want = call(value)
+    whole = isinstance(value, int)
+    for number in kinds(value):
+        if whole and not (
+            isinstance(number, np.integer) or (torch.is_tensor(number) and not number.is_floating_point())
+        ):
+            with pytest.raises(TypeError):
+                call(number)
+        else:
+            assert torch.equal(call(number), want), repr(number)
+    for wrong in (True, np.bool_(True), torch.tensor(True), "1", None, [value]):
+        if wrong is None and call(value).dim() == 0:
+            continue  # softcap=None is fine
+        with pytest.raises((TypeError, ValueError)):
+            call(wrong)
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1e-39, 1e-31, 1e31, 1e39, 0.0, -1.0, math.nan, math.inf])
+def test_temperatures_that_do_not_compute_are_refused(temperature):
+    for call in (
+        lambda: ops.topk_sample(X, 5, 0, temperature=temperature),
+        lambda: ops.topk_renoise(X, 5, 0.1, 0, temperature=temperature),
+        lambda: ops.euler_step(X, X, 0.1, temperature=temperature),
+    ):
+        with pytest.raises(ValueError, match="temperature: got"):
+            call()
+
+
+def test_a_temperature_for_each_row(device):
+    x, temperature, top_p = (
+        X.to(device),
+        torch.linspace(0.2, 3, N, device=device),
+        torch.linspace(0.3, 1, N, device=device),
+    )
+    whole = ops.topk_sample(x, 20, 3, temperature=temperature, top_p=top_p)
+    want = reference.topk_sample(X.double(), 20, 3, temperature=temperature.cpu(), top_p=top_p.cpu())
+    assert torch.equal(whole[0].cpu(), want[0])
+    torch.testing.assert_close(whole[1].double().cpu(), want[1], rtol=1e-5, atol=1e-6)
+    for i in range(N):
+        options = {"temperature": temperature[i].item(), "top_p": top_p[i].item(), "row_offset": i}
+        one = ops.topk_sample(x[i : i + 1], 20, 3, **options)
+        assert torch.equal(one[0][0], whole[0][i]) and torch.equal(one[1][0], whole[1][i])
+    state = ops.euler_step(x, x, 0.1, temperature=temperature)[1]
+    torch.testing.assert_close(
+        state.double().cpu(), reference.euler_step(X.double(), X.double(), 0.1, temperature=temperature.cpu())[1],
+        rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name,value", [("softcap", 1e-31), ("softcap", 1e31), ("softcap", -1.0), ("z_loss", 1e31),
+                                        ("z_loss", -1e-9), ("label_smoothing", 1.1), ("label_smoothing", math.nan)])  # fmt: skip
+def test_options_of_the_loss_out_of_range(name, value):
+    for call in (
+        lambda: ops.cross_entropy(X, Y, **{name: value}),
+        lambda: ops.linear_cross_entropy(X[:, :8], W, Y, **{name: value}),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: got"):
+            call()
+
+
+def test_beta_out_of_range():
+    for beta in (0.0, 1e-31, 1.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="beta: got"):
+            ops.noise_interpolate(Y, 0.1, 0, vocab_size=V, beta=beta)
+
+
+# ---- memory
+
+
+def overlapping(make):
+    """(name, out, the tensor that it overlaps or None) in the ways that torch refuses."""
+    buffer = torch.randn(N + 1, V)
+    yield "expanded", torch.randn(1, V).expand(N, V), make(torch.randn(N, V))
+    yield "rows nearer than V", torch.randn(N * V).as_strided((N, V), (V - 1, 1)), make(torch.randn(N, V))
+    yield "a row further", buffer[1:], make(buffer[:N])
+    wide = torch.randn(N, V + 3)
+    yield "a column further", wide[:, 3:], make(wide[:, :V])
+
+
+WRITERS = {
+    "logit_interpolate": (lambda x, out: ops.logit_interpolate(x, Y, 0.3, out=out), True),
+    "cross_entropy_grad": (lambda x, out: ops.cross_entropy_grad(x, Y, out=out)[2], True),
+    "topk_renoise": (lambda x, out: ops.topk_renoise(x, 5, 0.1, 0, out=out)[1], True),
+    "euler_step": (lambda x, out: ops.euler_step(torch.zeros(N, V), x, 0.1, out=out)[1], False),
+    "euler_step state": (lambda x, out: ops.euler_step(x, torch.zeros(N, V), 0.1, out=out)[1], False),
+    "euler_step in place": (lambda x, out: ops.euler_step(out, x, 0.1, inplace=True)[0], False),
+}
+
+
+@pytest.mark.parametrize("call,same_is_fine", WRITERS.values(), ids=WRITERS)
+def test_writes_into_overlapping_memory(call, same_is_fine):
+    for _, out, x in overlapping(lambda x: x):
+        before = x.clone()
+        with pytest.raises(ValueError, match="memory"):
+            call(x, out)
+        assert torch.equal(x, before)
+    x = torch.randn(N, V)
+    want = call(x.clone(), torch.empty(N, V) if "inplace" not in str(call) else x.clone())
+    if same_is_fine:
+        assert torch.equal(call(x, x), want)
+    buffer = torch.randn(N, 2 * V)  # the halves of rows are apart
+    buffer[:, :V] = torch.randn(N, V)
+    call(buffer[:, :V], buffer[:, V:])
+    with pytest.raises(ValueError, match="share memory"):
+        ops.noise_interpolate(Y, 0.1, 0, vocab_size=V, out=torch.randn(1, V).expand(N, V))
+
+
+def test_a_gradient_in_place_of_expanded_logits():
+    x = torch.randn(1, V).requires_grad_()
+    with pytest.raises(ValueError, match="logits: got rows 0 elements apart"):
+        ops.cross_entropy((x * 1).expand(N, V), Y, inplace_backward=True)
+
+
+# ---- noise rows
+
+
+def test_rows_past_2_to_the_32():
+    for call in (
+        lambda o: ops.noise_interpolate(Y, 0.1, 0, vocab_size=V, row_offset=o),
+        lambda o: ops.noise_posterior(Y, 0.1, 0, PRIOR, row_offset=o, top=3),
+        lambda o: ops.noise_embedding(Y, 0.1, W, 0, row_offset=o),
+        lambda o: ops.topk_sample(X, 5, 0, row_offset=o),
+        lambda o: ops.topk_renoise(X, 5, 0.1, 0, row_offset=o),
+        lambda o: ops.noise_interpolate(Y[None], 0.1, torch.zeros(1, 2, dtype=torch.int64), vocab_size=V, row_offset=o),
+    ):
+        call(2**32 - N)
+        with pytest.raises(ValueError, match=r"row_offset: got 4294967291 with 6 rows, allowed is row_offset \+ rows"):
+            call(2**32 - N + 1)
+
+
+# ---- targets
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("ignore_index", [2**32, -(2**32), 2**31, -(2**31) - 1, 2**32 + 3])
+def test_an_ignore_index_beyond_int32(ignore_index, grad, device):
+    target = (torch.arange(N, dtype=torch.int32) % 3).to(device)
+    want = torch.nn.functional.cross_entropy(X, target.cpu().long())
+    x, h, w = X.to(device), X[:, :8].contiguous().to(device), W.to(device)
+    got = ops.cross_entropy(x.clone().requires_grad_(grad), target, ignore_index=ignore_index)
+    torch.testing.assert_close(got.detach().cpu(), want)
+    linear = ops.linear_cross_entropy(h.requires_grad_(grad), w, target, ignore_index=ignore_index)
+    torch.testing.assert_close(
+        linear.detach().cpu(), torch.nn.functional.cross_entropy(X[:, :8] @ W.T, target.cpu().long())
+    )
+
+
+def test_targets_that_torch_refuses():
+    for target in (torch.tensor(3), torch.tensor([3])):
+        with pytest.raises(ValueError, match="target: got shape"):
+            ops.cross_entropy(X, target)
+        with pytest.raises(ValueError, match="target: got shape"):
+            ops.linear_cross_entropy(X[:, :8], W, target)
+    soft = X.softmax(-1)
+    ops.cross_entropy(X, soft, ignore_index=-1)
+    with pytest.raises(ValueError, match="ignore_index: got 0 beside soft targets"):
+        ops.cross_entropy(X, soft, ignore_index=0)
+
+
+def test_gradients_asked_for_in_vain():
+    leaf = lambda *shape: torch.rand(*shape).requires_grad_()  # noqa: E731
+    calls = {
+        "weight": lambda: ops.cross_entropy(X, Y, weight=leaf(V)),
+        "class_weight": lambda: ops.linear_cross_entropy(X[:, :8], W, Y, class_weight=leaf(V)),
+        "row_weight": lambda: ops.cross_entropy(X, Y, row_weight=leaf(N)),
+        "target": lambda: ops.cross_entropy(X, leaf(N, V)),
+        "log_prior": lambda: ops.noise_posterior(Y, 0.1, 0, leaf(V), top=3),
+        "t": lambda: ops.noise_interpolate(Y, leaf(N), 0, vocab_size=V),
+        "boost": lambda: ops.noise_posterior(Y[:, None], 0.1, 0, PRIOR, top=3, boost=leaf(N, 1)),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{name}: got a tensor that requires grad"):
+            call()
+        with torch.no_grad():
+            call()
+
+
+def test_a_seed_under_graph_capture(monkeypatch):
+    from klflow_ext.ops import arguments
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for rng in (3, torch.Generator()):
+        with pytest.raises(ValueError, match=r"rng: got .*graph capture the \(seed, step\) tensor"):
+            arguments.rng_state(rng, (N,), N, torch.device("cuda"))
