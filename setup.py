@@ -1,7 +1,7 @@
 """Builds klflow_ext._C: C++ for the CPU (three instruction sets), CUDA where nvcc is found. One library on LibTorch's stable ABI.
 
-Environment: KLFLOW_CUDA=auto|0|1 (default auto: CUDA kernels if nvcc is found), TORCH_CUDA_ARCH_LIST (default 9.0),
-CXX, CUDA_HOME, MAX_JOBS.
+Environment: KLFLOW_CUDA=auto|0|1 (default auto: CUDA kernels if nvcc is found), TORCH_CUDA_ARCH_LIST (default
+8.0;8.6;8.9;9.0;10.0;12.0+PTX, as far as nvcc can; one entry compiles in a sixth of the time), CXX, CUDA_HOME, MAX_JOBS.
 """
 
 import os
@@ -17,6 +17,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+ARCHES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # what is compiled for unless TORCH_CUDA_ARCH_LIST says otherwise
+OLDEST_ARCH = 8.0  # Ampere
+UNIT_GIGABYTES = 1.5  # of memory that a compiler needs: limits how many run at once
 TORCH_TARGET = "0x020b000000000000"  # the oldest torch that the library runs under: 2.11
 ISA_FLAGS = {
     "baseline": [],
@@ -52,19 +55,53 @@ def find_nvcc():
     return None, "no nvcc was found at build time"
 
 
-def cuda_arches():
-    """The architectures to compile for, as nvcc numbers ('90'), PTX of the newest included."""
-    names = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0").strip())
-    arches = []
-    for name in names:
+def cuda_arches(nvcc):
+    """([(nvcc number like '90', whether PTX is embedded too)], why there are none) of TORCH_CUDA_ARCH_LIST or the default."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    arches = {}
+    for name in re.split(r"[;,\s]+", wish or ARCHES):
         match = re.fullmatch(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", name)
         if match is None:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {name!r} is not of the form 9.0 or 9.0+PTX")
-        if int(match[1]) >= 9:
-            arches.append(match[1] + match[2] + match[3])
+        number = match[1] + match[2]
+        if float(f"{match[1]}.{match[2]}") < OLDEST_ARCH:
+            print(f"TORCH_CUDA_ARCH_LIST: {name} is left out, the kernels need {OLDEST_ARCH} or newer", flush=True)
+        elif number not in known:
+            print(f"{name} is left out: {nvcc} knows no compute_{number}", flush=True)
+        else:
+            arches[number + match[3]] = match[4] is not None
     if not arches:
-        raise SystemExit(f"TORCH_CUDA_ARCH_LIST={' '.join(names)}: the kernels need 9.0 (Hopper) or newer")
-    return sorted(set(arches))
+        return [], f"of TORCH_CUDA_ARCH_LIST={wish}, nothing is {OLDEST_ARCH} or newer and known to nvcc"
+    if not wish and not any(arches.values()):  # an nvcc that does not know the last: PTX of the newest it knows
+        arches[max(arches, key=int)] = True
+    return sorted(arches.items(), key=lambda item: int(re.match(r"\d+", item[0])[0])), ""
+
+
+def check_cuda_versions(nvcc, torch):
+    """Says so where nvcc and torch are of different CUDA majors: the library brings its own CUDA runtime, which then needs a
+    driver as new as nvcc."""
+    if torch is not None and torch.split(".")[0] != nvcc.split(".")[0]:
+        print(
+            f"nvcc is of CUDA {nvcc}, torch of CUDA {torch}: the kernels need a driver of CUDA {nvcc} or newer; for an older "
+            f"one put an nvcc of CUDA {torch} on PATH or into CUDA_HOME",
+            flush=True,
+        )
+
+
+def jobs():
+    """How many compilers run at once: by MAX_JOBS, else by processors and free memory."""
+    if os.environ.get("MAX_JOBS"):
+        return os.environ["MAX_JOBS"]
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = (
+        re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+        if Path("/proc/meminfo").exists()
+        else None
+    )
+    fit = int(free[1]) / 2**20 / UNIT_GIGABYTES if free else processors
+    return str(max(1, min(processors, int(fit))))
 
 
 class NinjaBuild(build_ext):
@@ -80,8 +117,9 @@ class NinjaBuild(build_ext):
         work = Path(self.build_temp).resolve()
         work.mkdir(parents=True, exist_ok=True)
         cxx = os.environ.get("CXX", "g++")
+        # pybind11's own headers come first: torch 2.11 ships a copy of them that refuses to be included here.
         includes = [f"-I{ROOT / 'csrc'}"] + [
-            f"-isystem {p}" for p in [*include_paths(), pybind11.get_include(), sysconfig.get_paths()["include"]]
+            f"-isystem {p}" for p in [pybind11.get_include(), *include_paths(), sysconfig.get_paths()["include"]]
         ]
         common = [
             "-std=c++20",
@@ -131,24 +169,31 @@ class NinjaBuild(build_ext):
                 )
         libraries = []
         cuda_flags = []
+        arches = []
         if nvcc:
+            arches, reason = cuda_arches(nvcc)
+        if arches:
             version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
             version = re.search(r"release ([\d.]+)", version)[1]
-            arches = cuda_arches()
-            gencode = [f"-gencode arch=compute_{a},code=sm_{a}" for a in arches]
+            check_cuda_versions(version, torch.version.cuda)
+            gencode = [f"-gencode arch=compute_{a},code=sm_{a}" for a, _ in arches]
+            gencode += [f"-gencode arch=compute_{a},code=compute_{a}" for a, ptx in arches if ptx]
+            names = ",".join(f"sm_{a}" + ("+PTX" if ptx else "") for a, ptx in arches)
+            names_flag = f'-DKLFLOW_CUDA_ARCHES=\\"{names}\\"'
             for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-                unit(source, "nvcc", ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode])
-            cuda_flags = [
-                "-DKLFLOW_WITH_CUDA",
-                f'-DKLFLOW_NVCC_VERSION=\\"{version}\\"',
-                f'-DKLFLOW_CUDA_ARCHES=\\"{",".join("sm_" + a for a in arches)}\\"',
-            ]
+                flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", names_flag, *gencode]
+                unit(source, "nvcc", flags)
+            cuda_flags = ["-DKLFLOW_WITH_CUDA", f'-DKLFLOW_NVCC_VERSION=\\"{version}\\"', names_flag]
         else:
-            cuda_flags = [f'-DKLFLOW_CUDA_REASON=\\"{reason}\\"'.replace(" ", "\\ ")]
+            print(f"without CUDA kernels: {reason}", flush=True)
+            cuda_flags = [f'-DKLFLOW_CUDA_REASON=\\"{reason}\\"'.replace(" ", "\\ ").replace(";", "\\;")]
         unit(ROOT / "csrc" / "ops.cpp", "cxx", [*common, *cuda_flags, *includes])
         unit(ROOT / "csrc" / "cpu" / "dispatch.cpp", "cxx", [*common, *includes])
-        # nvcc as the linker finds its own static CUDA runtime, wherever the toolkit lives.
-        link = f"{nvcc} -shared -cudart static -Xlinker --exclude-libs=ALL" if nvcc else f"{cxx} -shared"
+        # nvcc as the linker finds its own static CUDA runtime, wherever the toolkit lives. --no-as-needed keeps libtorch.so,
+        # empty in a torch without CUDA, among the libraries whose CUDA functions the loader binds in one that has them.
+        link = f"{cxx} -shared -Wl,--no-as-needed"
+        if arches:
+            link = f"{nvcc} -shared -cudart static -Xlinker --exclude-libs=ALL -Xlinker --no-as-needed"
         torch_lib = library_paths()[0]
         libraries += [f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10"]
         (work / "build.ninja").write_text(
@@ -158,13 +203,9 @@ class NinjaBuild(build_ext):
             + "".join(lines)
             + f"build {target}: link {' '.join(objects)}\n"
         )
-        command = [sys.executable, "-m", "ninja", "-C", str(work)]
-        if os.environ.get("MAX_JOBS"):
-            command += ["-j", os.environ["MAX_JOBS"]]
-        print(
-            f"building {target.name}: {len(objects)} units, CUDA {'with ' + nvcc if nvcc else 'off: ' + reason}",
-            flush=True,
-        )
+        command = [sys.executable, "-m", "ninja", "-C", str(work), "-j", jobs()]
+        cuda = f"{names} with {nvcc}" if arches else f"off: {reason}"
+        print(f"building {target.name}: {len(objects)} units, CUDA {cuda}", flush=True)
         subprocess.run(command, check=True)
 
 

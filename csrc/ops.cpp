@@ -4,6 +4,7 @@
 // klflow_ext/ops.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -29,8 +30,7 @@
 #include "cuda/backend.h"
 #ifdef KLFLOW_WITH_CUDA
 #include "cuda/launch.h"
-// Null in a torch without CUDA, so that one library loads under both.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#include "cuda/torch_stream.h"
 #endif
 
 namespace klflow {
@@ -139,15 +139,22 @@ const Backend* stand_in = nullptr;
 
 void check_error(const char* error) { check(error == nullptr, error == nullptr ? "" : error); }
 
-#ifdef KLFLOW_WITH_CUDA
-template <class P>
-void launch(const char* (*op)(const P&, void*), const P& params, const Tensor& like) {
-  check(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-  void* stream = nullptr;
-  check(aoti_torch_get_current_cuda_stream(like.get_device(), &stream) == 0, "no current CUDA stream");
-  check_error(op(params, stream));
+// What posterior needs beside its arguments: see PosteriorParams::scratch.
+Tensor posterior_scratch(PosteriorParams& p, const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t size = rows * columns;
+  Tensor scratch = torch::stable::new_empty(like, {&size, 1}, ScalarType::Float);
+  if (size > 0) p.scratch = static_cast<float*>(scratch.data_ptr());
+  return scratch;
 }
-#define KLFLOW_RUN_CUDA(op, params, like) launch(&cuda::op, params, like)
+
+#ifdef KLFLOW_WITH_CUDA
+// f(stream) with the tensor's device as the current one: the stable ABI sets none.
+template <class F>
+void on_device_of(const Tensor& like, F&& f) {
+  with_current_device<torch::stable::accelerator::DeviceGuard>(like.get_device(), &torch_stream, f);
+}
+#define KLFLOW_RUN_CUDA(op, params, like) \
+  on_device_of(like, [&](void* stream) { check_error(cuda::op(params, stream)); })
 #else
 #define KLFLOW_RUN_CUDA(op, params, like) check(false, "klflow_ext was built without CUDA")
 #endif
@@ -155,6 +162,20 @@ void launch(const char* (*op)(const P&, void*), const P& params, const Tensor& l
   ((like).is_cuda()      ? KLFLOW_RUN_CUDA(op, params, like)          \
    : stand_in != nullptr ? check_error(stand_in->op(params, nullptr)) \
                          : cpu::op(params))
+
+void run_posterior(PosteriorParams& p, const Tensor& like) {
+  if (p.rows == 0) return;
+  Tensor scratch;  // until the kernel has been launched
+#ifdef KLFLOW_WITH_CUDA
+  if (like.is_cuda())
+    on_device_of(like, [&](void*) {
+      scratch = posterior_scratch(p, like, cuda::posterior_scratch_rows(p), cuda::posterior_scratch_columns(p));
+    });
+#endif
+  if (!like.is_cuda() && stand_in != nullptr && stand_in->posterior_scratch_rows != nullptr)
+    scratch = posterior_scratch(p, like, stand_in->posterior_scratch_rows(p), stand_in->posterior_scratch_columns(p));
+  KLFLOW_RUN(posterior, p, like);
+}
 
 // ---- the operators
 
@@ -459,13 +480,13 @@ void noise_posterior(Tensor target, Tensor t, Tensor rng, OptionalTensor given, 
   if (p.rows == 0) return;
   if (ids.is_cpu() && p.boost != nullptr) check_slots(p);
   if (ids.is_cpu() && p.boost == nullptr) check_targets(p.target, p.rows, p.vocab, "target", nullptr, nullptr);
-  KLFLOW_RUN(posterior, p, ids);
+  run_posterior(p, rest);
 }
 
 void token_posterior(Tensor log_x, Tensor t, Tensor log_prior, double beta, Tensor ids, Tensor q, Tensor rest) {
   PosteriorParams p = posterior_params(t, log_prior, beta, ids, q, rest);
   p.log_x = rows_of(log_x, p.rows, p.vocab, "log_x");
-  if (p.rows > 0) KLFLOW_RUN(posterior, p, ids);
+  run_posterior(p, rest);
 }
 
 void gather_rows(Tensor ids, Tensor q, Tensor rest, Tensor weight, Tensor mean, Tensor out) {
@@ -494,6 +515,11 @@ void prefer_huge_pages(const Tensor& t) {
 #endif
 }
 
+// order holds them as int32.
+void check_pairs(int64_t pairs) {
+  check(pairs < int64_t{1} << 31, "ids: ", pairs, " entries, allowed are fewer than 2^31");
+}
+
 void scatter_rows(Tensor order, Tensor starts, Tensor q, Tensor prior, Tensor g, Tensor dout, Tensor dweight) {
   check(q.dim() == 2 && dweight.dim() == 2, "q, dweight: must have two axes");
   ScatterRowsParams p{};
@@ -511,6 +537,7 @@ void scatter_rows(Tensor order, Tensor starts, Tensor q, Tensor prior, Tensor g,
   p.g = vector_of(g, p.width, "g");
   p.dout = rows_of(dout, rows, p.width, "dout");
   p.dweight = rows_of(dweight, p.vocab, p.width, "dweight");
+  check_pairs(p.pairs);
   check(p.dweight.dtype == kFloat32, "dweight: dtype must be float32");
   if (dweight.is_cpu()) prefer_huge_pages(dweight);
   KLFLOW_RUN(scatter_rows, p, dweight);
@@ -524,7 +551,7 @@ void group_by_token(Tensor ids, int64_t vocab, Tensor order, Tensor starts) {
   const int32_t* id = matrix_of<int32_t>(ids, ids.size(0), ids.size(1), ScalarType::Int, "ids");
   check(order.dim() == 1 && order.size(0) == pairs && order.scalar_type() == ScalarType::Int && order.is_contiguous(),
         "order: must be contiguous int32 of shape (", pairs, ",)");
-  check(pairs < int64_t{1} << 31, "ids: ", pairs, " entries, allowed are fewer than 2^31");
+  check_pairs(pairs);
   int32_t* out = static_cast<int32_t*>(order.data_ptr());
   int64_t* start = token_vector_of(starts, vocab + 1, "starts");
   std::vector<int32_t> next(vocab + 1);
@@ -637,6 +664,11 @@ PYBIND11_MODULE(_C, m) {
     info["cuda"] = false;
 #endif
     info["cuda_arch"] = KLFLOW_CUDA_ARCHES;
+#ifdef KLFLOW_WITH_CUDA
+    info["cuda_stream"] = klflow::stream_source();
+#else
+    info["cuda_stream"] = "";
+#endif
     info["cuda_reason"] = KLFLOW_CUDA_REASON;
     info["cpu_capability"] = klflow::cpu::capability();
     info["cpu_capability_reason"] = klflow::cpu::capability_reason();

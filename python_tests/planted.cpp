@@ -90,3 +90,6 @@ extern "C" __attribute__((visibility("default"))) const char* planted(const char
   return simt::launch(what, kernel, blocks, kThreads, kThreads * sizeof(float), cluster);
 }
 extern "C" __attribute__((visibility("default"))) void planted_seed(uint64_t seed) { simt::seed(seed); }
+extern "C" __attribute__((visibility("default"))) void planted_kind(int clusters, int64_t block_bytes) {
+  simt::set_device_kind({clusters != 0, block_bytes, block_bytes});
+}

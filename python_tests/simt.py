@@ -1,12 +1,14 @@
 """Builds, at test time with ninja, libraries that stand in for the CPU kernels (see use_backend of klflow_ext._C):
 
-- the SIMT machine of csrc/simt: the CUDA kernels as host code. KLFLOW_SIMT_SANITIZE=1 adds AddressSanitizer and UBSan.
+- the SIMT machine of csrc/simt: the CUDA kernels as host code. KLFLOW_SIMT_DEVICE names the kind of device that it stands
+  for (KINDS; sm_90), KLFLOW_SIMT_SANITIZE=1 adds AddressSanitizer and UBSan.
 - the CPU kernels of one instruction set under these sanitizers. KLFLOW_CPU_SANITIZE=1 runs them in the tests of "cpu".
 
 A process that loads a sanitized library needs libasan preloaded (see .ci/run).
 """
 
 import ast
+import ctypes
 import os
 import shutil
 import subprocess
@@ -17,6 +19,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 SANITIZE_SIMT = os.environ.get("KLFLOW_SIMT_SANITIZE") == "1"
 SIMT_FLAGS = "-x c++ -O1 -fno-strict-aliasing -Wno-unused-function -Wno-unknown-pragmas -DKLFLOW_SIMT"
+
+# Kinds of devices: whether they have clusters, and shared memory in KB that a block may have and that a multiprocessor has.
+KINDS = {"sm_80": (False, 163, 164), "sm_86": (False, 99, 100), "sm_90": (True, 227, 228), "sm_120": (True, 99, 100)}
+
+
+def set_kind(library, name):
+    """What device the machine of this library stands for."""
+    clusters, block, processor = KINDS[name]
+    ctypes.CDLL(str(library)).klflow_simt_device(
+        ctypes.c_int(clusters), ctypes.c_int64(block << 10), ctypes.c_int64(processor << 10)
+    )
 
 
 def isa_flags():
@@ -59,7 +72,9 @@ def build(folder, name, sources, flags=SIMT_FLAGS, sanitize=SANITIZE_SIMT):
 def kernels(folder):
     """The library of all CUDA kernels as host code."""
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + sorted((ROOT / "csrc" / "simt").glob("*.cpp"))
-    return build(folder, "klflow_simt", sources)
+    library = build(folder, "klflow_simt", sources)
+    set_kind(library, os.environ.get("KLFLOW_SIMT_DEVICE", "sm_90"))
+    return library
 
 
 def sanitized_cpu_kernels(folder, isa):

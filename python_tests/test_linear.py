@@ -111,6 +111,19 @@ def test_low_precision_errs_as_the_dense_path(dtype, reduction, chunk_rows, devi
         assert (a.double() - e).norm() <= 1.5 * (b.double() - e).norm() + 1e-6 * e.norm(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_is_read_that_was_not_written(dtype):
+    """Uninitialised memory is NaN here; matrix products of an odd V on processors with AMX read past its last column."""
+    tensors, target = case_of(96, 10007, 32, torch.device("cpu"), dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for reduction in ("mean", "none"):
+            results = run(ops.linear_cross_entropy, tensors, target, reduction=reduction, chunk_rows=48)
+            assert all(x.isfinite().all() for x in results)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_float16_gradients_too_small_for_float16_logits():
     """Of the mean of many rows: 1 / rows comes after the sums, so that nothing underflows on the way."""
     tensors, target = case_of(4096, 1000, 16, dtype=torch.float16)

@@ -102,17 +102,19 @@ def test_a_dense_state_is_the_noise_that_made_it(device):
     torch.testing.assert_close(q, noise_q, rtol=2e-3, atol=1e-6)
 
 
-def test_rows_too_long_to_keep(device, request):
-    """On CUDA a state of that many columns is read again for each pass; boosts need the columns kept."""
-    vocab = 450_001
-    log_x, log_prior = logits_of(1, vocab, device=device, std=2.0), prior_of(vocab, device)
-    t = torch.full((1,), 0.1, device=device)
+def test_rows_too_long_for_shared_memory(device):
+    """On CUDA rows of that many columns wait in a scratch tensor, of fewer rows than there are here."""
+    vocab, rows = 450_001, 3
+    log_x, log_prior = logits_of(rows, vocab, device=device, std=2.0), prior_of(vocab, device)
+    t = torch.full((rows,), 0.1, device=device)
     entries = ops.token_posterior(log_x, t, log_prior, top=600)
     assert_largest_entries(entries, posterior_of(log_x, t, log_prior), 600)
-    target, boost = torch.tensor([[5]], device=device), torch.ones(1, 1, device=device)
-    if request.node.callspec.params["device"] != "cpu":
-        with pytest.raises((ValueError, RuntimeError), match="boost: "):
-            ops.noise_posterior(target, t, 0, log_prior, top=5, boost=boost)
+    target, boost = torch.tensor([[5], [450_000], [7]], device=device), torch.full((rows, 1), 1.5, device=device)
+    m = reference.noise_interpolate(
+        target[:, 0].cpu(), 0.0, 4, vocab_size=vocab, dtype=torch.float64, log=True
+    ).scatter_add_(1, target.cpu(), to64(boost))
+    entries = ops.noise_posterior(target, t, 4, log_prior, top=5, boost=boost)
+    assert_largest_entries(entries, posterior_of(m * (1 - to64(t))[:, None], t, log_prior), 5)
 
 
 def test_certain_states_and_states_that_are_none(device):

@@ -1,5 +1,6 @@
-"""What the compiler made of the CUDA kernels, read without a GPU: no register spills, no local memory, 128-bit accesses where rows are read
-and written, at most 64 registers so that two blocks of 512 threads share a multiprocessor. Prints the table (pytest -s)."""
+"""What the compiler made of the CUDA kernels, read from the installed library without a GPU: code for every architecture that
+it was built for, no register spills, no local memory, at most 64 registers so that two blocks of 512 threads share a
+multiprocessor, 128-bit accesses where rows are read and written. Prints the table (pytest -s)."""
 
 import os
 import re
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-NVCC = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").is_file() else None)
+from klflow_ext import _C, build_info
+
 # kernel: (reads rows from global memory, writes rows to it), 128 bits at a time
 VECTORIZED = {
     "cross_entropy": (True, True),
@@ -25,6 +26,7 @@ VECTORIZED = {
     "gather_rows": (True, False),
     "scatter_rows": (True, False),
 }
+ARCHES = [name for name in build_info()["cuda_arch"].split(",") if name]
 
 
 def nvidia_tools():
@@ -35,40 +37,61 @@ def nvidia_tools():
     return next((f for f in folders if (f / "cuobjdump").is_file() and (f / "nvdisasm").is_file()), None)
 
 
-def report(source, folder):
-    """{kernel instance: (registers, stack bytes, spill bytes)} from ptxas, and the cubin's path."""
-    cubin = folder / f"{source.stem}.cubin"
-    command = [NVCC, "-std=c++17", "-O3", "-arch=sm_90", "-Xptxas", "-v", "-cubin", f"-I{ROOT / 'csrc'}", str(source)]
-    done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    pattern = (
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
-        r"loads.*?Used (\d+) registers"
-    )
-    found = re.findall(pattern, done.stderr, re.DOTALL)
-    return {name: (int(regs), int(stack), int(a) + int(b)) for name, stack, a, b, regs in found}, cubin
-
-
-@pytest.mark.skipif(NVCC is None, reason="no nvcc")
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda p: p.stem)
-def test_compiled_kernels(source, tmp_path):
-    kernels, cubin = report(source, tmp_path)
-    assert kernels
-    for name, (registers, stack, spills) in kernels.items():
-        print(f"{name:90} {registers:3} registers {stack:3} B stack {spills:3} B spilled")
-        assert spills == 0 and stack == 0 and registers <= 64, name
+@pytest.fixture(scope="module")
+def cuobjdump():
+    """cuobjdump(options): its lines on the installed library that match the pattern."""
     folder = nvidia_tools()
-    assert folder is not None, (
-        "the instruction check needs nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (extra: test)"
-    )
-    env = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    command = [str(folder / "cuobjdump"), "-sass", str(cubin)]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
-    bodies = {body.split()[0]: body for body in sass.split("Function : ")[1:]}
-    assert set(bodies) == set(kernels)
-    for name, body in bodies.items():
-        loads, stores = VECTORIZED[
-            re.search(r"(\w+?)_kernel", name.removeprefix("_ZN6klflow4cuda").lstrip("0123456789"))[1]
+    assert folder is not None, "needed are nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (extra: test)"
+    env = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "LC_ALL": "C"}
+
+    def run(*options, pattern="."):
+        command = [str(folder / "cuobjdump"), *options, _C.__file__]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as dump:  # of 2 GB of text few lines count
+            lines = subprocess.run(["grep", "-aE", pattern], stdin=dump.stdout, capture_output=True, text=True).stdout
+        return lines.splitlines()
+
+    return run
+
+
+def kernel_of(function):
+    """The op of a mangled kernel name."""
+    return re.search(r"(\w+?)_kernel", function.removeprefix("_ZN6klflow4cuda").lstrip("0123456789"))[1]
+
+
+@pytest.mark.skipif(not ARCHES, reason=build_info()["cuda_reason"])
+def test_there_is_code_for_every_architecture(cuobjdump):
+    built = set(re.findall(r"\.(sm_\w+)\.cubin", "\n".join(cuobjdump("-lelf"))))
+    assert {name.removesuffix("+PTX") for name in ARCHES} <= built
+    ptx = set(re.findall(r"\.(sm_\w+)\.ptx", "\n".join(cuobjdump("-lptx"))))
+    assert ptx == {name.removesuffix("+PTX") for name in ARCHES if name.endswith("+PTX")}
+
+
+@pytest.mark.parametrize("arch", [name.removesuffix("+PTX") for name in ARCHES])
+def test_registers_and_memory(cuobjdump, arch):
+    lines = iter(cuobjdump("--dump-resource-usage", "-arch", arch, pattern="Function|REG:"))
+    kernels = {}
+    for line in lines:
+        name = re.search(r"Function (\w+):", line)[1]
+        kernels[name] = [
+            int(n) for n in re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", next(lines)).groups()
         ]
-        assert not loads or re.search(r"\bLDG\.\S*128", body), f"{name}: no 128-bit load from global memory"
-        assert not stores or re.search(r"\bSTG\.\S*128", body), f"{name}: no 128-bit store to global memory"
+    assert {kernel_of(name) for name in kernels} == VECTORIZED.keys()
+    for name, (registers, stack, local) in kernels.items():
+        print(f"{arch:7} {name:90} {registers:3} registers {stack:3} B stack {local:3} B local")
+        assert stack == local == 0 and registers <= 64, name
+
+
+@pytest.mark.parametrize("arch", [name.removesuffix("+PTX") for name in ARCHES])
+def test_rows_are_read_and_written_128_bits_at_a_time(cuobjdump, arch):
+    accesses, kernel = {}, None
+    for line in cuobjdump("-sass", "-arch", arch, pattern=r"Function : |\b(LDG|STG)\.[^ ]*128"):
+        function = re.search(r"Function : (\w+)", line)
+        if function:
+            kernel = accesses.setdefault(function[1], set())
+        else:
+            kernel.add(re.search(r"\b(LDG|STG)\.", line)[1])
+    assert {kernel_of(name) for name in accesses} == VECTORIZED.keys()
+    for name, found in accesses.items():
+        loads, stores = VECTORIZED[kernel_of(name)]
+        assert not loads or "LDG" in found, f"{name}: no 128-bit load from global memory"
+        assert not stores or "STG" in found, f"{name}: no 128-bit store to global memory"

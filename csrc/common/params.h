@@ -80,8 +80,8 @@ struct CrossEntropyParams {
   Scalars row_weight;   // or null (ones)
   int64_t ignore_index;
   float label_smoothing, z_loss, softcap;  // softcap == 0: none
-  float* loss;                             // (rows,) contiguous; null in the backward
-  float* lse;                              // (rows,) contiguous: written by the forward, read by the backward
+  float* loss;                             // (rows,) contiguous, or null: only the gradient is wanted
+  float* lse;                              // (rows,) contiguous: written where loss is
   Scalars dloss;  // (rows,) upstream gradient of loss; null: no gradient is computed (forward only)
   Scalars dlse;   // upstream gradient of lse, or null
   Rows grad;      // d/dlogits; may be the logits themselves (in place)
@@ -160,9 +160,10 @@ struct PosteriorParams {
   int32_t* ids;            // (rows, top) contiguous
   float* q;                // (rows, top) contiguous
   float* rest;             // (rows,) contiguous
-  float* stats;  // of a target's rows, (rows, 3) contiguous: sum_j E_j of the noise alone, shift = max_j z_j, total =
-                 // sum_j exp(z_j - shift); or null. Not S: e_k needs S / sum_j E_j to a part in V, so who reads the
-                 // stats makes E_k again. Of a onehot row, whose E are not made: (0, 0, 1)
+  float* stats;    // of a target's rows, (rows, 3) contiguous: sum_j E_j of the noise alone, shift = max_j z_j, total =
+                   // sum_j exp(z_j - shift); or null. Not S: e_k needs S / sum_j E_j to a part in V, so who reads the
+                   // stats makes E_k again. Of a onehot row, whose E are not made: (0, 0, 1)
+  float* scratch;  // CUDA: posterior_scratch_rows rows of float32, or null where shared memory holds a row
 };
 
 // out_n = sum_i q_ni weight[ids_ni] + rest_n mean: the embedding of sparse rows.

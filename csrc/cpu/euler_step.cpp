@@ -21,11 +21,11 @@ void step_row(const EulerStepParams& p, int64_t row, bool streamed) {
   }
   // In scratch rows: exp(logits - shift), then l over it; exp(l - shift); and the shifts of the blocks.
   float *l = scratch_row(p.vocab), *e = scratch_row(p.vocab, 1), *shifts = scratch_row(p.vocab, 2);
-  const float inverse_temperature = 1.0f / p.temperature, rate = p.rate.data[row * p.rate.stride];
-  StreamingSum logits_sum;
+  const float rate = p.rate.data[row * p.rate.stride];
+  StreamingSum logits_sum(1.0f / p.temperature);
   for (int64_t start = 0; start < p.vocab; start += kBlock) {
     const int64_t n = std::min(kBlock, p.vocab - start);
-    logits_sum.add(logits + start, n, inverse_temperature, l + start);
+    logits_sum.add(logits + start, n, l + start);
     shifts[start / kBlock] = logits_sum.shift();
   }
   const float keep = 1.0f - rate;
@@ -38,14 +38,15 @@ void step_row(const EulerStepParams& p, int64_t row, bool streamed) {
       if (keep != 0.0f) value += load_n(state + start + i, m, -kInf) * keep;
       store_n(l + start + i, value, m);
     });
-    sum.add(l + start, n, 1.0f, e + start);
+    sum.add(l + start, n, e + start);
     shifts[start / kBlock] = sum.shift();
   }
-  const float lse = sum.lse();
+  const float shift = sum.shift(), log_total = static_cast<float>(sum.log_total());
   for (int64_t start = 0; start < p.vocab; start += kBlock) {
     const int64_t end = std::min(p.vocab, start + kBlock);
     const float factor = sum.factor(shifts[start / kBlock]);
-    write_span(state_next, start, end, false, false, [&](int64_t i, int m) { return load_n(l + i, m, 0.0f) - lse; });
+    write_span(state_next, start, end, false, false,
+               [&](int64_t i, int m) { return load_n(l + i, m, 0.0f) - shift - log_total; });
     write_span(x_next, start, end, streamed, false, [&](int64_t i, int m) { return load_n(e + i, m, 0.0f) * factor; });
   }
 }

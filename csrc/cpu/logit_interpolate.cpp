@@ -9,8 +9,9 @@ namespace {
 
 template <class In, class Out>
 void interpolate_row(const LogitInterpolateParams& p, int64_t row, bool streamed) {
-  float* y = scratch_row(p.vocab);          // l, or exp(l - shift) of each block
+  float* y = scratch_row(p.vocab);          // log: l, else exp(l - shift) of each block
   float* shifts = scratch_row(p.vocab, 1);  // of the blocks
+  float block[kBlock + kLanes];             // l, where y is not
   const float t = p.t.data[row * p.t.stride];
   const In* a = row_of<In>(p.log_x0, row);
   const In* b = p.log_x1.data != nullptr ? row_of<In>(p.log_x1, row) : nullptr;
@@ -21,22 +22,26 @@ void interpolate_row(const LogitInterpolateParams& p, int64_t row, bool streamed
   StreamingSum sum;
   for (int64_t start = 0; start < p.vocab; start += kBlock) {
     const int64_t n = std::min(kBlock, p.vocab - start);
-    float* l = y + start;
+    float* l = p.log ? y + start : block;
     for_vectors(n, [&](int64_t i, int m) {
       vf value = with_a ? load_n(a + start + i, m, -kInf) * (1.0f - t) : vf{};
       if (with_b) value += load_n(b + start + i, m, -kInf) * t;
       store_n(l + i, value, m);
     });
-    if (token >= start && token < start + n) y[token] += t * p.c;
-    sum.add(l, n, 1.0f, p.log ? nullptr : l);
+    if (token >= start && token < start + n) l[token - start] += t * p.c;
+    sum.add(l, n, p.log ? nullptr : y + start);
     shifts[start / kBlock] = sum.shift();
   }
-  const float lse = sum.lse();
+  if (p.log) {
+    const float shift = sum.shift(), log_total = static_cast<float>(sum.log_total());
+    write_span(out, 0, p.vocab, streamed, false,
+               [&](int64_t i, int m) { return load_n(y + i, m, 0.0f) - shift - log_total; });
+    return;
+  }
   for (int64_t start = 0; start < p.vocab; start += kBlock) {
-    const int64_t end = std::min(p.vocab, start + kBlock);
-    const float factor = p.log ? 1.0f : sum.factor(shifts[start / kBlock]), offset = p.log ? -lse : 0.0f;
-    write_span(out, start, end, streamed, false,
-               [&](int64_t i, int m) { return load_n(y + i, m, 0.0f) * factor + offset; });
+    const float factor = sum.factor(shifts[start / kBlock]);
+    write_span(out, start, std::min(p.vocab, start + kBlock), streamed, false,
+               [&](int64_t i, int m) { return load_n(y + i, m, 0.0f) * factor; });
   }
 }
 

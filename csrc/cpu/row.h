@@ -41,19 +41,21 @@ KLFLOW_INLINE void store_n(T* p, vf v, int n) {
     store_tail(p, v, n);
 }
 
-// sum_j exp(z_j) = total * 2^shift over the blocks seen so far, in units of log 2 inside. The shift is not the exact
-// maximum: it only has to stay within a safe distance of it, so one pass per block is enough except when a block raises
-// the maximum by a lot.
+// sum_j exp(scale z_j) = total * exp(scale * shift) over the blocks seen so far. The shift is some z, subtracted before
+// anything is multiplied: a common offset, and masks of any size, leave the differences as they are. It is not the
+// exact maximum: it only has to stay within a safe distance of it, so one pass per block is enough except when a block
+// raises the maximum by a lot.
 class StreamingSum {
  public:
-  // Of scale * z. kept, if not null, takes exp(scale * z) 2^-shift() of the block: times factor(shift), exp(scale * z -
-  // lse).
+  explicit StreamingSum(float scale = 1.0f) : scale_(scale), units_(scale * kLog2E) {}
+
+  // kept, if not null, takes exp(scale * (z - shift())) of the block, which factor(shift()) turns into exp(scale * z -
+  // lse). It is written before z has been read for the last time, so it must be other memory.
   template <class T>
-  void add(const T* z, int64_t n, float scale, float* kept = nullptr) {
-    const float units = scale * kLog2E;
+  void add(const T* z, int64_t n, float* kept = nullptr) {
     if (shift_ == -kInf) {
-      const float top = block_max(z, n, units);
-      if (top == -kInf) {  // nothing above -infinity yet, or only NaN
+      shift_ = block_max(z, n);
+      if (shift_ == -kInf) {  // nothing above -infinity yet, or only NaN
         for_vectors(n, [&](int64_t i, int m) {
           const vf v = load_n(z + i, m, -kInf);
           const vf e = v == v ? vf{} : splat(kNaN);
@@ -62,54 +64,57 @@ class StreamingSum {
         });
         return;
       }
-      shift_ = top;
     }
     float top;
-    double sum = block_sum(z, n, units, kept, top);
-    if (top > 57.0f) {
-      const float raised = shift_ + top;
-      total_ *= std::exp2(static_cast<double>(shift_) - raised);
-      shift_ = raised;
-      sum = block_sum(z, n, units, kept, top);
+    double sum = block_sum(z, n, kept, top);
+    if ((top - shift_) * units_ > 57.0f) {
+      total_ *= distance(shift_, top);
+      shift_ = top;
+      sum = block_sum(z, n, kept, top);
     }
     total_ += sum;
   }
-  float shift() const { return shift_; }  // of the block that was added last
-  float lse() const { return total_ == 0.0 ? shift_ : static_cast<float>(kLn2 * shift_ + std::log(total_)); }
-  float factor(float shift) const {  // 2^shift / exp(lse), of a block that had this shift
-    return shift == -kInf ? 1.0f : static_cast<float>(std::exp2(static_cast<double>(shift) - shift_) / total_);
+  float shift() const { return shift_; }                 // of the block that was added last; -infinity: nothing there
+  double log_total() const { return std::log(total_); }  // lse - scale * shift()
+  double lse() const { return total_ == 0.0 ? -kInf : static_cast<double>(scale_) * shift_ + log_total(); }
+  float factor(float shift) const {  // exp(scale * shift - lse), of a block that had this shift; NaN for an empty row
+    if (total_ == 0.0) return kNaN;
+    return shift == -kInf ? 1.0f : static_cast<float>(distance(shift, shift_) / total_);  // a block of 0 and NaN alone
   }
 
  private:
+  double distance(float from, float to) const {  // exp(scale * (from - to))
+    return std::exp(scale_ * (static_cast<double>(from) - to));
+  }
   template <class T>
-  static float block_max(const T* z, int64_t n, float units) {
+  static float block_max(const T* z, int64_t n) {
     vf top = splat(-kInf);
-    for_vectors(n, [&](int64_t i, int m) { top = maximum(load_n(z + i, m, -kInf) * units, top); });
+    for_vectors(n, [&](int64_t i, int m) { top = maximum(load_n(z + i, m, -kInf), top); });
     return max_lanes(top);
   }
   template <class T>
-  double block_sum(const T* z, int64_t n, float units, float* kept, float& top) const {
-    return kept != nullptr ? block_sum<true, T>(z, n, units, kept, top) : block_sum<false, T>(z, n, units, kept, top);
+  double block_sum(const T* z, int64_t n, float* kept, float& top) const {
+    return kept != nullptr ? block_sum<true, T>(z, n, kept, top) : block_sum<false, T>(z, n, kept, top);
   }
   template <bool kKeep, class T>
-  double block_sum(const T* z, int64_t n, float units, float* kept, float& top_out) const {  // top: above the shift
+  double block_sum(const T* z, int64_t n, float* kept, float& top_out) const {
     // Four chains hide the latency of the additions; the split depends on the column alone.
     vf sums[4] = {}, tops[4] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
     int64_t i = 0;
     for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const vf v = load(z + i + j * kLanes) * units - shift_;
+        const vf v = load(z + i + j * kLanes);
         tops[j] = maximum(v, tops[j]);
-        const vf e = exp2v(v);
+        const vf e = exp2v((v - shift_) * units_);
         if constexpr (kKeep) store(kept + i + j * kLanes, e);
         sums[j] += e;
       }
     }
     for_vectors(n - i, [&](int64_t k, int m) {
-      const vf v = load_n(z + i + k, m, -kInf) * units - shift_;
+      const vf v = load_n(z + i + k, m, -kInf);
       tops[0] = maximum(v, tops[0]);
-      const vf e = exp2v(v);  // 0 in the lanes past the end
+      const vf e = exp2v((v - shift_) * units_);  // 0 in the lanes past the end
       if constexpr (kKeep) store_n(kept + i + k, e, m);
       sums[0] += e;
     });
@@ -117,6 +122,7 @@ class StreamingSum {
     return static_cast<double>(sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])));
   }
 
+  const float scale_, units_;
   float shift_ = -kInf;
   double total_ = 0.0;
 };

@@ -17,6 +17,8 @@ struct Backend {
   const char* (*posterior)(const PosteriorParams&, void*);
   const char* (*gather_rows)(const GatherRowsParams&, void*);
   const char* (*scatter_rows)(const ScatterRowsParams&, void*);
+  int64_t (*posterior_scratch_rows)(const PosteriorParams&);  // or null: it never needs any
+  int64_t (*posterior_scratch_columns)(const PosteriorParams&);
 };
 
 }  // namespace klflow

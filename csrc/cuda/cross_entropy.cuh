@@ -1,11 +1,17 @@
-// Fused log-softmax cross-entropy: forward (one read), forward + gradient (one read, one write: the row waits in shared
-// memory), or gradient from the saved lse (one read, one write). Never materialised: log-probabilities, one-hot rows.
-// Formulas: CrossEntropyParams in common/params.h.
+// Fused log-softmax cross-entropy: forward (one read), or forward and gradient (one read, one write: the row waits in
+// shared memory between its sum and its gradient; rows too long for that are read twice). Never materialised:
+// log-probabilities, one-hot rows. Formulas: CrossEntropyParams in common/params.h.
 #pragma once
 
 #include "row.cuh"
 
 namespace klflow::cuda {
+
+// The derivative of tanh, without cancellation where it is small.
+__device__ __forceinline__ float tanh_slope(float x) {
+  const float e = __expf(-2.0f * fabsf(x)), d = 1.0f + e;
+  return 4.0f * e / (d * d);
+}
 
 // kPlain: integer targets, no label smoothing, no softcap.
 template <class T, bool kPlain>
@@ -28,57 +34,55 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropy
     };
     const float own_weight = hard ? (1.0f - p.label_smoothing) * class_weight(token) : 0.0f;
     // Read before any barrier of the sums, so before an in-place gradient overwrites it.
-    const float own_z = hard && p.loss != nullptr ? capped(load(p.logits, row, token)) : 0.0f;
+    const float own_z = own_weight != 0.0f ? capped(load(p.logits, row, token)) : 0.0f;
     const float row_weight = scalar_at(p.row_weight, row, 1.0f);
 
-    float lse = p.loss == nullptr ? p.lse[row] : 0.0f;
-    double qw = 0.0;
-    if (p.loss != nullptr || dense) {
-      ExpSum sum = empty_sum();
-      double qwz = 0.0;
-      const T* logits = row_of<T>(p.logits, row) + slice.begin;
-      for (int column = kVector * static_cast<int>(threadIdx.x); column < slice.size; column += kVector * kThreads) {
-        const Vector<T> raw = load_vector<T>(logits, column, slice.size, from_float<T>(0.0f));
-        if (keep) store_aligned(kept + column, raw);
-        float z[kVector];
+    ExpSum sum = empty_sum();
+    double qw = 0.0, qwz = 0.0;
+    const T* logits = row_of<T>(p.logits, row) + slice.begin;
+    for (int column = kVector * static_cast<int>(threadIdx.x); column < slice.size; column += kVector * kThreads) {
+      const Vector<T> raw = load_vector<T>(logits, column, slice.size, from_float<T>(0.0f));
+      if (keep) store_aligned(kept + column, raw);
+      float z[kVector];
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) z[i] = capped(to_float(raw.element[i]));
-        if (column + kVector > slice.size) {  // masked after the cap
+      for (int i = 0; i < kVector; ++i) z[i] = capped(to_float(raw.element[i]));
+      if (column + kVector > slice.size) {  // masked after the cap
 #pragma unroll
-          for (int i = 0; i < kVector; ++i) z[i] = column + i < slice.size ? z[i] : -infinity();
-        }
-        sum.add(z);
-        if (dense) {
-          for (int i = 0; i < kVector && column + i < slice.size; ++i) {
-            const double weight = dense_qw(slice.begin + column + i);
-            qw += weight;
-            qwz += weight * z[i];
-          }
-        }
+        for (int i = 0; i < kVector; ++i) z[i] = column + i < slice.size ? z[i] : -infinity();
       }
-      if (p.loss != nullptr) lse = row_lse(sum);
+      sum.add(z);
       if (dense) {
-        qw = row_sum(qw);
-        qwz = row_sum(qwz);
+        for (int i = 0; i < kVector && column + i < slice.size; ++i) {
+          const double weight = dense_qw(slice.begin + column + i);
+          qw += weight;
+          if (soft || weight != 0.0) qwz += weight * z[i];  // a masked class of weight 0 counts for nothing
+        }
       }
-      if (p.loss != nullptr && is_leader()) {
-        double loss = qw * lse - qwz + static_cast<double>(p.z_loss) * lse * lse;
-        if (hard) loss += own_weight * (static_cast<double>(lse) - own_z);
-        p.loss[row] = !valid ? not_a_number() : ignored ? 0.0f : static_cast<float>(loss * row_weight);
-        p.lse[row] = lse;
-      }
+    }
+    const ExpSum all = row_exp_sum(sum);
+    if (dense) {
+      qw = row_sum(qw);
+      qwz = row_sum(qwz);
+    }
+    if (p.loss != nullptr && is_leader()) {
+      const double lse = all.total == 0.0f ? all.shift : all.shift + ::log(static_cast<double>(all.total));
+      double loss = qw * lse - qwz + p.z_loss * lse * lse;
+      if (own_weight != 0.0f) loss += own_weight * (lse - own_z);  // a class of weight 0 may be masked
+      p.loss[row] = !valid ? not_a_number() : ignored ? 0.0f : static_cast<float>(loss * row_weight);
+      p.lse[row] = static_cast<float>(lse);
     }
     if (p.dloss.data == nullptr) continue;
     const float scale = ignored ? 0.0f : valid ? scalar_at(p.dloss, row, 0.0f) * row_weight : not_a_number();
-    const float dlse = scalar_at(p.dlse, row, 0.0f);
+    const float dlse = scalar_at(p.dlse, row, 0.0f), lse = all.shift + logf(all.total);
     const float a = ignored ? dlse : scale * static_cast<float>(qw + own_weight + 2.0 * p.z_loss * lse) + dlse;
+    const float share = a / all.total;  // a p_j = share exp(z_j - shift)
     const bool zero = ignored && dlse == 0.0f;
     const T* source = keep ? kept : row_of<T>(p.logits, row) + slice.begin;
     store_row(row_of<T>(p.grad, row) + slice.begin, slice.size, [&](int column, float (&v)[kVector]) {
       const Vector<T> raw = load_vector<T>(source, column, slice.size, from_float<T>(0.0f));
       if (kPlain) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) v[i] = zero ? 0.0f : a * __expf(to_float(raw.element[i]) - lse);
+        for (int i = 0; i < kVector; ++i) v[i] = zero ? 0.0f : share * __expf(to_float(raw.element[i]) - all.shift);
         const int own = static_cast<int>(token) - slice.begin - column;
         if (own >= 0 && own < kVector) {
 #pragma unroll
@@ -91,10 +95,10 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropy
           float gradient = 0.0f;
           if (!zero && column + i >= 0 && column + i < slice.size) {
             const float z = capped(to_float(raw.element[i]));
-            gradient = a * __expf(z - lse);
+            gradient = share * __expf(z - all.shift);
             if (dense) gradient -= scale * dense_qw(j);
             if (j == token) gradient -= scale * own_weight;
-            if (p.softcap > 0.0f) gradient *= 1.0f - (z / p.softcap) * (z / p.softcap);
+            if (p.softcap > 0.0f) gradient *= tanh_slope(to_float(raw.element[i]) / p.softcap);
           }
           v[i] = gradient;
         }

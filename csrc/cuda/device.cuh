@@ -26,6 +26,7 @@ inline Words16 load16(const void* address) { return *static_cast<const Words16*>
 inline void store16(void* address, const Words16& x) { *static_cast<Words16*>(address) = x; }
 inline void store16_global(void* address, const Words16& x) { *static_cast<Words16*>(address) = x; }
 #define klflow_cluster_sync() ::simt::cluster_barrier(KLFLOW_SITE)
+inline int unhoisted(int x) { return x; }
 inline float lg2_approx(float x) { return simt::lg2_approx(x); }
 inline float ex2_approx(float x) { return simt::ex2_approx(x); }
 #else
@@ -45,7 +46,9 @@ __device__ __forceinline__ void store16_global(void* address, const Words16& x) 
                : "memory");
 }
 
-// Thread-block clusters: blocks of neighbouring multiprocessors that read each other's shared memory.
+// Thread-block clusters: blocks of neighbouring multiprocessors that read each other's shared memory. Before Hopper
+// there are none: every block is a cluster of its own.
+#if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -64,6 +67,19 @@ __device__ __forceinline__ unsigned char* map_shared(unsigned char* mine, uint32
 }
 __device__ __forceinline__ void klflow_cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+#else
+__device__ __forceinline__ constexpr uint32_t cluster_rank() { return 0; }
+__device__ __forceinline__ constexpr uint32_t cluster_size() { return 1; }
+__device__ __forceinline__ unsigned char* map_shared(unsigned char* mine, uint32_t) { return mine; }
+__device__ __forceinline__ void klflow_cluster_sync() { __syncthreads(); }
+#endif
+
+// x, of which the compiler does not know that it stays the same: what is worked out from it is not kept in registers
+// from one row to the next.
+__device__ __forceinline__ int unhoisted(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // The special-function unit's logarithm and exponential. Error, by the PTX manual: lg2 2^-22 absolute for x in (1/2,

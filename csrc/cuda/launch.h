@@ -13,6 +13,9 @@ const char* topk_renoise(const TopkRenoiseParams& params, void* stream);
 const char* euler_step(const EulerStepParams& params, void* stream);
 const char* noise_tile(const NoiseTileParams& params, void* stream);
 const char* posterior(const PosteriorParams& params, void* stream);
+// The rows, and columns of each, of the scratch tensor that `posterior` needs on the current device; no rows: none.
+int64_t posterior_scratch_rows(const PosteriorParams& params);
+int64_t posterior_scratch_columns(const PosteriorParams& params);
 const char* gather_rows(const GatherRowsParams& params, void* stream);
 const char* scatter_rows(const ScatterRowsParams& params, void* stream);
 

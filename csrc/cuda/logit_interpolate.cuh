@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(kThreads, 2) logit_interpolate_kernel(LogitInt
       sum.add(l);
       if (keep) store_kept(kept, column, l);
     }
-    const float lse = row_lse(sum);  // its barriers also publish what is kept
+    const ExpSum all = row_exp_sum(sum);  // its barriers also publish what is kept
+    const float inverse = 1.0f / all.total, log_total = logf(all.total);
     store_row(row_of<Out>(p.out, row) + slice.begin, slice.size, [&](int column, float (&v)[kVector]) {
       float l[kVector];
       if (keep)
@@ -48,7 +49,8 @@ __global__ void __launch_bounds__(kThreads, 2) logit_interpolate_kernel(LogitInt
       else
         combine(column, l);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) v[i] = p.log ? l[i] - lse : __expf(l[i] - lse);
+      for (int i = 0; i < kVector; ++i)
+        v[i] = p.log ? l[i] - all.shift - log_total : __expf(l[i] - all.shift) * inverse;
     });
     __syncthreads();  // the next row writes what was read here
   }

@@ -1,6 +1,7 @@
 // The `top` largest entries of each row's posterior and the mass of the others (PosteriorParams in common/params.h). A
 // cluster of blocks handles a row. The row's E, from the noise contract or a dense state, is made once and summed, and
-// waits in shared memory as float32 (rows too long to keep are made again); there it becomes z_j = log q_j + const.
+// waits in shared memory as float32, or in the block's row of a scratch tensor where shared memory is too small for it;
+// there it becomes z_j = log q_j + const.
 // Selection: the top-th largest of the maxima of small groups of columns bounds the top-th z from below; the few z
 // above that bound are queued, and a radix descent over them (over the row, where they overflow the queue) finds the
 // top-th z exactly, and how many of its equals belong. Then each thread counts what is selected of a contiguous piece
@@ -27,6 +28,10 @@ struct PosteriorShared {
   uint32_t queued;
   uint32_t unused[3];
 };
+// Columns between the blocks' rows of the scratch tensor.
+__host__ __device__ __forceinline__ int64_t scratch_columns(int64_t vocab) {
+  return (vocab + kVector - 1) / kVector * kVector;
+}
 constexpr int kPosteriorBytes = kPartialBytes + sizeof(PosteriorShared);
 static_assert(kPosteriorBytes % 16 == 0, "the kept slice is read 16 bytes at a time");
 
@@ -167,7 +172,7 @@ __device__ __forceinline__ Boosted larger(const Boosted& a, const Boosted& b) {
 // Calls f(column, E, boost) for this thread's slots of a row; the column is -1 where they hold no token or no number.
 template <class F>
 __device__ __forceinline__ void each_slot(const PosteriorParams& p, int64_t row, const NoiseKey& key, F&& f) {
-  for (int64_t slot = threadIdx.x; slot < p.slots; slot += kThreads) {
+  for (int slot = static_cast<int>(threadIdx.x); slot < p.slots; slot += kThreads) {
     const int64_t column = token_at(p.target, row, slot);
     if (column == -1) continue;
     const float boost = p.boost[row * p.slots + slot];
@@ -195,23 +200,27 @@ __device__ __forceinline__ Peak higher(const Peak& a, const Peak& b) {
   return {first ? a.value : b.value, first ? a.column : b.column, a.entries + b.entries};
 }
 
-template <bool kKeep, class Source>
+// kScratch: rows wait in the scratch tensor.
+template <bool kScratch, class Source>
 __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams p, bool) {
   PosteriorShared& s = *reinterpret_cast<PosteriorShared*>(shared_memory() + kPartialBytes);
-  float* kept = reinterpret_cast<float*>(shared_memory() + kPosteriorBytes);  // nothing is there unless kKeep
-  const Slice slice = slice_of(p.vocab);                                      // columns below are of the slice
+  // Columns below are of the slice. (A scratch row has no cluster; to say so saves registers here, and costs some of a
+  // state.)
+  const Slice slice = kScratch && !Source::kDense ? Slice{0, static_cast<int>(p.vocab)} : slice_of(p.vocab);
   const int size = slice.size, stride = kQuad * kThreads;
-  const int first = kQuad * static_cast<int>(threadIdx.x);
   const float* log_prior = p.log_prior + slice.begin;
-  const bool narrow = kKeep && p.vocab <= kNarrow;
+  const bool narrow = !kScratch && p.vocab <= kNarrow;
   using T = typename Source::Type;
   constexpr bool plain =
       !Source::kBoosted && !Source::kDense;  // noise alone has no large w in a row that is not narrow
   const int in_words =
       (reinterpret_cast<uintptr_t>(log_prior) & 15) == 0 ? size : 0;  // columns read 16 bytes at a time
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
+    float* kept = kScratch ? p.scratch + unhoisted(static_cast<int>(blockIdx.x)) * scratch_columns(p.vocab)
+                           : reinterpret_cast<float*>(shared_memory() + kPosteriorBytes);
+    const int first = unhoisted(kQuad * static_cast<int>(threadIdx.x));
     const float t = scalar_at(p.t, row, 0.0f), gain = gain_of(t, p.c);
-    int64_t token = -1;  // the column whose evidence has no cancellation: the target, the largest boosted or entry
+    int token = -1;  // the column whose evidence has no cancellation: the target, the largest boosted or entry
     bool valid = t >= 0.0f && t <= 1.0f, certain = false;
     NoiseKey key{};
     float own_noise = 0.0f, own_boost = gain;
@@ -230,16 +239,17 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
           }
           peak.entries += v[i] > -infinity();
         }
-        if (kKeep) store_kept(kept, column, v);
+        store_kept(kept, column, v);
       }
       peak = row_reduce(peak, [](const Peak& a, const Peak& b) { return higher(a, b); });
       token = peak.column;
       valid = valid && peak.value > -infinity() && peak.value < infinity();
       certain = t == 1.0f || peak.entries == 1;
     } else {
-      token = token_at(p.target, row);
+      const int64_t target = token_at(p.target, row);
+      token = target >= 0 && target < p.vocab ? static_cast<int>(target) : -1;
       certain = is_given(p.given, row) || (!Source::kBoosted && !(gain <= kMostGain));
-      if (!Source::kBoosted || certain) valid = valid && token >= 0 && token < p.vocab;
+      if (!Source::kBoosted || certain) valid = valid && token >= 0;
     }
     if (!valid || certain) {
       store_plain_row(p, row, token, valid);
@@ -263,9 +273,9 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
       own_noise = mine.noise;
       own_boost = mine.boost;
     } else if constexpr (!Source::kDense) {
-      own_noise = exact_noise(row_noise_words(key, static_cast<int>(token)), token);
+      own_noise = exact_noise(row_noise_words(key, token), token);
     }
-    int own_column = static_cast<int>(token) - slice.begin;
+    int own_column = token - slice.begin;
     auto holds_own = [&](int column) { return static_cast<uint32_t>(own_column - column) < kQuad; };
     auto noise_at = [&](int column, float (&noise)[kQuad]) {
       const Words4 words = row_noise_words(key, slice.begin + column);
@@ -274,13 +284,7 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
     };
     const float power = 1.4426950408889634f / (1.0f - t);  // of a state
     auto state_at = [&](int column, float (&e)[kQuad]) {
-      if (kKeep) {
-        load_quad(kept + column, e);
-      } else {
-        const T* log_x = row_of<T>(p.log_x, row) + slice.begin;
-#pragma unroll
-        for (int i = 0; i < kQuad; ++i) e[i] = column + i < size ? to_float(log_x[column + i]) : -infinity();
-      }
+      load_quad(kept + column, e);
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) e[i] = ex2_approx((e[i] - peak.value) * power);
     };
@@ -318,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
           state_at(column, e);
         else
           noise_at(column, e);
-        if (kKeep) store_quad(kept + column, e);
+        store_quad(kept + column, e);
       }
     };
     if constexpr (!Source::kBoosted) {
@@ -326,7 +330,6 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
     } else {
       // The boosted columns are taken out, the others summed, and what the boosts make of the columns is added: taken
       // from a sum over all columns, the noise of columns with negative boosts would leave nothing but its rounding.
-      static_assert(kKeep);
       for (int column = narrow ? static_cast<int>(threadIdx.x) : first; column < size;
            column += narrow ? kThreads : stride) {
         float e[kQuad];
@@ -335,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
       auto each_boosted = [&](auto&& f) {  // f(column of the slice, what its boost makes of it), the row's token aside
         each_slot(p, row, key, [&](int column, float noise, float boost) {
           const int in_slice = column - slice.begin;
-          if (column != static_cast<int>(token) && in_slice >= 0 && in_slice < size) f(in_slice, noise * expf(boost));
+          if (column != token && in_slice >= 0 && in_slice < size) f(in_slice, noise * expf(boost));
         });
       };
       __syncthreads();
@@ -389,12 +392,7 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
     // z from what is kept of E (narrow rows: of z), with own_value in the row's token and -infinity beyond the
     // row.
     auto z_at = [&](int column, float own_value, float (&z)[kQuad]) {
-      if (kKeep)
-        load_quad(kept + column, z);
-      else if constexpr (Source::kDense)
-        state_at(column, z);
-      else
-        noise_at(column, z);
+      load_quad(kept + column, z);
       if (!narrow) {
         float prior[kQuad];
         if (column + kQuad <= in_words) {
@@ -413,12 +411,6 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
           z[i] = column + i == own_column ? own_value : column + i < size ? z[i] : -infinity();
       }
     };
-    auto load_z = [&](int column, float (&z)[kQuad]) {
-      if (kKeep)
-        load_quad(kept + column, z);
-      else
-        z_at(column, own_z, z);
-    };
     if (narrow) {
       for (int column = static_cast<int>(threadIdx.x); column < size; column += kThreads)
         kept[column] = evidence.narrow(kept[column]) + log_prior[column];
@@ -434,7 +426,6 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
         bad |= !(z[i] < infinity());
         maxima[i / 2] = fmaxf(maxima[i / 2], z[i]);
       }
-      if (!kKeep) continue;
       if (holds_own(column)) {
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) z[i] = column + i == own_column ? own_z : z[i];
@@ -471,7 +462,7 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
       }
       for (int column = first; column < size; column += stride) {
         float z[kQuad];
-        load_z(column, z);
+        load_quad(kept + column, z);
         if (!(fmaxf(fmaxf(z[0], z[1]), fmaxf(z[2], z[3])) >= bound)) continue;
         uint32_t taken = 0;
 #pragma unroll
@@ -495,7 +486,7 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
         } else {
           for (int column = first; column < size; column += stride) {
             float z[kQuad];
-            load_z(column, z);
+            load_quad(kept + column, z);
 #pragma unroll
             for (int i = 0; i < kQuad; ++i)
               if (z[i] >= bound && column + i < size) count(falling_bits(z[i]));
@@ -517,14 +508,14 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
 
     // Masses, and how many are selected, of a piece of the slice: an odd number of quads, so that the threads of a warp
     // read different banks.
-    const int piece = kQuad * (((size + kQuad - 1) / kQuad + kThreads - 1) / kThreads | 1);
+    const int piece = kQuad * (((unhoisted(size) + kQuad - 1) / kQuad + kThreads - 1) / kThreads | 1);
     const int begin = piece * static_cast<int>(threadIdx.x), end = begin + piece < size ? begin + piece : size;
     float selected = 0.0f, rest = 0.0f;
     uint32_t above = 0, equal = 0;
 #pragma unroll 1  // registers
     for (int column = begin; column < end; column += kQuad) {
       float z[kQuad], mass[kQuad];
-      load_z(column, z);
+      load_quad(kept + column, z);
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) mass[i] = mass_of(z[i], shift);
       if (fmaxf(fmaxf(z[0], z[1]), fmaxf(z[2], z[3])) >= last) {
@@ -565,7 +556,7 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
       float* q = p.q + row * p.top;
       for (int column = begin; column < end && above + equal > 0; column += kQuad) {
         float z[kQuad];
-        load_z(column, z);
+        load_quad(kept + column, z);
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) {
           if (!(z[i] >= last) || column + i >= size) continue;

@@ -242,43 +242,37 @@ __device__ __forceinline__ double row_sum(double value) {
   return row_reduce<clustered>(Sum{value}, [](Sum a, Sum b) { return Sum{a.value + b.value}; }).value;
 }
 
-// total * exp(shift): a sum of exponentials that never overflows. NaN and +infinity end as NaN, as in torch.
+// total * exp(scale * shift): a sum of exponentials of scale * z that never overflows. The shift is some z, subtracted
+// before anything is multiplied, so that a common offset, and masks of any size, leave the differences as they are. NaN
+// and +infinity end as NaN, as in torch.
 struct ExpSum {
   float shift, total;
   __device__ __forceinline__ ExpSum shuffle_down(int offset) const {
     return {__shfl_down_sync(~0u, shift, offset), __shfl_down_sync(~0u, total, offset)};
   }
-  __device__ __forceinline__ void add(float z) {
-    if (z > shift) {
-      total = total * expf(shift - z) + 1.0f;
-      shift = z;
-    } else if (z != -infinity()) {
-      total += expf(z - shift);
-    }
-  }
-  __device__ __forceinline__ void add(const float (&z)[kVector]) {
+  __device__ __forceinline__ void add(const float (&z)[kVector], float scale = 1.0f) {
     float top = shift;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) top = fmaxf(top, z[i]);  // a NaN is passed over here and met below
     if (top > shift) {
-      if (shift != -infinity()) total *= __expf(shift - top);
+      if (shift != -infinity()) total *= __expf((shift - top) * scale);
       shift = top;
     }
     const float base = top == -infinity() ? 0.0f : top;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) total += __expf(z[i] - base);
+    for (int i = 0; i < kVector; ++i) total += __expf((z[i] - base) * scale);
   }
 };
-__device__ __forceinline__ ExpSum combine(ExpSum a, ExpSum b) {
+__device__ __forceinline__ ExpSum combine(ExpSum a, ExpSum b, float scale) {
   if (a.shift == -infinity()) return {b.shift, a.total + b.total};  // totals of nothing are 0, of NaN alone NaN
   if (b.shift == -infinity()) return {a.shift, a.total + b.total};
   const float shift = fmaxf(a.shift, b.shift);
-  return {shift, a.total * expf(a.shift - shift) + b.total * expf(b.shift - shift)};
+  return {shift, a.total * expf((a.shift - shift) * scale) + b.total * expf((b.shift - shift) * scale)};
 }
 __device__ __forceinline__ ExpSum empty_sum() { return {-infinity(), 0.0f}; }
-__device__ __forceinline__ float row_lse(ExpSum mine) {
-  const ExpSum all = row_reduce(mine, [](ExpSum a, ExpSum b) { return combine(a, b); });
-  return all.total == 0.0f ? all.shift : all.shift + logf(all.total);
+// Of the whole row. exp(scale * z - lse) is exp(scale * (z - shift)) / total.
+__device__ __forceinline__ ExpSum row_exp_sum(ExpSum mine, float scale = 1.0f) {
+  return row_reduce(mine, [scale](ExpSum a, ExpSum b) { return combine(a, b, scale); });
 }
 
 // ---- noise

@@ -11,8 +11,8 @@ static unsigned blocks_of(int64_t k) { return k <= kMaxQueued ? 8 : 1; }
 const char* topk_sample(const TopkSampleParams& p, void* stream) {
   return for_dtype(p.logits.dtype, [&](auto type) {
     using T = decltype(type);
-    return launch_rows("topk_sample", topk_sample_kernel<T>, p, p.rows, layout_of(p.vocab, sizeof(T), blocks_of(p.k)),
-                       stream, kTopkBytes);
+    return launch_rows("topk_sample", topk_sample_kernel<T>, p, p.rows,
+                       layout_of(p.vocab, sizeof(T), kTopkBytes, blocks_of(p.k)), stream, kTopkBytes);
   });
 }
 
@@ -23,7 +23,7 @@ const char* topk_renoise(const TopkRenoiseParams& p, void* stream) {
       using Out = decltype(out);
       const int64_t element = std::max(sizeof(T), sizeof(typename Kept<Out>::Type));
       return launch_rows("topk_renoise", topk_renoise_kernel<T, Out>, p, p.sample.rows,
-                         layout_of(p.sample.vocab, element, blocks_of(p.sample.k)), stream, kTopkBytes);
+                         layout_of(p.sample.vocab, element, kTopkBytes, blocks_of(p.sample.k)), stream, kTopkBytes);
     });
   });
 }

@@ -90,6 +90,7 @@ struct Machine {
 #endif
 };
 Machine machine;
+DeviceKind kind{true, 227 << 10, 228 << 10};  // Hopper
 
 void fail(const std::string& what) {
   if (machine.error.empty()) machine.error = std::string("kernel ") + machine.name + ", " + what;
@@ -243,6 +244,8 @@ unsigned cluster_rank() { return machine.running->block->rank; }
 unsigned cluster_size() { return machine.cluster; }
 int lane_index() { return static_cast<int>(machine.running->index.x % 32); }
 void seed(uint64_t value) { machine.seed = value; }
+const DeviceKind& device_kind() { return kind; }
+void set_device_kind(const DeviceKind& value) { kind = value; }
 void last_launch(unsigned& cluster, unsigned& shared_bytes) {
   cluster = machine.cluster;
   shared_bytes = static_cast<unsigned>(machine.shared_bytes);
@@ -349,6 +352,7 @@ float lg2_approx(float x) {
 }
 
 float ex2_approx(float x) {
+  if (x == 0.0f) return 1.0f;  // as the special-function unit has it
   return static_cast<float>(std::exp2(static_cast<double>(x)) * (1.0 + spread(x) * std::ldexp(1.0, -22)));
 }
 
@@ -363,6 +367,11 @@ const char* launch(const char* name, const std::function<void()>& kernel, unsign
   machine.shared_bytes = shared_bytes;
   machine.cluster = cluster;
   if (blocks % cluster != 0) fail("the grid is no multiple of the cluster");
+  if (cluster > (kind.clusters ? 8 : 1))
+    fail("a cluster of " + std::to_string(cluster) + " blocks: the device has no such");
+  if (static_cast<int64_t>(shared_bytes) > kind.block_bytes)
+    fail(std::to_string(shared_bytes) + " bytes of shared memory: the device gives a block " +
+         std::to_string(kind.block_bytes));
   for (unsigned block = 0; block < blocks && machine.error.empty(); block += cluster) run_cluster(block, threads);
   static std::string message;
   message = machine.error;

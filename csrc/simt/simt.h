@@ -30,6 +30,14 @@ unsigned char* shared_memory();
 unsigned cluster_rank();
 unsigned cluster_size();
 
+// What kind of device the machine stands for: without clusters, or with less shared memory, its launches are errors.
+struct DeviceKind {
+  bool clusters;
+  int64_t block_bytes, processor_bytes;  // shared memory that a block may have, and of a multiprocessor
+};
+const DeviceKind& device_kind();
+void set_device_kind(const DeviceKind& kind);
+
 // Runs the kernel; returns null or what went wrong. seed() changes schedule and poison of later launches.
 const char* launch(const char* name, const std::function<void()>& kernel, unsigned blocks, unsigned threads,
                    size_t shared_bytes, unsigned cluster);
@@ -110,7 +118,7 @@ struct __half {
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t bits) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
 }
-inline float __expf(float x) { return std::exp(x); }
+inline float __expf(float x) { return ::simt::ex2_approx(x * 1.44269504f); }
 inline float __int_as_float(int32_t i) {
   float f;
   std::memcpy(&f, &i, 4);

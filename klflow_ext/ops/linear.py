@@ -48,7 +48,7 @@ def linear_cross_entropy(
         fail(ValueError, "hidden", "shape ()", "(*rows, D)")
     *shape, width = hidden.shape
     device, dtypes = hidden.device, (hidden.dtype,)
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
         hidden, dtypes = hidden.to(torch.get_autocast_dtype(device.type)), FLOATS
     check_tensor("weight", weight, dtypes, device)
     if weight.dim() != 2 or weight.shape[1] != width or not 2 <= weight.shape[0] <= 2**30:
@@ -98,7 +98,9 @@ def _chunks(hidden, weight, bias, target, class_weight, row_weight, *scalars):
     """
     *scalars, chunk_rows = scalars
     rows, vocab = hidden.shape[0], weight.shape[0]
-    buffer = hidden.new_empty(min(chunk_rows, rows), -(-vocab // 64) * 64)[:, :vocab]
+    buffer = hidden.new_empty(min(chunk_rows, rows), -(-vocab // 64) * 64)
+    buffer[:, vocab:] = 0  # oneDNN's 16-bit products of an odd V read one column more and multiply it by zero
+    buffer = buffer[:, :vocab]
     for start in range(0, rows, chunk_rows):
         part = slice(start, min(start + chunk_rows, rows))
         logits = buffer[: part.stop - start]

@@ -21,9 +21,6 @@ from klflow_ext.ops.arguments import (
 
 _klflow = torch.ops.klflow
 
-# With boosts a row stays in the shared memory of a cluster: 8 blocks of 216 KiB of float32.
-MOST_BOOSTED_ON_CUDA = 8 * (216 << 10) // 4
-
 
 def _new_entries(rows, top, device):
     return (
@@ -35,8 +32,6 @@ def _new_entries(rows, top, device):
 
 def largest_entries(noise, options, log_prior, top, boost=None, stats=None):
     """(ids, q, rest) of flat rows; the arguments as `noise_arguments` and `boost_rows` give them."""
-    if boost is not None and boost.device.type == "cuda" and log_prior.numel() > MOST_BOOSTED_ON_CUDA:
-        fail(ValueError, "boost", f"V = {log_prior.numel()}", f"V <= {MOST_BOOSTED_ON_CUDA} on CUDA")
     entries = _new_entries(noise[0].shape[0], top, log_prior.device)
     _klflow.noise_posterior(*noise, boost, log_prior, *options, *entries, stats)
     return entries
@@ -67,7 +62,7 @@ def noise_posterior(target, t, rng, log_prior, *, top=512, beta=0.01, given=None
             different within a row, -1 for an unused slot; t, rng and given go with rows.
         log_prior: (V,) log-probabilities of the tokens up to a constant; -inf for one that never occurs.
         top: how many entries are kept, in [1, V].
-        boost: None or floats (*rows, K); beyond +-60 they count as +-60. On CUDA V is then at most 442,368.
+        boost: None or floats (*rows, K); beyond +-60 they count as +-60.
 
     Returns: (ids int32 (*rows, top) in ascending order, q float32 (*rows, top), rest float32 (*rows): the mass of the
         others). Of equal entries the lower columns are kept. Not differentiable.
