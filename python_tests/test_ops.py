@@ -1,6 +1,9 @@
 """Every kernel against its float64 twin in `reference`, over shapes, dtypes, strides and devices."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -488,6 +491,21 @@ def test_euler_step(rows, vocab, dtype, device):
     mine = log_x.clone()
     same, same_x = ops.euler_step(mine, logits, rate, temperature=0.7, given=given, known=known, inplace=True)
     assert same.data_ptr() == mine.data_ptr() and torch.equal(mine, state) and torch.equal(same_x, x)
+
+
+def test_a_forked_child_has_no_threads_of_its_parent():
+    script = """
+import os, torch
+from klflow_ext import ops
+x = torch.randn(200, 5000)
+want = ops.topk_sample(x, 5, 0)[0]
+child = os.fork()
+if child == 0:
+    os._exit(not torch.equal(ops.topk_sample(x, 5, 0)[0], want))
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    assert subprocess.run([sys.executable, "-c", script], env=env, timeout=120).returncode == 0
 
 
 # ---- the operators under torch.compile and opcheck

@@ -1,7 +1,9 @@
 #include "dispatch.h"
 
+#include <pthread.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <string>
 
@@ -42,14 +44,20 @@ const Choice& choice() {
   return chosen;
 }
 
+// A forked child has none of its parent's threads, and OpenMP would wait for them for ever: it works alone then.
+std::atomic<bool> threads_started = false, threads_lost = false;
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { threads_lost = threads_started.load(); });
+
 template <class F>
 void parallel_rows(int64_t rows, int64_t columns, const F& f) {
   // A thread should have at least this many elements, or starting it costs more than it saves.
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(columns, 1));
-  if (rows <= grain)
+  if (rows <= grain || threads_lost) {
     f(0, rows);
-  else
+  } else {
+    threads_started = true;
     torch::stable::parallel_for(0, rows, grain, f);
+  }
 }
 
 int64_t columns_of(const TopkRenoiseParams& p) { return p.sample.vocab; }

@@ -100,7 +100,6 @@ int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k, int64_t slack, in
 
 // e^x for x <= 0, to 1e-14 of its value; 0 below e^-700.
 typedef double vd __attribute__((vector_size(4 * kLanes)));
-typedef int64_t vi64 __attribute__((vector_size(4 * kLanes)));
 typedef float vf_half __attribute__((vector_size(2 * kLanes)));
 KLFLOW_INLINE vd exp_double(vd x) {
   constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: its last bits take the rounded number
@@ -108,8 +107,8 @@ KLFLOW_INLINE vd exp_double(vd x) {
   const vd r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;  // log 2 in two parts
   vd p = vd{} + 1.0 / 39916800;
   for (const double factorial : {3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1, 1}) p = p * r + 1.0 / factorial;
-  const vi64 bits = reinterpret_cast<vi64>(p) + (reinterpret_cast<vi64>(shifted) << 52);
-  return reinterpret_cast<vd>(bits & ~reinterpret_cast<vi64>(x < -700.0));
+  const vu64 bits = reinterpret_cast<vu64>(p) + (reinterpret_cast<vu64>(shifted) << 52);
+  return reinterpret_cast<vd>(bits & ~reinterpret_cast<vu64>(x < -700.0));
 }
 
 constexpr int kDraw = kChains * kLanes;  // columns drawn at a time
