@@ -446,7 +446,7 @@ def test_the_range_of_temperatures(device):
         assert torch.equal(ops.topk_renoise(logits, k, 0.3, 0, temperature=1e-30, top_p=top_p)[0], best)
         token, log_prob = ops.topk_sample(logits, k, 0, temperature=1e30, top_p=top_p)
         torch.testing.assert_close(log_prob, torch.full_like(log_prob, -math.log(k * top_p)))
-    for temperature in (1e-5, 1e30):
+    for temperature in (1e-30, 1e30):
         state, x = ops.euler_step(log_x, logits, 0.3, temperature=temperature)
         want, want_x = reference.euler_step(log_x.double().cpu(), logits.double().cpu(), 0.3, temperature=temperature)
         assert_close(state, want, torch.float32, absolute=2e-5)
