@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from klflow_ext.path.base import self_conditions
+from klflow_ext.path.network import Network
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Buffers:
     tokens: (B, L) int64, of the state; the step replaces them by those it draws. rng: (B, 2) int64, (seed, step) of the
         state's noise; the step adds 1 to it and draws with that. t: (B,) float32, the state's time, set by the caller.
     given: (B, L) bool. known: (B, L) int64, 0 where not given.
+    bad: (B,) bool, sequences whose logits said nothing; the step adds to them.
     previous: (B, L, D), hidden states of the pass before, or None for a model that does not self-condition.
     """
 
@@ -30,21 +31,24 @@ class Buffers:
     t: Tensor
     given: Tensor
     known: Tensor
+    bad: Tensor
     previous: Tensor | None
 
     @classmethod
     @torch.inference_mode(False)  # an inference tensor could not be written to outside of inference mode
-    def allocate(cls, shape: tuple[int, int], model: nn.Module, device: torch.device) -> Buffers:
+    def allocate(cls, shape: tuple[int, int], model: Network, device: torch.device) -> Buffers:
         tokens, known = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
         rng = torch.zeros(shape[0], 2, dtype=torch.int64, device=device)
-        t, given = torch.zeros(shape[0], device=device), torch.zeros(shape, dtype=torch.bool, device=device)
-        previous = model.embedding.new_zeros(*shape, model.config.n_embd) if self_conditions(model) else None
-        return cls(tokens, rng, t, given, known, previous)
+        t = torch.zeros(shape[0], dtype=torch.float32, device=device)
+        given, bad = (torch.zeros(size, dtype=torch.bool, device=device) for size in (shape, shape[0]))
+        previous = model.embedding.new_zeros(*shape, model.config.n_embd) if model.self_conditions else None
+        return cls(tokens, rng, t, given, known, bad, previous)
 
     def start(self, given: Tensor, known: Tensor, rng: Tensor) -> None:
         """Fills in new sequences, as noise where they are not given."""
         for buffer, value in ((self.tokens, known), (self.known, known), (self.given, given), (self.rng, rng)):
             buffer.copy_(value)
+        self.bad.zero_()
         if self.previous is not None:
             self.previous.zero_()
 
@@ -79,7 +83,7 @@ class Recorder:
 class Replays:
     """The recordings of `step(buffers, *knobs)`, one for each shape and its knobs, made when they are first asked for."""
 
-    def __init__(self, step: Callable[..., None], model: nn.Module, device: torch.device):
+    def __init__(self, step: Callable[..., None], model: Network, device: torch.device):
         self.step, self.model, self.device, self.recorder = step, model, device, Recorder(device)
         self.weights: list[int] = []
         self.buffers: dict[tuple, Buffers] = {}

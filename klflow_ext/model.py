@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from klflow_ext import ops
 from klflow_ext.ops.arguments import INTEGERS, looks_at_values
 from klflow_ext.oracle import log_evidence
-from klflow_ext.path import LogitPath
+from klflow_ext.path import LogitPath, Network
 
 INPUTS = ("simplex", "posterior", "tokens")
 TIMES = ("token", "add", "adaln", "none")
@@ -161,7 +161,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
 
-class Denoiser(nn.Module):
+class Denoiser(Network):
     """model(x_t, t) -> logits of p(k | x_t, t) for every position: head(hidden(embed(x_t, t), t)).
 
     embed_noise makes the same embedding from tokens, a time and a seed, and head is a plain matrix, so that training and
@@ -190,6 +190,9 @@ class Denoiser(nn.Module):
             allowed = tuple(name for name in allowed if name != "posterior")
         if config.input not in allowed:
             raise ValueError(f"input: got {config.input!r}, allowed is one of {allowed} for {path!r}")
+        self.reads_posterior, self.self_conditions = config.input == "posterior", config.self_conditioning
+        self.makes_noise = config.input != "tokens" and hasattr(path, "beta")
+        self.caches, self.causal, self.max_length = config.causal, config.causal, config.max_length
         self.config, self.c, self.beta = config, getattr(path, "c", None), getattr(path, "beta", None)
         d = config.n_embd
         self.embedding = nn.Parameter(torch.randn(config.vocab_size + (config.input == "tokens"), d))

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 
 from klflow_ext.graph import Buffers, Replays
-from klflow_ext.ops.arguments import DEBUG_CHECK
+from klflow_ext.ops.arguments import DEBUG_CHECK, LEAST, MOST, check_int, check_scalar
 from klflow_ext.path import Autoregressive, LogitPath, Move, Path, Prediction, State
-from klflow_ext.path.base import self_conditions
+from klflow_ext.path.network import network_of, predict_from_hidden, predict_from_logits
 
 Temperature = float | tuple[float, float] | Callable[[float], float]
 
@@ -100,19 +101,23 @@ def _sequence_seed(seed: int, i: int) -> int:
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    if isinstance(seed, int):
+    if isinstance(seed, (str, bool)) or not hasattr(seed, "__len__") or getattr(seed, "ndim", 1) == 0:
+        seed = check_int("seed", seed, -(2**63), 2**64 - 1, "an integer that fits in 64 bits, or one for each sequence")
         return [_sequence_seed(seed, i) for i in range(count)]
-    seeds = [int(s) for s in seed]
-    if len(seeds) != count:
-        raise ValueError(f"seed: got {len(seeds)} seeds, allowed is one or {count}, one for each sequence")
-    for s in seeds:
-        if not -(2**63) <= s < 2**63:
-            raise ValueError(f"seed: got {s}, allowed are integers that fit in 64 bits with a sign")
-    return seeds
+    if len(seed) != count:
+        raise ValueError(f"seed: got {len(seed)} seeds, allowed is one or {count}, one for each sequence")
+    return [check_int("seed", s, -(2**63), 2**63 - 1, "integers that fit in 64 bits with a sign") for s in seed]
 
 
-def _is_integer(value, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _token_ids(name: str, value) -> Tensor:
+    """The ids as int64; of integers of any kind only, as others would be cut."""
+    try:
+        ids = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: got {value!r}, allowed are token ids, a sequence of integers") from None
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise TypeError(f"{name}: got {ids.dtype}, allowed are token ids, which are integers")
+    return ids.long()
 
 
 @dataclass
@@ -141,39 +146,35 @@ class _Options:
         self.top_k = vocab if self.top_k is None else self.top_k
         if self.method not in (*_samplers, SEGMENTS):
             raise ValueError(f"method: got {self.method!r}, allowed is one of {sorted((*_samplers, SEGMENTS))}")
-        if not _is_integer(self.steps, 1):
-            raise ValueError(f"steps: got {self.steps!r}, allowed is an integer >= 1")
+        self.steps = check_int("steps", self.steps, 1, 2**31, "an integer >= 1")
         if self.final not in ("argmax", "draw"):
             raise ValueError(f"final: got {self.final!r}, allowed is 'argmax' or 'draw'")
         if self.euler not in ("exact", "paper"):
             raise ValueError(f"euler: got {self.euler!r}, allowed is 'exact' or 'paper'")
-        if not _is_integer(self.top_k, 1):
-            raise ValueError(f"top_k: got {self.top_k!r}, allowed is None or an integer >= 1")
-        if self.boosts is not None and not 1 <= self.boosts <= 1024:
-            raise ValueError(f"boosts: got {self.boosts!r}, allowed is None or an integer in [1, 1024]")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: got {self.top_p!r}, allowed is a number in (0, 1]")
-        if not 0 <= self.t_split <= 1:
-            raise ValueError(f"t_split: got {self.t_split!r}, allowed is None or a number in [0, 1]")
-        if not 0 < self.grid_power < math.inf:
-            raise ValueError(f"grid_power: got {self.grid_power!r}, allowed is a positive number")
-        self.top_k = min(self.top_k, vocab)
+        self.top_k = min(check_int("top_k", self.top_k, 1, 2**63, "None or an integer >= 1"), vocab)
+        if self.boosts is not None:
+            self.boosts = check_int("boosts", self.boosts, 1, 1024, "None or an integer in [1, 1024]")
+        self.top_p = check_scalar("top_p", self.top_p, 0, 1, "a number in (0, 1]", open_low=True)
+        self.t_split = check_scalar("t_split", self.t_split, 0, 1, "None or a number in [0, 1]")
+        power = check_scalar("grid_power", self.grid_power, 0, math.inf, "a positive number", True, True)
+        self.grid_power = power
 
     def temperatures(self, passes: int) -> list[float]:
         """The temperature of each pass: the schedule at i / (passes - 1), at 1 for a single pass."""
         schedule = self.temperature
-        if isinstance(schedule, (int, float)):
-            schedule = (schedule, schedule)
         if not callable(schedule):
-            if len(schedule) != 2:
+            pair = schedule if isinstance(schedule, (tuple, list)) else (schedule, schedule)
+            if len(pair) != 2:
                 raise ValueError(f"temperature: got {schedule!r}, allowed is a number, (first, last) or a function")
-            first, last = schedule
+            first, last = (self._temperature(value) for value in pair)
             schedule = lambda progress: first + (last - first) * progress  # noqa: E731
-        values = [float(schedule(i / (passes - 1) if passes > 1 else 1.0)) for i in range(passes)]
-        for value in values:
-            if not 0 < value < math.inf:
-                raise ValueError(f"temperature: got {value:g}, allowed are positive numbers")
-        return values
+        return [self._temperature(schedule(i / (passes - 1) if passes > 1 else 1.0)) for i in range(passes)]
+
+    @staticmethod
+    def _temperature(value) -> float:
+        return check_scalar(
+            "temperature", value, LEAST, MOST, f"a number in [{LEAST}, {MOST}], two or a function to them"
+        )
 
 
 class _Progress:
@@ -196,16 +197,58 @@ class _Progress:
 
 def _predict(model, path: Path, state: State, times: Tensor, given: Tensor, previous: Tensor | None) -> Prediction:
     """The network's word on a state at times (B,); previous: its hidden states of the pass before, if it self-conditions."""
-    times = path.hidden_times(times, given) if hasattr(model, "hidden") else path.model_times(times, given)
-    estimate = {"previous": previous} if self_conditions(model) else {}
-    if state.x is None and hasattr(model, "embed_noise"):
-        h = model.embed_noise(state.tokens, state.t, state.rng, given=given, boost=state.boost)
-        return Prediction(None, model.hidden(h, times, **estimate), model.head.weight)
+    network, vocab = network_of(model), path.vocab_size
+    if network is None or not network.makes_noise or state.x is not None:
+        if state.x is None:
+            state.x = path.sample(state.tokens, state.t, state.rng, given=given)
+        if network is None:
+            return predict_from_logits(model, state.x, path.model_times(times, given), vocab)
+    times = path.hidden_times(times, given)
     if state.x is None:
-        state.x = path.sample(state.tokens, state.t, state.rng, given=given)
-    if hasattr(model, "hidden"):
-        return Prediction(None, model.hidden(model.embed(state.x, times), times, **estimate), model.head.weight)
-    return Prediction(model(state.x, times).float())
+        h = network.embed_noise(state.tokens, state.t, state.rng, given=given, boost=state.boost)
+    else:
+        h = network.embed(state.x, times)
+    estimate = {"previous": previous} if network.self_conditions else {}
+    return predict_from_hidden(network, network.hidden(h, times, **estimate), vocab)
+
+
+@contextmanager
+def _evaluating(model) -> Iterator[None]:
+    """The model in evaluation mode (dropout would draw other tokens for the same seed), and then as it was."""
+    training = [m for m in model.modules() if m.training] if isinstance(model, torch.nn.Module) else []
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Diverged:
+    """Raises where logits said nothing, and says in which pass and sequence; on CUDA when it is over, as looking synchronises."""
+
+    def __init__(self, count: int, device: torch.device):
+        self.first = torch.zeros(count, dtype=torch.int64, device=device)  # pass, from 1 on, of each sequence
+        self.passes = 0
+
+    def look(self, prediction: Prediction) -> None:
+        """After what a pass said has been used."""
+        self.passes += 1
+        if prediction.bad is None:
+            return
+        self.first = torch.where((self.first == 0) & prediction.bad, self.passes, self.first)
+        if self.first.device.type == "cpu":
+            self.end()
+
+    def end(self) -> None:
+        if not bool(self.first.any()):
+            return
+        sequence = int(self.first.nonzero()[0])
+        raise ValueError(
+            f"logits: got a NaN or no finite maximum in pass {int(self.first[sequence])}, sequence {sequence}, allowed are "
+            "finite numbers; such a model has diverged"
+        )
 
 
 def _step_in_place(model, path: Path, b: Buffers, top_k: int, top_p: float, temperature: float) -> None:
@@ -217,13 +260,14 @@ def _step_in_place(model, path: Path, b: Buffers, top_k: int, top_p: float, temp
     b.rng[:, 1] += 1  # the state's noise has been made: from the draw's seeds the next one will be
     move = Move(0, b.t, b.t, path, b.rng, b.given, b.known, top_k, top_p, temperature, 0.0, "exact", None)
     b.tokens.copy_(sampling_step(state, prediction, move).tokens)
+    b.bad |= prediction.bad
 
 
 class Sampler:
     """Generates tokens with a model of a path: `model(x_t, t) -> logits`, x_t as `path.reads` says, logits (B, L, V).
 
-    Of a model that has `embed`, `hidden` and `head` (Denoiser) logits are never built whole, and of one with `embed_noise`
-    re-noised rows neither. With an Autoregressive path, generation goes from left to right: `steps`, `method`, `t_split`,
+    Of a Network (Denoiser) logits are never built whole, and of one that makes noise re-noised rows neither. The model is
+    in evaluation mode while it samples. With an Autoregressive path, generation goes from left to right: `steps`, `method`, `t_split`,
     `grid_power` and `euler` do not apply, and nfe is the number of positions decoded. A position that is given after one
     that is free keeps its token, but the tokens before it are drawn without seeing it.
 
@@ -243,7 +287,8 @@ class Sampler:
         device: str | torch.device = "cpu",
         cuda_graph: bool = False,
     ):
-        if isinstance(path, Autoregressive) and not getattr(getattr(model, "config", None), "causal", True):
+        network = network_of(model)
+        if isinstance(path, Autoregressive) and network is not None and network.causal is False:
             raise ValueError("model: got one whose config.causal is False, allowed is a causal one on this path")
         self.model, self.path, self.device = model, path, torch.device(device)
         self._replays: Replays | None = None
@@ -252,8 +297,8 @@ class Sampler:
             self._replays = Replays(partial(_step_in_place, model, path), model, self.device)
 
     def _check_cuda_graph(self) -> None:
-        model, path = self.model, self.path
-        if not isinstance(path, LogitPath) or path.alpha != 1 or not hasattr(model, "embed_noise"):
+        model, path, network = self.model, self.path, network_of(self.model)
+        if not isinstance(path, LogitPath) or path.alpha != 1 or network is None or not network.makes_noise:
             got, allowed = f"a {type(model).__name__} on {path!r}", "a Denoiser on a LogitPath with alpha = 1"
         elif self.device.type != "cuda":
             got, allowed = f"device {self.device}", "a CUDA device"
@@ -270,15 +315,18 @@ class Sampler:
 
     def complete(self, prompts: Sequence[Sequence[int] | Tensor], length: int, **options) -> Samples:
         """Continues prompts of any lengths, none at all too, to `length` tokens each; options as in `infill`."""
-        if not _is_integer(length, 0):
-            raise ValueError(f"length: got {length!r}, allowed is an integer >= 0")
+        length = check_int("length", length, 0, 2**31, "an integer >= 0")
         self._check_length("length", length)
+        if isinstance(prompts, str) or not all(hasattr(prompt, "__len__") for prompt in prompts):
+            raise TypeError(f"prompts: got {prompts!r}, allowed is a list of them, each a sequence of token ids")
         tokens = torch.zeros((len(prompts), length), dtype=torch.int64, device=self.device)
         given = torch.zeros_like(tokens, dtype=torch.bool)
         for i, prompt in enumerate(prompts):
-            if len(prompt) > length:
-                raise ValueError(f"prompts: number {i} has {len(prompt)} tokens, allowed are at most length = {length}")
-            tokens[i, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
+            ids = _token_ids(f"prompts: number {i}", prompt)
+            if ids.dim() != 1 or len(ids) > length:
+                got = f"{len(prompt)} tokens" if ids.dim() == 1 else f"shape {tuple(ids.shape)}"
+                raise ValueError(f"prompts: number {i} has {got}, allowed are at most length = {length}")
+            tokens[i, : len(ids)] = ids
             given[i, : len(prompt)] = True
         return self.infill(tokens, given, **options)
 
@@ -337,6 +385,7 @@ class Sampler:
             )
         if not isinstance(tokens, Tensor):
             return self._infill_ragged(tokens, given, _seeds(seed, len(tokens)), options)
+        tokens = _token_ids("tokens", tokens)
         if tokens.dim() != 2:
             raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, allowed is (B, L)")
         given = torch.as_tensor(given)
@@ -351,7 +400,7 @@ class Sampler:
         if len(given) != len(tokens):
             raise ValueError(f"given: got {len(given)} sequences, allowed are as many as tokens has, {len(tokens)}")
         start = time.perf_counter()
-        tokens = [torch.as_tensor(x, dtype=torch.int64) for x in tokens]
+        tokens = [_token_ids(f"tokens: number {i}", x) for i, x in enumerate(tokens)]
         given = [torch.as_tensor(x, dtype=torch.bool) for x in given]
         groups: dict[int, list[int]] = {}
         for i, (row, flags) in enumerate(zip(tokens, given, strict=True)):
@@ -375,8 +424,9 @@ class Sampler:
         return Samples(found, nfe, time.perf_counter() - start, history if options.return_history else [])
 
     def _check_length(self, name: str, length: int) -> None:
-        most = getattr(getattr(self.model, "config", None), "max_length", length)
-        if length > most:
+        network = network_of(self.model)
+        most = None if network is None else network.max_length
+        if most is not None and length > most:
             raise ValueError(f"{name}: got a length of {length}, allowed is at most the model's max_length, {most}")
 
     def _check_tokens(self, tokens: Tensor, given: Tensor) -> None:
@@ -402,7 +452,8 @@ class Sampler:
         else:
             run = self._segments if options.method == SEGMENTS else self._denoise
             run = self._left_to_right if isinstance(self.path, Autoregressive) else run
-        found, nfe, history = run(tokens, given, rng, options)
+        with _evaluating(self.model):
+            found, nfe, history = run(tokens, given, rng, options)
         found = torch.where(given, tokens, found)
         if found.is_cuda:
             torch.cuda.synchronize(found.device)  # seconds are those of the work, not of its launches
@@ -414,6 +465,7 @@ class Sampler:
         temperatures = options.temperatures(options.steps)
         grid = path.time_grid(options.steps - 1, options.grid_power).tolist()
         progress, history, previous = _Progress(options.steps, options.progress), [], None
+        diverged = _Diverged(len(given), self.device)
 
         def predict(t: float) -> Prediction:
             nonlocal previous
@@ -425,17 +477,22 @@ class Sampler:
                 history.append(torch.where(given, tokens, path.resolve(state, prediction.draw(1, rng(0)))))
             return prediction
 
-        posterior = getattr(getattr(self.model, "config", None), "input", None) == "posterior"
-        boosts = options.boosts if posterior and hasattr(self.model, "embed_noise") else None
+        network = network_of(self.model)
+        boosts = options.boosts if network is not None and network.makes_noise and network.reads_posterior else None
         state = path.renoise(known, 0.0, rng(0), given)
         for index in range(options.steps - 1):
             move = Move(
                 index, grid[index], grid[index + 1], path, rng(index + 1), given, known, options.top_k, options.top_p,
                 temperatures[index], options.t_split, options.euler, boosts,
             )  # fmt: skip
-            state = _samplers[options.method](state, predict(grid[index]), move)
+            prediction = predict(grid[index])
+            state = _samplers[options.method](state, prediction, move)
+            diverged.look(prediction)
         k = 1 if options.final == "argmax" else options.top_k
-        drawn = predict(grid[-1]).draw(k, rng(options.steps), temperatures[-1], options.top_p)
+        prediction = predict(grid[-1])
+        drawn = prediction.draw(k, rng(options.steps), temperatures[-1], options.top_p)
+        diverged.look(prediction)
+        diverged.end()
         return path.resolve(state, drawn), progress.count, history
 
     def _segments(self, tokens: Tensor, given: Tensor, rng, options: _Options) -> tuple[Tensor, int, list[Tensor]]:
@@ -443,7 +500,7 @@ class Sampler:
         free = ~given
         passes = min(options.steps, int(free.sum(1).max()))
         temperatures = options.temperatures(options.steps)  # not of the passes made, which depend on the batch
-        progress, history = _Progress(passes, options.progress), []
+        progress, history, diverged = _Progress(passes, options.progress), [], _Diverged(len(given), self.device)
         turn = torch.where(free, (free.cumsum(1) - 1) % passes, -1)
         found, times = torch.where(given, tokens, 0), torch.zeros(len(given), device=self.device)
         for i in range(passes):
@@ -452,11 +509,14 @@ class Sampler:
             prediction = _predict(self.model, self.path, state, times, shown, None)
             most = int(now.sum(1).max())
             places = (~now).long().argsort(dim=1, stable=True)[:, :most]
-            drawn = prediction.at(places).draw(options.top_k, rng(i + 1), temperatures[i], options.top_p)
+            asked = prediction.at(places)
+            drawn = asked.draw(options.top_k, rng(i + 1), temperatures[i], options.top_p)
+            diverged.look(asked)
             found = torch.where(now, found.scatter(1, places, drawn), found)
             if options.return_history:
                 history.append(torch.where(now | shown, found, prediction.draw(1, rng(0))))
             progress.advance()
+        diverged.end()
         return found, progress.count, history
 
     def _replay(self, tokens: Tensor, given: Tensor, rng, options: _Options) -> tuple[Tensor, int, list[Tensor]]:
@@ -471,6 +531,9 @@ class Sampler:
             buffers.t.fill_(t)
             replay()
             progress.advance()
+        diverged = _Diverged(len(given), self.device)
+        diverged.first += buffers.bad * options.steps  # in some pass, which a replay does not tell
+        diverged.end()
         return buffers.tokens, progress.count, []
 
     def _left_to_right(self, tokens: Tensor, given: Tensor, rng, options: _Options) -> tuple[Tensor, int, list[Tensor]]:
@@ -479,8 +542,12 @@ class Sampler:
         progress, history = _Progress(int(free[-1] - free[0]) + 1, options.progress), []
         k = 1 if options.final == "argmax" else options.top_k
 
+        diverged = _Diverged(len(given), self.device)
+
         def draw(prediction: Prediction, i: int) -> Tensor:
-            return prediction.draw(k, rng(0), temperatures[i], options.top_p, row_offset=i)
+            drawn = prediction.draw(k, rng(0), temperatures[i], options.top_p, row_offset=i)
+            diverged.look(prediction)
+            return drawn
 
         def after(found: Tensor) -> None:
             progress.advance()
@@ -488,4 +555,5 @@ class Sampler:
                 history.append(found.clone())
 
         found, nfe = self.path.generate(self.model, tokens, given, draw, after)
+        diverged.end()
         return found, nfe, history

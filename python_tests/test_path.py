@@ -19,7 +19,7 @@ from klflow_ext import (
     UniformPath,
     ops,
 )
-from klflow_ext.path import IGNORE, KAPPA, State, identification_accuracy
+from klflow_ext.path import IGNORE, KAPPA, Network, State, identification_accuracy
 from klflow_ext.path.noise import log_gamma
 
 V = 11
@@ -161,8 +161,10 @@ def test_noise_depends_on_seed_step_and_row_alone(path):
 # ---- the loss
 
 
-class Table(torch.nn.Module):
+class Table(Network):
     """A model of rows or ids with the pieces of a Denoiser, fused or not."""
+
+    makes_noise = True
 
     def __init__(self, ids, width=8):
         super().__init__()
@@ -220,7 +222,7 @@ def test_the_loss_compiles_whole(path):
 @pytest.mark.parametrize("path", [LogitPath(V), MaskPath(V)], ids=name)
 def test_half_the_sequences_condition_on_their_own_estimate(path):
     model, seen = Table(V + 1 if path.reads == "tokens" else V), []
-    model.config = SimpleNamespace(self_conditioning=True)
+    model.self_conditions = True
     plain = model.hidden
 
     def hidden(h, t, previous=None):

@@ -12,10 +12,11 @@ from klflow_ext.path.autoregressive import Autoregressive
 from klflow_ext.path.base import IGNORE, Path
 from klflow_ext.path.discrete import KAPPA, MaskPath, UniformPath
 from klflow_ext.path.logit import LogitPath, identification_accuracy
+from klflow_ext.path.network import Network
 from klflow_ext.path.simplex import LinearPath, SpherePath
 from klflow_ext.path.state import Move, Prediction, State
 
 __all__ = [
     "IGNORE", "KAPPA", "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive",
-    "State", "Prediction", "Move", "identification_accuracy",
+    "State", "Prediction", "Move", "Network", "identification_accuracy",
 ]  # fmt: skip

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from klflow_ext.path.base import IGNORE, Model, Path, check_targets
+from klflow_ext.path.base import IGNORE, Path, check_targets
+from klflow_ext.path.network import Model, network_of, predict_from_hidden, predict_from_logits
 from klflow_ext.path.state import Prediction
 
 
@@ -59,7 +60,7 @@ class Autoregressive(Path):
         A known token takes the place of the draw, whatever the model says; positions before it do not see it.
 
         Args:
-            model: with a `cache` (a causal Denoiser) each pass reads new positions only; else `model(x, t)` reads all so far.
+            model: a Network with a cache (a causal Denoiser): each pass reads new positions only; else `model(x, t)` reads all so far.
             tokens, given: (B, L) ids, and which of them are known; at least one is not.
             draw: `draw(prediction, i)`, the (B, 1) tokens of position i. after: called with the tokens after each pass.
 
@@ -71,14 +72,15 @@ class Autoregressive(Path):
         tokens = torch.where(given, tokens, 0)
         inputs = torch.cat([torch.full_like(tokens[:, :1], self.vocab_size), tokens[:, :-1]], 1)
         t = torch.zeros(len(tokens), device=tokens.device)
-        cache = model.cache(len(tokens)) if hasattr(model, "cache") else None
+        network = network_of(model)
+        cache = network.cache(len(tokens)) if network is not None and network.caches else None
         for i in range(first, last + 1):
             if cache is None:
-                prediction = Prediction(model(inputs[:, : i + 1], t)[:, -1:].float())
+                prediction = predict_from_logits(model, inputs[:, : i + 1], t, self.vocab_size).last()
             else:
                 new = inputs[:, cache.length : i + 1]
-                h = model.hidden(model.embed(new, t), t, cache=cache)
-                prediction = Prediction(None, h[:, -1:], model.head.weight)
+                h = network.hidden(network.embed(new, t), t, cache=cache)
+                prediction = predict_from_hidden(network, h[:, -1:], self.vocab_size)
             drawn = torch.where(given[:, i : i + 1], tokens[:, i : i + 1], draw(prediction, i))
             tokens[:, i : i + 1] = drawn
             inputs[:, i + 1 : i + 2] = drawn[:, : inputs.shape[1] - i - 1]

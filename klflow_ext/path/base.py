@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from klflow_ext import ops
-from klflow_ext.ops.arguments import check_tokens, looks_at_values
+from klflow_ext.ops.arguments import INTEGERS, check_tensor, check_tokens, looks_at_values
+from klflow_ext.path.network import Model, hidden_of, loss_of_hidden, loss_of_logits, network_of
 from klflow_ext.path.state import Move, Prediction, State
 
 IGNORE = -100  # a target with this value is padding: no loss, and its row carries noise only
-
-Model = Callable[[Tensor, Tensor], Tensor]
 
 
 class Path:
@@ -91,7 +88,7 @@ class Path:
         return t
 
     def hidden_times(self, t: Tensor, given: Tensor | None) -> Tensor:
-        """`model_times` for a model with `hidden` (Denoiser), which tells positions apart: given rows are at time 1."""
+        """`model_times` for a Network (Denoiser), which tells positions apart: given rows are at time 1."""
         if given is None or self.reads == "tokens":
             return self.model_times(t, given)
         return torch.where(given, 1.0, t[:, None])
@@ -123,8 +120,8 @@ class Path:
         """-log p(k | x_t, t), averaged over the positions that are neither given nor padding (the paper's equation 13).
 
         Args:
-            model: `model(x_t, t) -> logits`, (B, L, V) or (B, L), and (B,), to (B, L, V). Of one that has `embed`, `hidden`
-                and `head` (Denoiser) the logits are never built whole.
+            model: `model(x_t, t) -> logits`, (B, L, V) or (B, L), and (B,), to (B, L, V). Of a Network (Denoiser) the logits
+                are never built whole.
             target: (B, L) tokens; `IGNORE` marks padding.
             t: (B,) times in [0, 1].
             given: (B, L) bool, positions that the model sees in the clear.
@@ -132,17 +129,18 @@ class Path:
         """
         x = self.sample(target, t[:, None], rng, given=given, row_offset=row_offset)
         label = target if given is None else target.masked_fill(given, IGNORE)
-        t = self.hidden_times(t, given) if hasattr(model, "hidden") else self.model_times(t, given)
+        t = self.model_times(t, given) if network_of(model) is None else self.hidden_times(t, given)
         return self._cross_entropy(model, x, t, label, reduction, row_offset)
 
     def _cross_entropy(
         self, model: Model, x: Tensor, t: Tensor, label: Tensor, reduction: str, row_offset: int
     ) -> Tensor:
         options = {"ignore_index": IGNORE, "reduction": reduction}
-        if hasattr(model, "hidden"):
-            h = hidden_of(model, model.embed(x, t), t, row_offset)
-            return ops.linear_cross_entropy(h, model.head.weight, label, **options)
-        return ops.cross_entropy(model(x, t), label, **options)
+        network = network_of(model)
+        if network is None:
+            return loss_of_logits(model, x, t, label, self.vocab_size, **options)
+        h = hidden_of(network, network.embed(x, t), t, row_offset)
+        return loss_of_hidden(network, h, label, self.vocab_size, **options)
 
     # ---- sampling
 
@@ -190,25 +188,9 @@ class Path:
         return f"{type(self).__name__}({settings})"
 
 
-def self_conditions(model: Model) -> bool:
-    return getattr(getattr(model, "config", None), "self_conditioning", False)
-
-
-def hidden_of(model: Model, h: Tensor, t: Tensor, row_offset: int) -> Tensor:
-    """model.hidden(h, t). In training, every other sequence of a model that self-conditions also gets its own first estimate,
-    made without a gradient (Chen et al. 2023, "Analog Bits").
-    """
-    if not self_conditions(model) or not model.training:
-        return model.hidden(h, t)
-    chosen = slice((row_offset // h.shape[1]) % 2, None, 2)  # by number in the whole batch, of which h may be a part
-    with torch.no_grad():
-        previous = torch.zeros_like(h)
-        previous[chosen] = model.hidden(h[chosen], t[chosen]).to(h.dtype)
-    return model.hidden(h, t, previous=previous)
-
-
 def check_targets(target: Tensor, vocab_size: int) -> None:
     """IndexError for a target outside [0, V) that is no padding, where values may be read (as the kernels do)."""
+    check_tensor("target", target, INTEGERS)
     if looks_at_values(target):
         check_tokens("target", target.reshape(-1), vocab_size, ignore_index=IGNORE)
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from klflow_ext.path.base import IGNORE, Model, Path, check_targets, hide_padding
+from klflow_ext.path.base import IGNORE, Path, check_targets, hide_padding
+from klflow_ext.path.network import Model
 from klflow_ext.path.noise import row_words, uniform
 from klflow_ext.path.state import Move, Prediction, State
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from klflow_ext import ops
-from klflow_ext.path.base import IGNORE, Model, Path, check_targets, hidden_of, hide_padding
+from klflow_ext.path.base import IGNORE, Path, check_targets, hide_padding
+from klflow_ext.path.network import Model, hidden_of, loss_of_hidden, network_of
 from klflow_ext.path.noise import log_gamma
 from klflow_ext.path.state import Move, Prediction, State
 
@@ -137,14 +138,15 @@ class LogitPath(Path):
         self, model: Model, target: Tensor, t: Tensor, rng, *, given: Tensor | None = None, reduction: str = "mean",
         row_offset: int = 0,
     ) -> Tensor:  # fmt: skip
-        """As `Path.loss`; a model that has `embed_noise` (Denoiser) is trained without any tensor of positions x V."""
-        if self.alpha != 1 or not hasattr(model, "embed_noise"):
+        """As `Path.loss`; a Network that makes noise (Denoiser) is trained without any tensor of positions x V."""
+        network = network_of(model)
+        if self.alpha != 1 or network is None or not network.makes_noise:
             return super().loss(model, target, t, rng, given=given, reduction=reduction, row_offset=row_offset)
         label = target if given is None else target.masked_fill(given, IGNORE)
         tokens, times, shown = hide_padding(target, t[:, None], given)
-        h = model.embed_noise(tokens, times, rng, given=shown, row_offset=row_offset)
-        h = hidden_of(model, h, self.hidden_times(t, given), row_offset)
-        return ops.linear_cross_entropy(h, model.head.weight, label, ignore_index=IGNORE, reduction=reduction)
+        h = network.embed_noise(tokens, times, rng, given=shown, row_offset=row_offset)
+        h = hidden_of(network, h, self.hidden_times(t, given), row_offset)
+        return loss_of_hidden(network, h, label, self.vocab_size, ignore_index=IGNORE, reduction=reduction)
 
     def renoise(self, tokens: Tensor, t: float, rng: Tensor, given: Tensor) -> State:
         if self.alpha == 1:

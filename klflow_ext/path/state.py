@@ -67,11 +67,27 @@ class Prediction:
     """What the network says of a state: its logits, or draws from them, for which they exist a few sequences at a time.
 
     Args:
-        logits: (B, L, V), or None: those of hidden (B, L, D) @ weight.T, weight (V, D).
+        logits: (B, L, V), or None: those of hidden (B, L, D) @ weight.T + bias, weight (V, D), bias (V,) or None.
+
+    Attributes:
+        bad: (B,) bool, of the sequences in whose logits, as far as they were looked at, a row holds a NaN or has no finite
+            maximum; None before. Draws from such rows are token 0 and mean nothing: who samples must look (Sampler does).
     """
 
-    def __init__(self, logits: Tensor | None, hidden: Tensor | None = None, weight: Tensor | None = None):
-        self._logits, self.hidden, self.weight = logits, hidden, weight
+    def __init__(
+        self,
+        logits: Tensor | None,
+        hidden: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ):
+        self._logits, self.hidden, self.weight, self.bias = logits, hidden, weight, bias
+        self.bad: Tensor | None = None
+
+    def _note(self, bad: Tensor) -> None:
+        """bad: (B, N) of rows."""
+        bad = bad.any(1)
+        self.bad = bad if self.bad is None else self.bad | bad
 
     @property
     def is_dense(self) -> bool:
@@ -80,21 +96,35 @@ class Prediction:
     @property
     def logits(self) -> Tensor:
         if self._logits is None:
-            self._logits = (self.hidden @ self.weight.T).float()
+            self._logits = self._of(self.hidden).float()
+        self._note(~self._logits.amax(-1).isfinite())  # a NaN is the maximum, too
         return self._logits
+
+    def _of(self, hidden: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        return torch.nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias)
+
+    def last(self) -> Prediction:
+        """What it says of the last position of each sequence."""
+        return Prediction(self._logits[:, -1:]) if self.is_dense else self._with(self.hidden[:, -1:])
+
+    def _with(self, hidden: Tensor) -> Prediction:
+        return Prediction(None, hidden, self.weight, self.bias)
 
     def at(self, places: Tensor) -> Prediction:
         """What it says of some positions of each sequence, places (B, N)."""
         if self.is_dense:
             return Prediction(self._logits.gather(1, places[..., None].expand(-1, -1, self._logits.shape[-1])))
         hidden = self.hidden.gather(1, places[..., None].expand(-1, -1, self.hidden.shape[-1]))
-        return Prediction(None, hidden, self.weight)
+        return self._with(hidden)
 
     def draw(self, k: int, rng: Tensor, temperature: float = 1.0, top_p: float = 1.0, row_offset: int = 0) -> Tensor:
-        """(B, L) tokens of `ops.topk_sample`, rng (B, 2)."""
+        """(B, L) tokens of `ops.topk_sample`, rng (B, 2); 0 where the logits say nothing (see `bad`)."""
         options = {"temperature": temperature, "top_p": top_p, "row_offset": row_offset}
         parts = [ops.topk_sample(logits, k, rng[part], **options)[0] for part, logits in self._parts()]
-        return torch.cat(parts)
+        tokens = torch.cat(parts)
+        self._note(tokens < 0)
+        return tokens.clamp_(min=0)
 
     def largest(self, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """(ids, p), both (B, L, k): the largest entries of p = softmax(logits / temperature)."""
@@ -104,7 +134,9 @@ class Prediction:
             values, columns = logits.topk(k)
             ids.append(columns)
             shares.append((values - logits.logsumexp(-1, keepdim=True)).exp())
-        return torch.cat(ids), torch.cat(shares)
+        ids, p = torch.cat(ids), torch.cat(shares)
+        self._note(p.isnan().any(-1))
+        return ids, p.nan_to_num_(0.0)
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
         """The logits of some sequences after another, and which they are."""
@@ -114,4 +146,4 @@ class Prediction:
         b, length, _ = self.hidden.shape
         some = max(1, LOGIT_BYTES // (4 * length * self.weight.shape[0]))
         for i in range(0, b, some):
-            yield slice(i, i + some), self.hidden[i : i + some] @ self.weight.T
+            yield slice(i, i + some), self._of(self.hidden[i : i + some])
