@@ -39,8 +39,10 @@ def loss_by_time(
     losses = {}
     for t in dict.fromkeys(path.time(share) for share in shares):
         if t < 1:
-            times = torch.full((sequences,), t, device=device)
-            losses[t] = path.loss(model, tokens, times, torch.tensor([12345, 1], device=device)).item()
+            times = torch.full((sequences,), t, dtype=torch.float32, device=device)
+            losses[t] = path.loss(
+                model, tokens, times, torch.tensor([12345, 1], dtype=torch.int64, device=device)
+            ).item()
     return losses
 
 
@@ -112,7 +114,10 @@ class Judge:
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         length, size = len(tokens), self.embedding.shape[1] // self.heads
-        angles = torch.outer(torch.arange(float(length)), 10000.0 ** -(torch.arange(0, size, 2) / size))
+        angles = torch.outer(
+            torch.arange(length, dtype=torch.float32),
+            10000.0 ** -(torch.arange(0, size, 2, dtype=torch.float32) / size),
+        )
         rotation = torch.polar(torch.ones_like(angles), angles)[:, None]
 
         def rotate(x):

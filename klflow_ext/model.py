@@ -177,6 +177,8 @@ class Denoiser(Network):
         config: see DenoiserConfig. path: the path that makes x_t: a LogitPath for the posterior input, of which its c is a
             part; a path of tokens for input="tokens".
         log_prior: (V,) log unigram frequencies for the posterior input; None: uniform.
+
+    Parameters are of torch's default dtype, but float32 where that is float64. `.bfloat16()` and `.half()` cast them alone.
     """
 
     def __init__(self, config: DenoiserConfig, path: LogitPath, log_prior: Tensor | None = None):
@@ -205,14 +207,29 @@ class Denoiser(Network):
             self.self_in = nn.Linear(d, d, bias=False)
             nn.init.zeros_(self.self_in.weight)
         nn.init.zeros_(self.head.weight)
-        uniform = torch.full((config.vocab_size,), -math.log(config.vocab_size))
+        uniform = torch.full((config.vocab_size,), -math.log(config.vocab_size), dtype=torch.float32)
         if log_prior is not None and log_prior.shape != uniform.shape:
             raise ValueError(f"log_prior: got shape {tuple(log_prior.shape)}, allowed is ({config.vocab_size},)")
         self.register_buffer("log_prior", uniform if log_prior is None else log_prior.float())
         half = d // config.n_head // 2
-        angles = torch.outer(torch.arange(config.max_length + 1.0), 10000.0 ** -(torch.arange(half) / half))
+        angles = torch.outer(
+            torch.arange(config.max_length + 1, dtype=torch.float32),
+            10000.0 ** -(torch.arange(half, dtype=torch.float32) / half),
+        )
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
+        if self.embedding.dtype == torch.float64:  # torch's default dtype, in which there are no kernels
+            self.float()
+
+    def _apply(self, fn, recurse=True):
+        """Casts parameters only: in 16 bits the prior and the rotations would lose what they are made for."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = getattr(self, name)
+            if now.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(now.device))
+        return self
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The matrices from hidden states to hidden states: what Muon is for. Not embeddings, head, or layers of the time."""
@@ -254,16 +271,15 @@ class Denoiser(Network):
                 bad = x[(x < 0) | (x > vocab)][0].item()
                 raise ValueError(f"x: got the id {bad}, allowed is 0 to V = {vocab}, which is the mask or start")
             return F.embedding(x, self.embedding)
-        x = x.to(self.embedding.dtype)
         if self.config.input == "posterior":
-            t = self._times(t, *x.shape[:2])
+            x, t = x.float(), self._times(t, *x.shape[:2])
             if not self._is_sparse:
-                return self.posterior(x, t) @ self.embedding
+                return self.posterior(x, t).to(self.embedding.dtype) @ self.embedding
             entries = ops.token_posterior(
                 x.log(), t.reshape(len(t), -1), self.log_prior, top=self.config.top, beta=self.beta
             )
             return ops.posterior_embedding(*entries, self.embedding, self.log_prior)
-        return self._centred(x @ self.embedding)
+        return self._centred(x.to(self.embedding.dtype) @ self.embedding)
 
     def embed_noise(
         self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, row_offset: int = 0,
@@ -339,7 +355,7 @@ class Denoiser(Network):
         elif config.time == "adaln":
             time = F.silu(self._time(t.reshape(b, -1)))
         positions = slice(held, held + h.shape[1])
-        cos, sin = self.cos[positions], self.sin[positions]
+        cos, sin = self.cos[positions].to(h.dtype), self.sin[positions].to(h.dtype)
         for layer, block in enumerate(self.blocks):
             h = block(h, cos, sin, time, cache, layer)
         if cache is not None:
@@ -348,8 +364,10 @@ class Denoiser(Network):
 
     def _time(self, t: Tensor) -> Tensor:
         """Times (...) as vectors (..., D)."""
-        phases = 1000 * t[..., None] * torch.exp(-math.log(10000) * torch.arange(64, device=t.device) / 64)
-        return self.time_out(F.silu(self.time_in(torch.cat([phases.sin(), phases.cos()], -1))))
+        rates = torch.exp(-math.log(10000) * torch.arange(64, dtype=torch.float32, device=t.device) / 64)
+        phases = 1000 * t[..., None] * rates
+        waves = torch.cat([phases.sin(), phases.cos()], -1).to(self.time_in.weight.dtype)
+        return self.time_out(F.silu(self.time_in(waves)))
 
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
         """x (B, L, V) rows on the simplex, or tokens (B, L); t a number, (B,) or (B, L), in [0, 1]; returns logits (B, L, V).

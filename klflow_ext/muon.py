@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -40,24 +43,44 @@ class Muon(torch.optim.Optimizer):
     """torch.optim.Muon with Nesterov momentum and the step size that matches AdamW's (0.2 sqrt(max(rows, columns)), Liu et
     al. 2025, arXiv 2502.16982), but matrices of one shape go together, and not in bfloat16 where that is slow.
 
-    params: matrices only. lr, weight_decay (decoupled), momentum: as there.
+    params: matrices only. lr, weight_decay (decoupled), momentum: as there, each a number >= 0, momentum below 1.
+
+    Raises:
+        ValueError: one of them is outside its range or a parameter is no matrix, also in a group that is added later.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        for p in (p for group in self.param_groups for p in group["params"]):
+
+    def add_param_group(self, param_group: dict) -> None:
+        for name, below in (("lr", math.inf), ("weight_decay", math.inf), ("momentum", 1)):
+            value = param_group.get(name, self.defaults[name])
+            if not 0 <= value < below:
+                allowed = "a number in [0, 1)" if below == 1 else "a finite number >= 0"
+                raise ValueError(f"{name}: got {value!r}, allowed is {allowed}")
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        for p in params:
+            p = p[1] if isinstance(p, tuple) else p  # (name, parameter)
             if p.dim() != 2:
                 raise ValueError(f"params: got one of shape {tuple(p.shape)}, allowed are matrices")
+        super().add_param_group({**param_group, "params": params})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step; closure, if given, makes the loss and its gradients first. Returns that loss, or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
+            kinds: dict[tuple, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, matrices in shapes.items():
+                    kinds.setdefault((p.shape, p.dtype, p.device), []).append(p)
+            for (shape, *_), matrices in kinds.items():
                 self._step(matrices, 0.2 * max(shape) ** 0.5, group)
+        return loss
 
     def _step(self, matrices: list[Tensor], scale: float, group: dict) -> None:
         for p in matrices:

@@ -51,8 +51,16 @@ def state_of(rng, shape=(), row_offset=0):
     return rng.reshape(-1, rng.shape[-1])
 
 
+def key_of_row(seed, row):
+    """The key's high word of rows (int64)."""
+    return (seed >> 32 ^ (row >> 32) * 0x9E3779B9) & 0xFFFFFFFF
+
+
 def words(rows, vocab_size, rng, stream, row_offset=0, device=None):
-    """(rows, V) words of one stream, as int64: key = seed, counter = (column // 4, row, step, stream), lane column % 4."""
+    """(rows, V) words of one stream, as int64: key = seed, counter = (column // 4, row, step, stream), lane column % 4.
+
+    Rows from 2^32 on: what is above 32 bits, times 0x9E3779B9, enters the key's high word by exclusive or.
+    """
     pairs = state_of(rng).to(device)
     pairs = pairs.expand(rows, pairs.shape[1])
     mask = 0xFFFFFFFF
@@ -60,8 +68,9 @@ def words(rows, vocab_size, rng, stream, row_offset=0, device=None):
     own = pairs[:, 2] if pairs.shape[1] == 3 else torch.arange(rows, device=device) + row_offset
     row = (own & mask)[:, None]
     seed, step = pairs[:, :1], pairs[:, 1:2] & mask
+    key = (seed & mask, key_of_row(seed, own[:, None]))
     zero = torch.zeros(rows, column.shape[1], dtype=torch.int64, device=device)
-    out = philox((zero + column, zero + row, zero + step, zero + stream), (seed & mask, (seed >> 32) & mask))
+    out = philox((zero + column, zero + row, zero + step, zero + stream), key)
     return torch.stack(out, -1).reshape(rows, 4 * column.shape[1])[:, :vocab_size]
 
 

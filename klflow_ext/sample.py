@@ -442,7 +442,7 @@ class Sampler:
         self._check_tokens(tokens, given)
         if tokens.numel() == 0 or bool(given.all()):
             return Samples(tokens.clone(), 0, time.perf_counter() - start)
-        own_seeds = torch.tensor(seeds, device=self.device)[:, None]
+        own_seeds = torch.tensor(seeds, dtype=torch.int64, device=self.device)[:, None]
 
         def rng(step: int) -> Tensor:
             return torch.cat([own_seeds, torch.full_like(own_seeds, step)], 1)
@@ -470,7 +470,7 @@ class Sampler:
         def predict(t: float) -> Prediction:
             nonlocal previous
             progress.advance()
-            times = torch.full((len(given),), t, device=self.device)
+            times = torch.full((len(given),), t, dtype=torch.float32, device=self.device)
             prediction = _predict(self.model, path, state, times, given, previous)
             previous = prediction.hidden
             if options.return_history:
@@ -502,7 +502,7 @@ class Sampler:
         temperatures = options.temperatures(options.steps)  # not of the passes made, which depend on the batch
         progress, history, diverged = _Progress(passes, options.progress), [], _Diverged(len(given), self.device)
         turn = torch.where(free, (free.cumsum(1) - 1) % passes, -1)
-        found, times = torch.where(given, tokens, 0), torch.zeros(len(given), device=self.device)
+        found, times = torch.where(given, tokens, 0), torch.zeros(len(given), dtype=torch.float32, device=self.device)
         for i in range(passes):
             now, shown = turn == i, turn < i
             state = self.path.renoise(found, 0.0, rng(i), shown)

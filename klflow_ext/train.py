@@ -309,9 +309,9 @@ class Trainer:
         size = c.batch_size // (c.accumulate * self.processes)
         first = self.rank * c.accumulate * size
         measure = self.curve is not None and self.step % self.MEASURE_EVERY == 0
-        rng = torch.tensor([c.seed, self.step], device=self.device)
-        loss = torch.zeros((), device=self.device)
-        losses = torch.zeros(c.batch_size, device=self.device)
+        rng = torch.tensor([c.seed, self.step], dtype=torch.int64, device=self.device)
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        losses = torch.zeros(c.batch_size, dtype=torch.float32, device=self.device)
         for start in range(first, first + c.accumulate * size, size):
             part = slice(start, start + size)
             batch = [x[part].to(self.device) for x in (tokens, t, given)]

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from klflow_ext import ops, reference
+from klflow_ext import LogitPath, MaskPath, ops, reference
 
 V, N = 37, 6
 X = torch.randn(N, V, generator=torch.Generator().manual_seed(0))
@@ -251,18 +251,35 @@ def test_a_gradient_in_place_of_expanded_logits():
 # ---- noise rows
 
 
-def test_rows_past_2_to_the_32():
-    for call in (
-        lambda o: ops.noise_interpolate(Y, 0.1, 0, vocab_size=V, row_offset=o),
-        lambda o: ops.noise_posterior(Y, 0.1, 0, PRIOR, row_offset=o, top=3),
-        lambda o: ops.noise_embedding(Y, 0.1, W, 0, row_offset=o),
-        lambda o: ops.topk_sample(X, 5, 0, row_offset=o),
-        lambda o: ops.topk_renoise(X, 5, 0.1, 0, row_offset=o),
-        lambda o: ops.noise_interpolate(Y[None], 0.1, torch.zeros(1, 2, dtype=torch.int64), vocab_size=V, row_offset=o),
-    ):
-        call(2**32 - N)
-        with pytest.raises(ValueError, match=r"row_offset: got 4294967291 with 6 rows, allowed is row_offset \+ rows"):
-            call(2**32 - N + 1)
+OFFSET = {
+    "noise_interpolate": lambda m, y, o: m.noise_interpolate(y, 0.1, 5, vocab_size=V, row_offset=o),
+    "noise_posterior": lambda m, y, o: m.noise_posterior(y, 0.05, 5, PRIOR, row_offset=o, top=3)[1],
+    "noise_embedding": lambda m, y, o: m.noise_embedding(y, 0.1, W, 5, row_offset=o),
+    "topk_sample": lambda m, y, o: m.topk_sample(X[:1].expand(len(y), V), 30, 5, row_offset=o)[1],
+    "topk_renoise": lambda m, y, o: m.topk_renoise(X[:1].expand(len(y), V), 30, 0.1, 5, row_offset=o)[1],
+    "a state for each sequence": lambda m, y, o: m.noise_interpolate(
+        y[None], 0.1, torch.tensor([[5, 0]]), vocab_size=V, row_offset=o
+    )[0],
+    "LogitPath of other noise": lambda m, y, o: LogitPath(V, alpha=0.5).sample(y, 0.1, 5, row_offset=o),
+    "MaskPath": lambda m, y, o: MaskPath(V).sample(y.repeat(1), 0.5, 5, row_offset=o),
+}
+
+
+@pytest.mark.parametrize("call", OFFSET.values(), ids=OFFSET)
+def test_rows_past_2_to_the_32(call, device):
+    """Their noise is none of that of the first rows, and the same for any split."""
+    rows, first = 200, 2**32 - 100
+    y = torch.zeros(rows, dtype=torch.int64)
+    whole, start = call(ops, y, first), call(ops, y, 0)
+    assert not torch.equal(whole[100:], start[:100])
+    same = (whole[100:].reshape(100, -1) == start[:100].reshape(100, -1)).double().mean()
+    assert same < (0.8 if whole.dtype == torch.int64 else 0.5)  # tokens agree by chance
+    torch.testing.assert_close(whole, call(reference, y, first), rtol=1e-4, atol=1e-5)
+    for a, b in ((0, 90), (95, 105)):
+        assert torch.equal(call(ops, y[a:b], first + a), whole[a:b])
+    assert torch.equal(call(ops, y[:1], 2**32 - 1), whole[99:100])
+    with pytest.raises(ValueError, match="row_offset: got 4294967296"):
+        call(ops, y, 2**32)
 
 
 # ---- targets

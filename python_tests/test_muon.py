@@ -1,5 +1,7 @@
 """Muon is torch.optim.Muon, in whichever type is fast."""
 
+import math
+
 import pytest
 import torch
 
@@ -60,3 +62,56 @@ def test_orthogonalize(dtype, shape):
 def test_only_matrices():
     with pytest.raises(ValueError, match=r"params: got one of shape \(3,\), allowed are matrices"):
         Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+
+
+def matrix(*shape, dtype=torch.float32):
+    return torch.nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype))
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum"])
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, -math.inf])
+def test_settings_out_of_range(name, value):
+    settings = {"lr": 0.1, name: value}
+    with pytest.raises(ValueError, match=f"{name}: got"):
+        Muon([matrix(3, 4)], **settings)
+    optimizer = Muon([matrix(3, 4)], lr=0.1)
+    with pytest.raises(ValueError, match=f"{name}: got"):
+        optimizer.add_param_group({"params": [matrix(3, 4)], name: value})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="momentum: got 1"):
+        Muon([matrix(3, 4)], lr=0.1, momentum=1.0)
+
+
+def test_only_matrices_can_be_added():
+    optimizer = Muon([matrix(3, 4)], lr=0.1)
+    for wrong in (matrix(5), [matrix(3, 4), matrix(5)], (p for p in [matrix(2, 3, 4)])):
+        with pytest.raises(ValueError, match="params: got one of shape"):
+            optimizer.add_param_group({"params": wrong})
+        assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": matrix(3, 5), "lr": 0.2})
+    assert optimizer.param_groups[1]["lr"] == 0.2 and optimizer.param_groups[1]["momentum"] == 0.95
+
+
+def test_a_closure_makes_the_gradients():
+    p, q = matrix(4, 6), matrix(4, 6)
+    one, other = Muon([p], lr=0.1), Muon([q], lr=0.1)
+
+    def closure():
+        one.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    before = p.detach().square().sum()
+    assert one.step(closure) == before
+    q.square().sum().backward()
+    assert other.step() is None
+    assert torch.equal(p, q)
+
+
+def test_matrices_of_one_shape_and_two_dtypes():
+    p, q = matrix(4, 6), matrix(4, 6, dtype=torch.bfloat16)
+    for x in (p, q):
+        x.grad = torch.ones_like(x)
+    Muon([p, q], lr=0.1).step()
+    assert p.isfinite().all() and q.dtype == torch.bfloat16 and q.isfinite().all()

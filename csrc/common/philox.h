@@ -1,5 +1,5 @@
 // The noise contract: Philox4x32-10 (Salmon et al., SC'11), one stream of words for every backend.
-// key = (seed low, seed high), counter = (column / 4, row, step, stream), word = lane column % 4.
+// key = (seed low, seed high), counter = (column / 4, row, step, stream), word = lane column % 4; see key_of_row.
 #pragma once
 
 #include <cmath>
@@ -15,6 +15,12 @@ namespace klflow {
 
 // Purposes of the streams.
 enum Stream : uint32_t { kSimplexNoise = 0, kTokenDrawHigh = 1, kTokenDrawLow = 2 };
+
+// The counter has 32 bits for the row. Those above them, of batches that go on past 2^32 rows, enter the key's high
+// word.
+KLFLOW_HD uint32_t key_of_row(uint64_t seed, int64_t row) {
+  return static_cast<uint32_t>(seed >> 32) ^ static_cast<uint32_t>(row >> 32) * 0x9E3779B9u;
+}
 
 struct Words4 {
   uint32_t w[4];

@@ -182,8 +182,10 @@ double noise_row(const PhiloxKey& key, int64_t first, int64_t n, float one_minus
 
 inline PhiloxKey philox_key(const Rng& rng, int64_t row, uint32_t stream) {
   const int64_t* pair = rng.data + row * rng.stride;
-  return {static_cast<uint64_t>(pair[0]), static_cast<uint32_t>(rng.stride == 3 ? pair[2] : row + rng.row_offset),
-          static_cast<uint32_t>(pair[1]), stream};
+  const uint64_t seed = static_cast<uint64_t>(pair[0]);
+  const int64_t number = rng.stride == 3 ? pair[2] : row + rng.row_offset;
+  return {static_cast<uint32_t>(seed) | static_cast<uint64_t>(key_of_row(seed, number)) << 32,
+          static_cast<uint32_t>(number), static_cast<uint32_t>(pair[1]), stream};
 }
 
 inline int64_t token_at(const Tokens& tokens, int64_t row, int64_t slot = 0) {

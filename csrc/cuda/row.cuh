@@ -282,8 +282,9 @@ struct NoiseKey {
 __device__ __forceinline__ NoiseKey noise_key(const Rng& rng, int64_t row) {
   const int64_t* pair = rng.data + row * rng.stride;
   const uint64_t seed = static_cast<uint64_t>(pair[0]);
-  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
-          static_cast<uint32_t>(rng.stride == 3 ? pair[2] : row + rng.row_offset), static_cast<uint32_t>(pair[1])};
+  const int64_t number = rng.stride == 3 ? pair[2] : row + rng.row_offset;
+  return {static_cast<uint32_t>(seed), key_of_row(seed, number), static_cast<uint32_t>(number),
+          static_cast<uint32_t>(pair[1])};
 }
 __device__ __forceinline__ Words4 noise_words(const NoiseKey& key, int64_t column, uint32_t stream) {
   return philox(static_cast<uint32_t>(column) / 4, key.row, key.step, stream, key.k0, key.k1);

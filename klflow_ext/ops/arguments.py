@@ -160,7 +160,6 @@ def given_known(given, known, shape, rows, vocab, device):
 
 def rng_state(rng, shape, rows, device, row_offset=0):
     """The noise state as the kernels take it, int64 on the device: (2,), (rows, 2), or (rows, 3) with the row's number."""
-    numbered = rows  # rows numbered from row_offset on
     if not isinstance(rng, torch.Tensor) or rng.dim() == 0:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             fail(ValueError, "rng", repr(rng), "under CUDA graph capture the (seed, step) tensor on the device")
@@ -173,16 +172,13 @@ def rng_state(rng, shape, rows, device, row_offset=0):
         if rng.shape == (2,):
             state = rng.contiguous()
         elif len(shape) > 1 and rng.shape == (*shape[:-1], 2):  # a state for each sequence: rows are numbered within it
-            numbered = shape[-1]
-            row = torch.arange(row_offset, row_offset + numbered, dtype=torch.int64, device=device).expand(shape)
+            row = torch.arange(row_offset, row_offset + shape[-1], dtype=torch.int64, device=device).expand(shape)
             state = torch.cat([rng[..., None, :].expand(*shape, 2), row[..., None]], -1).reshape(rows, 3)
         elif rng.shape == (*shape, 2):
             state = rng.reshape(rows, 2).contiguous()
         else:
             each = f", {(*shape[:-1], 2)}" if len(shape) > 1 else ""
             fail(ValueError, "rng", f"shape {tuple(rng.shape)}", f"(2,){each} or {(*shape, 2)}")
-    if row_offset + numbered > 2**32:  # the noise would repeat that of the first rows
-        fail(ValueError, "row_offset", f"{row_offset} with {numbered} rows", "row_offset + rows <= 2^32")
     return state
 
 

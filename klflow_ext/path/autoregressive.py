@@ -71,7 +71,7 @@ class Autoregressive(Path):
         first, last = int(free[0]), int(free[-1])
         tokens = torch.where(given, tokens, 0)
         inputs = torch.cat([torch.full_like(tokens[:, :1], self.vocab_size), tokens[:, :-1]], 1)
-        t = torch.zeros(len(tokens), device=tokens.device)
+        t = torch.zeros(len(tokens), dtype=torch.float32, device=tokens.device)
         network = network_of(model)
         cache = network.cache(len(tokens)) if network is not None and network.caches else None
         for i in range(first, last + 1):

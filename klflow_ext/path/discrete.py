@@ -71,7 +71,7 @@ class MaskPath(_DiscretePath):
     kind: ClassVar[str] = "mask"
 
     def _noise(self, words: Tensor) -> Tensor:
-        return torch.full(words.shape[:-1], self.vocab_size, device=words.device)
+        return torch.full(words.shape[:-1], self.vocab_size, dtype=torch.int64, device=words.device)
 
     def _cross_entropy(
         self, model: Model, x: Tensor, t: Tensor, label: Tensor, reduction: str, row_offset: int

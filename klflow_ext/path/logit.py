@@ -181,7 +181,7 @@ class LogitPath(Path):
         tokens, boost = state.tokens, state.boost
         if boost is None:
             tokens = tokens[..., None]
-            boost = torch.full(tokens.shape, self.odds(state.t), device=tokens.device)
+            boost = torch.full(tokens.shape, self.odds(state.t), dtype=torch.float32, device=tokens.device)
         ids, p = prediction.largest(min(move.boosts, self.vocab_size), move.temperature)
         rise = self.odds(move.t_next) - self.odds(move.t)
         tokens, boost = ops.merge_boosts(tokens, boost, ids, rise * p, move.boosts)

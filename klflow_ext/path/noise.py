@@ -37,7 +37,8 @@ def log_gamma(alpha: float, shape: torch.Size, vocab_size: int, rng, row_offset:
     pairs = pairs.expand(rows, pairs.shape[-1])
     mask = 0xFFFFFFFF
     seed, step = pairs[:, 0], pairs[:, 1] & mask
-    row = (pairs[:, 2] if pairs.shape[1] == 3 else torch.arange(rows, device=device) + row_offset) & mask
+    row = pairs[:, 2] if pairs.shape[1] == 3 else torch.arange(rows, dtype=torch.int64, device=device) + row_offset
+    high, row = reference.key_of_row(seed, row), row & mask
 
     boosted = alpha < 1
     d = (alpha + 1 if boosted else alpha) - 1 / 3
@@ -46,7 +47,7 @@ def log_gamma(alpha: float, shape: torch.Size, vocab_size: int, rng, row_offset:
         attempt = 0
         while len(part):
             r, stream = part // vocab_size, torch.full_like(part, GAMMA + attempt)
-            key = (seed[r] & mask, (seed[r] >> 32) & mask)
+            key = (seed[r] & mask, high[r])
             u = [uniform(w) for w in reference.philox((part % vocab_size, row[r], step[r], stream), key)]
             normal = (-2 * u[0].log()).sqrt() * (2 * math.pi * u[1]).cos()
             v = (1 + normal / math.sqrt(9 * d)) ** 3
