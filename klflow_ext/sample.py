@@ -112,7 +112,7 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
 def _token_ids(name: str, value) -> Tensor:
     """The ids as int64; of integers of any kind only, as others would be cut."""
     try:
-        ids = torch.as_tensor(value)
+        ids = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}: got {value!r}, allowed are token ids, a sequence of integers") from None
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
@@ -388,7 +388,7 @@ class Sampler:
         tokens = _token_ids("tokens", tokens)
         if tokens.dim() != 2:
             raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, allowed is (B, L)")
-        given = torch.as_tensor(given)
+        given = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
         if given.shape != tokens.shape or given.dtype != torch.bool:
             raise ValueError(
                 f"given: got {given.dtype} of shape {tuple(given.shape)}, allowed is bool of the (B, L) shape of tokens, "
@@ -401,7 +401,7 @@ class Sampler:
             raise ValueError(f"given: got {len(given)} sequences, allowed are as many as tokens has, {len(tokens)}")
         start = time.perf_counter()
         tokens = [_token_ids(f"tokens: number {i}", x) for i, x in enumerate(tokens)]
-        given = [torch.as_tensor(x, dtype=torch.bool) for x in given]
+        given = [torch.as_tensor(x, dtype=torch.bool, device="cpu") for x in given]
         groups: dict[int, list[int]] = {}
         for i, (row, flags) in enumerate(zip(tokens, given, strict=True)):
             if row.dim() != 1 or flags.shape != row.shape:

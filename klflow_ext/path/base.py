@@ -76,8 +76,8 @@ class Path:
         if not 0 < power < math.inf:
             raise ValueError(f"power: got {power!r}, allowed is a positive number")
         if self.t_max == 1:
-            return (torch.arange(moves + 1, dtype=torch.float64) / (moves + 1)) ** power
-        tau = torch.linspace(0, 1, moves + 1, dtype=torch.float64) ** power * -math.log1p(-self.t_max)
+            return (torch.arange(moves + 1, dtype=torch.float64, device="cpu") / (moves + 1)) ** power
+        tau = torch.linspace(0, 1, moves + 1, dtype=torch.float64, device="cpu") ** power * -math.log1p(-self.t_max)
         grid = -torch.expm1(-tau)
         if moves:
             grid[-1] = self.t_max

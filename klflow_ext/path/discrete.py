@@ -34,7 +34,7 @@ class _DiscretePath(Path):
 
     def kappa(self, t: Tensor | float) -> Tensor:
         """Probability that a token shows at times t in [0, 1], float64."""
-        return KAPPA[self.schedule](torch.as_tensor(t, dtype=torch.float64))
+        return KAPPA[self.schedule](torch.as_tensor(t, dtype=torch.float64, device=getattr(t, "device", "cpu")))
 
     def sample(
         self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, row_offset: int = 0

@@ -26,9 +26,9 @@ def identification_accuracy(vocab_size: int, beta: float, t: float, alpha: float
     if alpha == 1:
         g = math.exp(-s)
         return math.exp(math.lgamma(vocab_size) + math.lgamma(1 + g) - math.lgamma(vocab_size + g))
-    a = torch.tensor(alpha, dtype=torch.float64)
+    a = torch.tensor(alpha, dtype=torch.float64, device="cpu")
     highest = math.log(alpha + 10 * math.sqrt(alpha) + 40)
-    log_g = torch.linspace(-40 / alpha - 40, highest, 2**15, dtype=torch.float64)
+    log_g = torch.linspace(-40 / alpha - 40, highest, 2**15, dtype=torch.float64, device="cpu")
     weight = torch.exp(alpha * log_g - log_g.exp())
     token = (log_g + s).clamp_max(700).exp()
     log_below = torch.where(
@@ -164,7 +164,7 @@ class LogitPath(Path):
             return self._sparse_step(state, prediction, move)
         rate = 1 - (1 - move.t_next) / (1 - move.t)  # 1 - e^-h
         if move.euler == "paper":
-            rate = -torch.log1p(torch.tensor(-rate, dtype=torch.float64)).item()  # h
+            rate = -math.log1p(-rate)  # h
         log_x = state.log_x
         if log_x is None and state.x is not None:
             log_x = state.x.log()
