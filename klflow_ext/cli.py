@@ -2,6 +2,7 @@
 
 import sys
 import time
+import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -9,10 +10,52 @@ from typing import Literal
 import numpy as np
 import torch
 
+
+def print_info() -> None:
+    from klflow_ext import __version__, build_info
+
+    info = build_info()
+    runs_cuda = torch.cuda.is_available() and info["cuda"]
+    print(f"klflow_ext       {__version__}, built against torch {info['torch_headers']} with g++ {info['compiler']}")
+    print(f"torch            {torch.__version__} (any torch >= {info['torch_minimum']} will do)")
+    built = f"{info['cuda_arch']} (nvcc {info['nvcc']})" if info["cuda"] else f"none: {info['cuda_reason']}"
+    print(f"CUDA kernels     {built}")
+    if runs_cuda:
+        device = f"{torch.cuda.get_device_name()}"
+    elif not torch.cuda.is_available():
+        device = "none seen by torch: every op runs on the CPU"
+    else:
+        device = f"{torch.cuda.get_device_name()}, but no CUDA kernels were built: use CPU tensors"
+    print(f"CUDA device      {device}")
+    if info["cuda"]:
+        print(f"torch's stream   {info['cuda_stream'] or 'not found: this torch has no CUDA'}")
+    why = f" ({info['cpu_capability_reason']})" if info["cpu_capability_reason"] else ""
+    print(f"CPU kernels      {info['cpu_capability']}{why}, {torch.get_num_threads()} threads")
+
+
 try:
     import tyro
 except ImportError:
-    sys.exit("the command line needs the train extra: pip install 'klflow_ext[train]'")
+    if sys.argv[1:] == ["info"]:
+        print_info()
+        sys.exit()
+    sys.exit("klflow: this command needs the train extra: pip install 'klflow_ext[train]' (klflow info does not)")
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: control characters but line ends and tabs as escapes, so that they do nothing."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else repr(c)[1:-1] for c in text
+    )
+
+
+def given_text(name: str, text: str) -> str:
+    """An argument of the command line as text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: got {text.encode('utf-8', 'surrogateescape')!r}, allowed is UTF-8") from None
+    return text
 
 
 @dataclass
@@ -20,25 +63,7 @@ class Info:
     """Print torch, the compiled CUDA architectures, the CPU instruction set in use, and what falls back and why."""
 
     def run(self):
-        from klflow_ext import __version__, build_info
-
-        info = build_info()
-        runs_cuda = torch.cuda.is_available() and info["cuda"]
-        print(
-            f"klflow_ext       {__version__}, built against torch {info['torch_headers']} with g++ {info['compiler']}"
-        )
-        print(f"torch            {torch.__version__} (any torch >= {info['torch_minimum']} will do)")
-        built = f"{info['cuda_arch']} (nvcc {info['nvcc']})" if info["cuda"] else f"none: {info['cuda_reason']}"
-        print(f"CUDA kernels     {built}")
-        if runs_cuda:
-            device = f"{torch.cuda.get_device_name()}"
-        elif not torch.cuda.is_available():
-            device = "none seen by torch: every op runs on the CPU"
-        else:
-            device = f"{torch.cuda.get_device_name()}, but no CUDA kernels were built: use CPU tensors"
-        print(f"CUDA device      {device}")
-        why = f" ({info['cpu_capability_reason']})" if info["cpu_capability_reason"] else ""
-        print(f"CPU kernels      {info['cpu_capability']}{why}, {torch.get_num_threads()} threads")
+        print_info()
 
 
 @dataclass
@@ -49,6 +74,8 @@ class Settings:
     """UTF-8 text file; without it, the source of this Python's standard library."""
     out: Path = Path("runs/demo")
     """Run folder to write."""
+    overwrite: bool = False
+    """Replace a run that is there."""
     tokenizer: Path | None = None
     """A tokenizers file (tokenizer.json) instead of one trained here."""
     vocab_size: int = 2048
@@ -95,6 +122,8 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() and build_info()["cuda"] else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("the kernels run on cpu and cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {name} cannot be used: {str(error).splitlines()[0]}") from None
@@ -114,7 +143,8 @@ def network(settings: Settings, vocab_size: int):
         reads = settings.input
     causal = settings.path == "autoregressive"
     time_mode = settings.time or ("none" if causal else "token")
-    shape = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd") if getattr(settings, name)}
+    shape = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd")}
+    shape = {name: value for name, value in shape.items() if value is not None}
     longest = max(DenoiserConfig.PRESETS[settings.preset][3], settings.length)
     config = DenoiserConfig.preset(
         settings.preset, vocab_size, input=reads, time=time_mode, causal=causal, max_length=longest, **shape
@@ -124,8 +154,11 @@ def network(settings: Settings, vocab_size: int):
 
 def prepare(settings: Settings):
     """Checks everything, then makes the tokenizer and encodes: (trainer, tokenizer, held-out stream, held-out documents)."""
+    import safetensors  # noqa: F401  (what is missing is missed before any work)
+    import tokenizers  # noqa: F401
+
     from klflow_ext import Denoiser, TrainConfig, Trainer, data, evaluate
-    from klflow_ext.train import write_atomically
+    from klflow_ext.run import check_out, new_folder, write_files
 
     names = ("steps", "batch_size", "length", "seed", "time_sampling", "given_share", "lr", "ema", "dtype", "accumulate",
              "compile")  # fmt: skip
@@ -138,10 +171,7 @@ def prepare(settings: Settings):
     elif settings.vocab_size < 257:
         raise ValueError(f"vocab_size: got {settings.vocab_size}, allowed is at least 257 (every byte and {data.END})")
     train_texts, held_texts = data.documents(settings.data)
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out: {settings.out} cannot be written: {error.strerror}") from None
+    check_out(settings.out, settings.overwrite)
     start = time.perf_counter()
     size = sum(map(len, train_texts))
     making = "training a tokenizer" if tokenizer is None else "encoding"
@@ -150,19 +180,28 @@ def prepare(settings: Settings):
         sample = train_texts if size < 4e6 else train_texts[:: int(size // 4e6) + 1]
         tokenizer = data.train_tokenizer(sample, settings.vocab_size)
     stream, held = data.encode(tokenizer, train_texts), data.encode(tokenizer, held_texts)
-    vocab_size = tokenizer.get_vocab_size()
+    vocab_size = data.vocab_size_of(tokenizer)
+    if len(held) <= settings.length:
+        raise ValueError(
+            f"length: got {settings.length}, allowed is less than the {len(held)} tokens of held-out text (a twentieth of all)"
+        )
     print(f"tokenizer: V = {vocab_size}, {len(stream):,} tokens, {time.perf_counter() - start:.0f} s")
     torch.manual_seed(settings.seed)
     path, config = network(settings, vocab_size)
     model = Denoiser(config, path, evaluate.unigram_log_prior(stream, vocab_size)).to(device)
-    trainer = Trainer(model, path, stream, train_config, settings.out)
-    # Only now that nothing is left to be refused: a run that was there before goes.
-    if (settings.out / "config.json").exists():
-        print(f"{settings.out} holds a run already; it is replaced")
-    (settings.out / "log.jsonl").unlink(missing_ok=True)
-    write_atomically(settings.out / "tokenizer.json", lambda p: tokenizer.save(str(p)))
-    write_atomically(settings.out / "train.npy", lambda p: np.save(open(p, "wb"), stream))
-    write_atomically(settings.out / "heldout.npy", lambda p: np.save(open(p, "wb"), held))
+    trainer = Trainer(model, path, stream, train_config)
+    # Only now that nothing is left to be refused, and whole: it can be resumed from here on.
+    with new_folder(settings.out, settings.overwrite) as folder:
+        files = {
+            "tokenizer.json": lambda p: tokenizer.save(str(p)),
+            "train.npy": lambda p: np.save(open(p, "wb"), stream),
+            "heldout.npy": lambda p: np.save(open(p, "wb"), held),
+        }
+        if trainer.rank == 0:
+            write_files(folder, files)
+            trainer.out = folder
+            trainer.save()
+    trainer.out = settings.out
     count = sum(p.numel() for p in model.parameters())
     print(f"model: {count / 1e6:.1f} M parameters, input {config.input}, on {device}; {path!r}")
     return trainer, tokenizer, held, held_texts
@@ -170,7 +209,7 @@ def prepare(settings: Settings):
 
 def load_streams(run: Path):
     """(training, held-out) tokens of a run folder, as memory maps."""
-    from klflow_ext.train import reading
+    from klflow_ext.run import reading
 
     streams = []
     for name in ("train.npy", "heldout.npy"):
@@ -207,11 +246,12 @@ class Demo(Settings):
             result = sampler.sample((2, self.length), steps=32, method=method, seed=self.seed)
             print(f"\n--- {method}, {result.nfe} passes, {result.seconds:.1f} s")
             for tokens in result.tokens:
-                print(tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
+                print(printable(tokenizer.decode(tokens.tolist(), skip_special_tokens=False)))
                 print("   .")
         self.fill(sampler, tokenizer, held_texts)
         print(
-            f"\nrun folder: {self.out}  (next: klflow sample {self.out}; klflow train --resume {self.out} --seconds 60)"
+            f"\nrun folder: {self.out}  (next: klflow sample {self.out}; klflow train --resume {self.out} "
+            "--more-seconds 60)"
         )
 
     def fill(self, sampler, tokenizer, held_texts):
@@ -221,8 +261,8 @@ class Demo(Settings):
         for tokens, given, (before, line, after) in data.removed_lines(held_texts, tokenizer, self.length):
             result = sampler.infill(tokens, given, steps=32, method="segments", seed=self.seed)
             filled = tokenizer.decode(result.tokens[~given.to(result.tokens.device)].tolist())
-            print(f"\n--- a removed line, filled in ({result.nfe} tokens)\n{before}>>> {filled}{after}")
-            print(f"    (the line was: {line.strip()})")
+            print(f"\n--- a removed line, filled in ({result.nfe} tokens)\n{printable(f'{before}>>> {filled}{after}')}")
+            print(f"    (the line was: {printable(line.strip())})")
             break
 
 
@@ -232,30 +272,61 @@ class Train(Settings):
 
     out: Path = Path("runs/train")
     resume: Path | None = None
-    """A run folder to take up; --seconds (and --steps) are then what is added to it."""
+    """A run folder: its run is finished as it was meant, with its own settings."""
+    more_steps: int = 0
+    """With --resume: steps that are added to the run."""
+    more_seconds: float = 0.0
+    """With --resume: seconds that are added to it."""
+
+    RESUMED = ("resume", "more_steps", "more_seconds", "device")  # what may stand beside --resume
 
     def run(self):
-        if self.resume is None:
-            trainer, tokenizer, held, _ = prepare(self)
-        else:
-            from klflow_ext import TrainConfig, Trainer, load_run
-            from klflow_ext.train import read_config
-
-            config = read_config(self.resume)["train"]
-            model, path, tokenizer = load_run(self.resume)
-            stream, held = load_streams(self.resume)
-            trainer = Trainer(
-                model.train().to(choose_device(self.device)), path, stream, TrainConfig(**config), self.resume
-            )
-            trainer.load()
-            longer = {"steps": trainer.step + self.steps}
-            if config["max_seconds"] is not None:
-                longer["max_seconds"] = trainer.seconds + self.seconds
-            trainer.config = replace(trainer.config, **longer)
-            print(f"going on with {self.resume} from step {trainer.step}")
+        trainer, held = self.go_on() if self.resume is not None else self.start()
         trainer.fit()
         print_losses(trainer.averaged_model().eval(), trainer.path, trainer.stream, held, trainer.config.length)
         print(f"run folder: {trainer.out}")
+
+    def start(self):
+        for name in ("more_steps", "more_seconds"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is only with --resume")
+        trainer, _, held, _ = prepare(self)
+        return trainer, held
+
+    def go_on(self):
+        from klflow_ext import TrainConfig, Trainer
+        from klflow_ext.run import load_run, read_config
+
+        given = {word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in sys.argv[2:]
+                 if word.startswith("--")}  # fmt: skip
+        foreign = sorted(given - set(self.RESUMED))
+        if foreign:
+            names = ", ".join("--" + name.replace("_", "-") for name in foreign)
+            raise ValueError(
+                f"resume: got {names} beside it, allowed are --more-steps, --more-seconds and --device: a run goes on with its "
+                "own settings"
+            )
+        if self.more_steps < 0 or not 0 <= self.more_seconds < float("inf"):
+            raise ValueError(
+                f"more_steps, more_seconds: got {self.more_steps}, {self.more_seconds}, allowed are numbers >= 0"
+            )
+        config = TrainConfig(**read_config(self.resume)["train"])
+        model, path, _ = load_run(self.resume)
+        stream, held = load_streams(self.resume)
+        trainer = Trainer(model.train().to(choose_device(self.device)), path, stream, config, self.resume)
+        trainer.load()
+        if self.more_steps:
+            trainer.config = replace(trainer.config, steps=trainer.step + self.more_steps, max_seconds=None)
+        if self.more_seconds:
+            steps = max(trainer.config.steps, trainer.step + self.more_steps if self.more_steps else 2**31)
+            trainer.config = replace(trainer.config, steps=steps, max_seconds=trainer.seconds + self.more_seconds)
+        if trainer.progress() >= 1:
+            raise ValueError(
+                f"resume: the run of {self.resume} is finished, at step {trainer.step} after {trainer.seconds:.0f} s; "
+                "--more-steps or --more-seconds add to it"
+            )
+        print(f"going on with {self.resume} from step {trainer.step}")
+        return trainer, held
 
 
 @dataclass
@@ -269,8 +340,8 @@ class Generation:
     """basic, sampling, hybrid or segments, which is the best."""
     top_k: int = 20
     top_p: float = 1.0
-    temperature: tuple[float, float] = (1.0, 1.0)
-    """At the first pass and at the last."""
+    temperature: float | tuple[float, float] = 1.0
+    """Of all passes, or of the first and the last."""
     t_split: float | None = None
     """Where hybrid turns from basic to sampling."""
     grid_power: float = 1.0
@@ -286,7 +357,9 @@ class Generation:
         from klflow_ext import Sampler, load_run
 
         model, path, tokenizer = load_run(self.run_folder)
-        length = getattr(self, "length", 1)
+        length, count = getattr(self, "length", 1), getattr(self, "count", 1)
+        if count < 1:
+            raise ValueError(f"count: got {count}, allowed is an integer >= 1")
         if not 1 <= length <= model.config.max_length:
             raise ValueError(f"length: got {length}, allowed is 1 to the run's max_length, {model.config.max_length}")
         options = {name: getattr(self, name) for name in self.OPTIONS}
@@ -295,7 +368,7 @@ class Generation:
         sampler = Sampler(model.to(device), path, device)
         result = make(sampler, tokenizer, {**options, "progress": sys.stderr.isatty()})
         for tokens in result.tokens:
-            print(tokenizer.decode(tokens.tolist()) + "\n   .")
+            print(printable(tokenizer.decode(tokens.tolist())) + "\n   .")
         print(f"{result.nfe} passes, {result.seconds:.1f} s")
 
 
@@ -318,9 +391,10 @@ class Complete(Generation):
     length: int = 64
 
     def run(self):
+        prompt = given_text("prompt", self.prompt)
         self.generate(
             lambda sampler, tokenizer, options: sampler.complete(
-                [tokenizer.encode(self.prompt, add_special_tokens=False).ids], self.length, **options
+                [tokenizer.encode(prompt, add_special_tokens=False).ids], self.length, **options
             )
         )
 
@@ -335,7 +409,7 @@ class Infill(Generation):
         def make(sampler, tokenizer, options):
             from klflow_ext.sample import parse_holes
 
-            tokens, given = parse_holes(self.text, tokenizer)
+            tokens, given = parse_holes(given_text("text", self.text), tokenizer)
             return sampler.infill(torch.tensor([tokens]), torch.tensor([given]), **options)
 
         self.generate(make)
@@ -356,7 +430,14 @@ class Eval:
     def run(self):
         from klflow_ext import Sampler, evaluate, load_run
 
+        for name, least in (("count", 1), ("length", 2), ("steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is an integer >= {least}")
         model, path, tokenizer = load_run(self.run_folder)
+        if self.length > model.config.max_length:
+            raise ValueError(
+                f"length: got {self.length}, allowed is at most the run's max_length, {model.config.max_length}"
+            )
         device = choose_device(self.device)
         model = model.to(device)
         stream, held = load_streams(self.run_folder)
@@ -393,9 +474,13 @@ class Eval:
 def main() -> None:
     commands = {"info": Info, "demo": Demo, "train": Train, "sample": Sample, "complete": Complete, "infill": Infill,
                 "eval": Eval}  # fmt: skip
+    for stream in (sys.stdout, sys.stderr):  # a console that is not UTF-8 shows escapes
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="klflow").run()
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         sys.exit(f"klflow: {error}")
-    except KeyboardInterrupt:
-        sys.exit("klflow: stopped; the last checkpoint is kept")
+    except KeyboardInterrupt as interrupt:
+        print(f"klflow: stopped{'; ' * bool(interrupt.args)}{interrupt}", file=sys.stderr)
+        sys.exit(130)

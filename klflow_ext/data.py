@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,29 +55,41 @@ def standard_library() -> list[str]:
     return texts
 
 
-def documents(path: str | Path | None) -> tuple[list[str], list[str]]:
-    """(training, held-out) documents of a text file, or of the standard library (every 20th file is held out).
+PIECE = 2000  # characters of a piece of a text that is not divided otherwise
 
-    A file is split at lines that hold only <|endoftext|>; without any, at blank lines into pieces of about 2,000 characters.
+
+def documents(path: str | Path | None) -> tuple[list[str], list[str]]:
+    """(training, held-out) documents of a text file, or of the standard library (every 20th is held out).
+
+    A file is split at lines that hold only <|endoftext|>; without any, at blank lines, and where there are few of those at any
+    line, into pieces of about 2,000 characters; where these are few, each line is one. Line ends are of any kind, and kept.
     """
     if path is None:
         texts = standard_library()
     else:
         text = read_text(path)
-        texts = [part for part in text.split(f"\n{END}\n") if part.strip()]
+        texts = [part for part in re.split(rf"\r?\n{re.escape(END)}[ \t]*\r?\n", text) if part.strip()]
         if len(texts) == 1:
-            texts, piece = [], ""
-            for paragraph in text.split("\n\n"):
-                piece += paragraph + "\n\n"
-                if len(piece) > 2000:
-                    texts.append(piece)
-                    piece = ""
-            texts += [piece] if piece.strip() else []
+            for separator, size in ((r"\n[ \t]*\r?\n", PIECE), (r"\n", PIECE), (r"\n", 0)):
+                texts = _pieces(text, separator, size)
+                if len(texts) >= 20:
+                    break
     if len(texts) < 20:
         raise ValueError(
-            f"data: {path} has {len(texts)} pieces of text, at least 20 are needed (about 40,000 characters)"
+            f"data: {path} has {len(texts)} pieces of text, at least 20 are needed: texts between lines of {END}, pieces of "
+            f"{PIECE} characters between blank lines or lines, or lines"
         )
     return [text for i, text in enumerate(texts) if i % 20], texts[::20]
+
+
+def _pieces(text: str, separator: str, size: int) -> list[str]:
+    """Pieces that end with a separator, each of more than `size` characters but the last."""
+    pieces, start = [], 0
+    for match in re.finditer(separator, text):
+        if match.end() - start > size:
+            pieces.append(text[start : match.end()])
+            start = match.end()
+    return [piece for piece in (*pieces, text[start:]) if piece.strip()]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int):
@@ -106,19 +119,65 @@ def load_tokenizer(path: str | Path):
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself
         raise ValueError(f"tokenizer: {path} cannot be read: {error}") from None
+    tokenizer.no_truncation()  # either would change what is trained on
+    tokenizer.no_padding()
     if tokenizer.token_to_id(END) is None:
         tokenizer.add_special_tokens([END])
+    vocab_size_of(tokenizer)
     return tokenizer
+
+
+def vocab_size_of(tokenizer) -> int:
+    """V: one more than the largest id, which is more than the number of tokens where ids have gaps."""
+    vocab_size, tokens = max(tokenizer.get_vocab().values()) + 1, tokenizer.get_vocab_size()
+    if vocab_size > 2 * tokens + 1000:
+        raise ValueError(f"tokenizer: got ids up to {vocab_size - 1} for {tokens} tokens, allowed are few gaps")
+    return vocab_size
 
 
 def encode(tokenizer, texts: list[str]) -> np.ndarray:
     """One int32 stream: the documents, each followed by <|endoftext|>."""
     end = tokenizer.token_to_id(END)
     ids: list[int] = []
-    for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
+    try:
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises Exception itself, for one without an unknown token
+        raise ValueError(f"tokenizer: it cannot encode the text: {error}") from None
+    for encoding in encodings:
         ids += encoding.ids
         ids.append(end)
     return np.asarray(ids, np.int32)
+
+
+def encode_pieces(tokenizer, pieces: list[str]) -> list[list[int]]:
+    """The ids of pieces of one text, each encoded by itself, that give the whole text back.
+
+    A tokenizer that puts a space before every text is asked not to, but before the first where that is what gives it back.
+
+    Raises:
+        ValueError: the tokenizer changes the text.
+    """
+    from tokenizers import Tokenizer
+
+    text = "".join(pieces)
+    bare = Tokenizer.from_str(tokenizer.to_str())
+    before = bare.pre_tokenizer
+    if hasattr(before, "add_prefix_space"):
+        before.add_prefix_space = False
+    if hasattr(before, "prepend_scheme"):
+        before.prepend_scheme = "never"
+    if before is not None:
+        bare.pre_tokenizer = before
+    for first, other in ((tokenizer, tokenizer), (tokenizer, bare), (bare, bare)):
+        makers = [first if i == 0 else other for i in range(len(pieces))]
+        try:
+            ids = [maker.encode(p, add_special_tokens=False).ids for maker, p in zip(makers, pieces, strict=True)]
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f"text: the tokenizer cannot encode it: {error}") from None
+        found = tokenizer.decode(sum(ids, []), skip_special_tokens=False)
+        if found == text:
+            return ids
+    raise ValueError(f"text: got {text[:80]!r} between the holes, which this tokenizer gives back as {found[:80]!r}")
 
 
 def batch(stream: np.ndarray, batch_size: int, length: int, seed: int, step: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from klflow_ext.data import encode_pieces
 from klflow_ext.graph import Buffers, Replays
 from klflow_ext.ops.arguments import DEBUG_CHECK, LEAST, MOST, check_int, check_scalar
 from klflow_ext.path import Autoregressive, LogitPath, Move, Path, Prediction, State
@@ -71,24 +72,33 @@ def hybrid_step(state: State, prediction: Prediction, move: Move) -> State:
     return (basic_step if move.t < move.t_split else sampling_step)(state, prediction, move)
 
 
+LONGEST_HOLE = 1_000_000
+
+
 def parse_holes(text: str, tokenizer) -> tuple[list[int], list[bool]]:
     """(tokens, given) of a text with holes {?n}, each of n >= 1 tokens: "x = {?3} + 1".
 
-    The pieces between holes are encoded by themselves with `tokenizer.encode(piece, add_special_tokens=False).ids`.
+    The pieces between holes are encoded by themselves (`data.encode_pieces`).
 
     Raises:
-        ValueError: there is no hole, or one of no tokens.
+        ValueError: there is no hole, or one of no tokens or of more than LONGEST_HOLE, or the tokenizer would change the text.
     """
+    parts = re.split(r"\{\?(\d+)\}", text)
+    for hole in parts[1::2]:
+        if len(hole) > 18 or not 1 <= int(hole) <= LONGEST_HOLE:
+            raise ValueError(
+                f"text: got the hole {{?{hole}}}, allowed are holes of 1 to {LONGEST_HOLE:,} tokens, such as {{?8}}"
+            )
+    if len(parts) == 1:
+        raise ValueError(f"text: got {text!r}, allowed is a text with a hole such as {{?8}}")
+    pieces = [part for part in parts[::2] if part]
+    encoded = iter(encode_pieces(tokenizer, pieces))
     tokens: list[int] = []
     given: list[bool] = []
-    for i, part in enumerate(re.split(r"\{\?(\d+)\}", text)):
-        if i % 2 and int(part) == 0:
-            raise ValueError(f"text: got the hole {{?{part}}}, allowed are holes of at least 1 token, such as {{?8}}")
-        ids = [0] * int(part) if i % 2 else tokenizer.encode(part, add_special_tokens=False).ids if part else []
+    for i, part in enumerate(parts):
+        ids = [0] * int(part) if i % 2 else next(encoded) if part else []
         tokens += ids
         given += [i % 2 == 0] * len(ids)
-    if all(given):
-        raise ValueError(f"text: got {text!r}, allowed is a text with a hole such as {{?8}}")
     return tokens, given
 
 

@@ -7,9 +7,12 @@ import copy
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from klflow_ext import data
-from klflow_ext.model import Denoiser, DenoiserConfig
+from klflow_ext.model import Denoiser
 from klflow_ext.muon import Muon, multiplies_bfloat16
 from klflow_ext.path import IGNORE
 from klflow_ext.path import Path as NoisePath
+from klflow_ext.run import FORMAT, load_run, reading, write_files
 
-RUN_FORMAT = 1  # of the run folder: config.json says which
+__all__ = ["TrainConfig", "Trainer", "load_run"]
+
 DTYPES = ("float32", "bfloat16")
 TIME_SAMPLINGS = (None, "middle", "uniform", "learned")
 
@@ -94,13 +99,6 @@ class TrainConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is one of {allowed}")
 
 
-def write_atomically(path: Path, write) -> None:
-    """write(temporary path), then rename: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def low_discrepancy(count: int, generator: np.random.Generator) -> np.ndarray:
     """count points in [0, 1), one in each of count equal cells, in random order."""
     return (generator.permutation(count) + generator.random()) / count % 1.0
@@ -158,6 +156,26 @@ def join_processes(device: torch.device) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+@contextmanager
+def _interrupts() -> Iterator[list]:
+    """A list that SIGINT fills, so that a step is finished; the second one is a KeyboardInterrupt at once."""
+    caught: list = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def note(number, frame):
+        if caught:
+            raise KeyboardInterrupt("stopped within a step, which is not saved")
+        caught.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Trainer:
     """Trains a Denoiser on a token stream; everything random depends on (seed, step) alone, so resuming is exact.
 
@@ -170,6 +188,7 @@ class Trainer:
         folder (made if needed); None: no files.
     """
 
+    MOST_SKIPPED = 20  # steps one after another
     MEASURE_EVERY = 4  # steps between looks at the loss of each sequence, for which the logits are made once more
 
     def __init__(
@@ -180,6 +199,8 @@ class Trainer:
         if len(stream) <= config.length:
             raise ValueError(f"stream: got {len(stream)} tokens, allowed are more than length = {config.length}")
         self.model, self.path, self.stream, self.config, self.out = model, path, stream, config, out
+        if out is not None:
+            import safetensors  # noqa: F401  (missing, it is so before any work)
         self.device = model.embedding.device
         self.rank, self.processes = join_processes(self.device)
         if config.batch_size % (config.accumulate * self.processes):
@@ -202,6 +223,8 @@ class Trainer:
             Muon(hidden, lr=config.lr, weight_decay=config.weight_decay),
         ]
         self.step, self.seconds = 0, 0.0
+        self.skipped = self.skipped_last = 0  # steps without an update: in all, and the last ones
+        self.gradient_norm = math.nan
         self.average = self._weights() if config.ema else {}
         sampling = config.time_sampling or ("middle" if path.t_max < 1 else "uniform")
         self.time_sampling, self.curve = sampling, LossCurve(path.t_max) if sampling == "learned" else None
@@ -273,6 +296,8 @@ class Trainer:
     def train_step(self) -> float:
         """One optimizer step; returns the loss in nats per free token, the mean over the whole batch.
 
+        A step whose loss or gradient is not finite changes nothing but the count of skipped steps.
+
         A free position that the path's loss leaves out (MaskPath: one that shows its token) counts with a loss of 0.
         """
         c = self.config
@@ -285,12 +310,18 @@ class Trainer:
         counts = ((tokens != IGNORE) & ~given).sum(1)
         lr = self.learning_rate(self.progress())
         loss, losses = self._gradients(tokens, t, given, int(counts.sum()))
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip))
+        finite = math.isfinite(loss) and math.isfinite(self.gradient_norm)  # the same on all processes
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step()
+            if finite:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if not finite:
+            self._skip(loss)
+            return loss
+        self.skipped_last = 0
         if self.average:
             decay = min(c.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.model.parameters()], 1 - decay)
@@ -298,6 +329,16 @@ class Trainer:
             self.curve.add(self.curve.measurement(t[~blank], losses[~blank], counts[~blank]))
         self.step += 1
         return loss
+
+    def _skip(self, loss: float) -> None:
+        self.step += 1
+        self.skipped += 1
+        self.skipped_last += 1
+        if self.skipped_last >= self.MOST_SKIPPED:
+            raise ValueError(
+                f"loss: got {loss:g} with a gradient of norm {self.gradient_norm:g} in step {self.step}, the last of "
+                f"{self.skipped_last} that were skipped one after another; the weights are those of before"
+            )
 
     def _gradients(self, tokens: Tensor, t: Tensor, given: Tensor, count: int) -> tuple[float, Tensor | None]:
         """Fills .grad with the gradient of the whole batch's loss, over its count of free tokens.
@@ -335,42 +376,63 @@ class Trainer:
     # ---- the loop
 
     def fit(self, progress: bool = True) -> None:
-        """Runs to the end of the budget, logging and saving on the way; a checkpoint is written at the end too."""
+        """Runs to the end of the budget, logging and saving on the way; a checkpoint is written at the end too.
+
+        Ctrl-C ends it after the step, which is saved; a second one ends it at once.
+
+        Raises:
+            ValueError: MOST_SKIPPED steps one after another were not finite (what was learned before is saved), or a file cannot
+                be written (the last checkpoint stays whole).
+            KeyboardInterrupt: Ctrl-C; its text says what is kept.
+        """
         files = self.out is not None and self.rank == 0
-        progress = progress and self.rank == 0
         if files:
             self.out.mkdir(parents=True, exist_ok=True)
         log = open(self.out / "log.jsonl", "a") if files else None
+        try:
+            with _interrupts() as interrupts:
+                self._steps(interrupts, log, progress and self.rank == 0)
+        finally:
+            if log is not None:
+                log.close()
+            if files and sys.exc_info()[0] in (None, ValueError):
+                self.save()
+        if interrupts:
+            kept = "nothing is kept"
+            if files:
+                self.save()
+                kept = f"step {self.step} is saved: klflow train --resume {self.out} goes on from there"
+            raise KeyboardInterrupt(kept)
+
+    def _steps(self, interrupts: list, log, progress: bool) -> None:
         begin, start_seconds = time.perf_counter(), self.seconds
         last_line = last_save = begin
         average = None
         terminal = sys.stdout.isatty()
-        try:
-            while self.progress() < 1.0:
-                loss = self.train_step()
-                now = time.perf_counter()
-                self.seconds = self._agreed(start_seconds + now - begin)
+        while self.progress() < 1.0 and not interrupts:
+            loss = self.train_step()
+            now = time.perf_counter()
+            self.seconds = self._agreed(start_seconds + now - begin)
+            if math.isfinite(loss):
                 average = loss if average is None else 0.95 * average + 0.05 * loss
-                if log is not None:
-                    record = {"step": self.step, "loss": loss, "seconds": round(self.seconds, 3)}
-                    log.write(json.dumps(record) + "\n")
-                if progress and now - last_line > (0.5 if terminal else 15.0):
-                    last_line = now
-                    done = self.progress()
-                    left = self.seconds / done * (1 - done) if done > 0 else math.nan
-                    rate = self.step * self.config.batch_size * self.config.length / self.seconds
-                    text = f"step {self.step}  loss {average:.3f}  {rate:,.0f} tokens/s  {left:.0f} s left"
-                    print(f"\r{text:<70}" if terminal else text, end="" if terminal else "\n", flush=True)
-                if files and now - last_save > self.config.checkpoint_seconds:
-                    last_save = now
-                    self.save()
-        finally:
             if log is not None:
-                log.close()
+                record = {"step": self.step, "loss": loss, "seconds": round(self.seconds, 3)}
+                record |= {"gradient_norm": self.gradient_norm, "skipped": self.skipped}
+                log.write(json.dumps(record) + "\n")
+            if progress and now - last_line > (0.5 if terminal else 15.0):
+                last_line = now
+                done = self.progress()
+                left = self.seconds / done * (1 - done) if done > 0 else math.nan
+                rate = self.step * self.config.batch_size * self.config.length / self.seconds
+                text = f"step {self.step}  loss {average or math.nan:.3f}  {rate:,.0f} tokens/s  {left:.0f} s left"
+                text += f"  {self.skipped} skipped" * (self.skipped > 0)
+                print(f"\r{text:<70}" if terminal else text, end="" if terminal else "\n", flush=True)
+            if log is not None and now - last_save > self.config.checkpoint_seconds:
+                last_save = now
+                log.flush()
+                self.save()
         if progress and terminal:
             print()
-        if files:
-            self.save()
 
     def _agreed(self, seconds: float) -> float:
         """The clock of process 0, by which all end at the same step."""
@@ -393,17 +455,26 @@ class Trainer:
             "curve": None if self.curve is None else self.curve.sums,
             "step": self.step,
             "seconds": self.seconds,
+            "skipped": self.skipped,
         }
         weights = {**self.model.state_dict(), **self.average}
+        bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+        if bad:
+            raise ValueError(f"{bad[0]}: got numbers that are not finite, which are never saved")
         config = {
-            "format": RUN_FORMAT,
+            "format": FORMAT,
             "model": self.model.config.to_dict(),
             "path": self.path.to_dict(),
             "train": asdict(self.config),
         }
-        write_atomically(self.out / "config.json", lambda p: p.write_text(json.dumps(config, indent=2) + "\n"))
-        write_atomically(self.out / "model.safetensors", lambda p: save_file(weights, p))
-        write_atomically(self.out / "checkpoint.pt", lambda p: torch.save(state, p))
+        write_files(
+            self.out,
+            {
+                "checkpoint.pt": lambda p: torch.save(state, p),
+                "model.safetensors": lambda p: save_file(weights, p),
+                "config.json": lambda p: p.write_text(json.dumps(config, indent=2) + "\n"),
+            },
+        )
 
     def load(self) -> None:
         """Takes up the checkpoint of the run folder. An average or a loss curve that it lacks starts anew from there."""
@@ -417,46 +488,4 @@ class Trainer:
             if self.curve is not None and state.get("curve") is not None:
                 self.curve.sums = state["curve"].cpu()
             self.step, self.seconds = state["step"], state["seconds"]
-
-
-@contextmanager
-def reading(path: Path):
-    """Any failure to read a file of a run folder becomes a ValueError that names the file."""
-    if not path.is_file():
-        raise ValueError(f"run: {path.parent} is no whole run folder: it has no {path.name}")
-    try:
-        yield path
-    except Exception as error:  # each library has its own exceptions for a broken file
-        raise ValueError(f"run: {path} cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def read_config(run: Path) -> dict:
-    """config.json of a run folder; ValueError where the folder is none, is broken, or is of another version."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"run: {run} is no run folder: it has no config.json")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"run: {path} cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("format") != RUN_FORMAT:
-        found = config.get("format") if isinstance(config, dict) else None
-        raise ValueError(f"run: {run} has format {found!r}, allowed is {RUN_FORMAT}: train it again with this version")
-    return config
-
-
-def load_run(run: str | Path):
-    """(model, path, tokenizer) of a run folder, the model in evaluation mode, with the averaged weights of a run with ema."""
-    from safetensors.torch import load_file
-    from tokenizers import Tokenizer
-
-    run = Path(run)
-    config = read_config(run)
-    with reading(run / "config.json"):
-        path = NoisePath.from_dict(config["path"])
-        model = Denoiser(DenoiserConfig(**config["model"]), path)
-    with reading(run / "model.safetensors") as file:
-        model.load_state_dict(load_file(file))
-    with reading(run / "tokenizer.json") as file:
-        tokenizer = Tokenizer.from_file(str(file))
-    return model.eval(), path, tokenizer
+            self.skipped = state.get("skipped", 0)

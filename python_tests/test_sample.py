@@ -800,7 +800,7 @@ def every_model(vocab=50):
         (LogitPath(vocab), "posterior", {}),
         (LogitPath(vocab), "posterior", {"top": 5}),
         (LogitPath(vocab), "simplex", {}),
-        (LogitPath(vocab, alpha=0.5), "simplex", {}),
+        (LogitPath(vocab, alpha=0.5, t_max=0.4), "simplex", {}),
         (LinearPath(vocab), "simplex", {}),
         (SpherePath(vocab), "simplex", {}),
         (MaskPath(vocab), "tokens", {}),
