@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from klflow_ext import build_info, ops
-from klflow_ext.train import write_atomically
+from klflow_ext.run import write_file
 
 DEFAULT_SHAPES = {
     "cpu": "1024x50259,8192x2048,1x50259",
@@ -356,9 +356,9 @@ def parse():
 def save(arguments, found, draw=None, drawn=None):
     """found to --json, draw(drawn, path) to --plot, where they are given."""
     if arguments.json:
-        write_atomically(arguments.json, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
+        write_file(arguments.json, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
     if draw is not None and arguments.plot:
-        write_atomically(arguments.plot, lambda path: draw(drawn, path))
+        write_file(arguments.plot, lambda path: draw(drawn, path))
 
 
 def main():

@@ -42,7 +42,7 @@ from klflow_ext import (
     load_run,
 )
 from klflow_ext.muon import multiplies_bfloat16
-from klflow_ext.train import write_atomically
+from klflow_ext.run import write_file
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "method"
@@ -81,10 +81,10 @@ def text_streams(arguments):
             for name in ("train", "heldout")
         )  # fmt: skip
         tokenizer = data.train_tokenizer(train, arguments.vocab_size)
-        write_atomically(folder / "tokenizer.json", lambda p: tokenizer.save(str(p)))
+        write_file(folder / "tokenizer.json", lambda p: tokenizer.save(str(p)))
         for name, texts in (("train", train), ("heldout", held)):
             stream = data.encode(tokenizer, texts)
-            write_atomically(folder / f"{name}.npy", lambda p, stream=stream: np.save(open(p, "wb"), stream))
+            write_file(folder / f"{name}.npy", lambda p, stream=stream: np.save(open(p, "wb"), stream))
     streams = (np.load(folder / f"{name}.npy") for name in ("train", "heldout"))
     return Tokenizer.from_file(str(folder / "tokenizer.json")), *streams
 
@@ -101,7 +101,7 @@ def update(arguments, **values) -> None:
     found.update(
         name=arguments.name, vocab_size=arguments.vocab_size, steps=arguments.steps, seed=arguments.seed, **values
     )
-    write_atomically(file, lambda p: p.write_text(json.dumps(found, indent=1) + "\n"))
+    write_file(file, lambda p: p.write_text(json.dumps(found, indent=1) + "\n"))
 
 
 def train(arguments) -> None:
@@ -342,7 +342,7 @@ def gallery(arguments) -> None:
                     "```",
                     "",
                 ]
-    write_atomically(ROOT / "GALLERY.md", lambda p: p.write_text("\n".join(lines)))
+    write_file(ROOT / "GALLERY.md", lambda p: p.write_text("\n".join(lines)))
 
 
 def main() -> None:

@@ -50,12 +50,12 @@ def printable(text: str) -> str:
 
 
 def given_text(name: str, text: str) -> str:
-    """An argument of the command line as text."""
+    """An argument of the command line as text: bytes of UTF-8, whatever encoding this terminal claims."""
+    raw = text.encode("utf-8", "surrogateescape")
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name}: got {text.encode('utf-8', 'surrogateescape')!r}, allowed is UTF-8") from None
-    return text
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{name}: got {raw!r}, allowed is UTF-8") from None
 
 
 @dataclass

@@ -44,6 +44,11 @@ def write_files(folder: Path, writers: dict[str, Callable[[Path], None]]) -> Non
         raise
 
 
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """One file, as `write_files` does it."""
+    write_files(path.parent, {path.name: write})
+
+
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__

@@ -28,7 +28,8 @@ from klflow_ext import (
     train,
 )
 from klflow_ext.path import IGNORE
-from klflow_ext.train import RUN_FORMAT, LossCurve, load_run, read_config
+from klflow_ext.run import FORMAT, load_run, read_config
+from klflow_ext.train import LossCurve
 
 V = 40
 
@@ -480,7 +481,7 @@ def test_bad_run_folders(tmp_path):
     with pytest.raises(ValueError, match="no run folder"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"format": 0}')
-    with pytest.raises(ValueError, match=f"has format 0, allowed is {RUN_FORMAT}"):
+    with pytest.raises(ValueError, match=f"has format 0, allowed is {FORMAT}"):
         read_config(tmp_path)
 
 
@@ -561,7 +562,7 @@ def test_command_line(klflow, tmp_path):
     done = klflow("train", "--data", str(tmp_path / "t.txt"), "--out", str(run), "--steps", "3", *small)
     assert done.returncode == 0, done.stderr
     assert "unigram entropy" in done.stdout
-    done = klflow("train", "--resume", str(run), "--steps", "2", "--seconds", "50")
+    done = klflow("train", "--resume", str(run), "--more-steps", "2")
     assert done.returncode == 0 and "from step 3" in done.stdout, done.stderr
     for command in (
         ["sample", str(run), "--steps", "3", "--length", "8", "--count", "2"],
@@ -582,9 +583,26 @@ def test_command_line(klflow, tmp_path):
         (["train", "--ema", "1"], "ema: got 1.0"),
         (["sample", str(run), "--length", "999"], "length: got 999"),
         (["train", "--vocab-size", "100"], "vocab_size: got 100"),
-        (["train", "--out", str(tmp_path / "t.txt")], "t.txt cannot be written"),
+        (["train", "--out", str(tmp_path / "t.txt")], "t.txt is a file, allowed is a folder"),
         (["eval", str(run), "--judge", str(tmp_path)], "has no stories260K.bin"),
-        (["train", "--data", str(tmp_path / "t.txt"), "--out", str(run), "--length", "99999"], "stream: got "),
+        (
+            ["train", "--data", str(tmp_path / "t.txt"), "--out", str(run)],
+            "run holds a run already; --overwrite replaces",
+        ),
+        (
+            ["train", "--data", str(tmp_path / "t.txt"), "--out", str(run), "--overwrite", "--length", "99999"],
+            "length: got 99999, allowed is less than the",
+        ),
+        (["train", "--resume", str(run), "--steps", "5", "--lr=1e-9"], "resume: got --lr, --steps beside it"),
+        (["train", "--resume", str(run)], "is finished, at step 5"),
+        (["train", "--more-steps", "3"], "more_steps: got 3, allowed is only with --resume"),
+        (["sample", str(run), "--count", "-1"], "count: got -1"),
+        (["sample", str(run), "--device", "meta"], "device: meta cannot be used"),
+        (["train", "--n-layer", "0"], "n_layer: got 0"),
+        (["eval", str(run), "--count", "0"], "count: got 0"),
+        (["eval", str(run), "--length", "0"], "length: got 0"),
+        (["complete", str(run), "--prompt", "caf\udce9"], "prompt: got b'caf\\xe9', allowed is UTF-8"),
+        (["infill", str(run), "--text", "a{?99999999999999999999}b"], "text: got the hole {?99999999999999999999}"),
     ):
         before = {file.name: file.read_bytes() for file in run.iterdir()}
         done = klflow(*command)

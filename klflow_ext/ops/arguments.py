@@ -25,12 +25,11 @@ def is_bool(value):
 
 def check_scalar(name, value, low, high, allowed, open_low=False, open_high=False):
     """The number as a float; of Python, numpy, or a tensor of one. A symbolic one of torch.compile stays what it is."""
-    if not isinstance(value, float):
+    if not isinstance(value, (float, torch.SymFloat, torch.SymInt)):
         single = isinstance(value, torch.Tensor) and value.dim() == 0
-        if is_bool(value) or not (single or isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt))):
+        if isinstance(value, bool) or not (single or isinstance(value, numbers.Real)) or is_bool(value):
             fail(TypeError, name, repr(value), allowed)
-        if not isinstance(value, (torch.SymFloat, torch.SymInt)):
-            value = float(value)
+        value = float(value)
     if not (low < value if open_low else low <= value) or not (value < high if open_high else value <= high):
         fail(ValueError, name, value, allowed)
     return value
@@ -42,13 +41,14 @@ def check_beta(beta):
 
 def check_int(name, value, low, high, allowed):
     """The number as an int; of Python, numpy, or a tensor of one. A symbolic one of torch.compile stays what it is."""
-    if is_bool(value):
-        fail(TypeError, name, repr(value), allowed)
-    if not isinstance(value, torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         try:
-            value = operator.index(value)
+            whole = None if is_bool(value) else operator.index(value)
         except TypeError:
+            whole = None
+        if whole is None:
             fail(TypeError, name, repr(value), allowed)
+        value = whole
     if value < low or value > high:
         fail(ValueError, name, value, allowed)
     return value
