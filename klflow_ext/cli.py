@@ -191,15 +191,14 @@ def prepare(settings: Settings):
     model = Denoiser(config, path, evaluate.unigram_log_prior(stream, vocab_size)).to(device)
     trainer = Trainer(model, path, stream, train_config)
     # Only now that nothing is left to be refused, and whole: it can be resumed from here on.
-    with new_folder(settings.out, settings.overwrite) as folder:
-        files = {
-            "tokenizer.json": lambda p: tokenizer.save(str(p)),
-            "train.npy": lambda p: np.save(open(p, "wb"), stream),
-            "heldout.npy": lambda p: np.save(open(p, "wb"), held),
-        }
-        if trainer.rank == 0:
-            write_files(folder, files)
-            trainer.out = folder
+    if trainer.rank == 0:
+        with new_folder(settings.out, settings.overwrite) as trainer.out:
+            files = {
+                "tokenizer.json": lambda p: tokenizer.save(str(p)),
+                "train.npy": lambda p: np.save(open(p, "wb"), stream),
+                "heldout.npy": lambda p: np.save(open(p, "wb"), held),
+            }
+            write_files(trainer.out, files)
             trainer.save()
     trainer.out = settings.out
     count = sum(p.numel() for p in model.parameters())
@@ -281,10 +280,13 @@ class Train(Settings):
     RESUMED = ("resume", "more_steps", "more_seconds", "device")  # what may stand beside --resume
 
     def run(self):
+        from klflow_ext.train import leave_processes
+
         trainer, held = self.go_on() if self.resume is not None else self.start()
         trainer.fit()
         print_losses(trainer.averaged_model().eval(), trainer.path, trainer.stream, held, trainer.config.length)
         print(f"run folder: {trainer.out}")
+        leave_processes()
 
     def start(self):
         for name in ("more_steps", "more_seconds"):

@@ -152,8 +152,15 @@ def join_processes(device: torch.device) -> tuple[int, int]:
         if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
             return 0, 1
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # where nobody left
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave_processes() -> None:
+    """The end of training with several processes: all are here, then the group goes while its threads still can."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 @contextmanager

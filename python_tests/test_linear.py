@@ -1,5 +1,6 @@
 """linear_cross_entropy against its float64 twin, its memory, and its gradients under compile, autocast and DDP."""
 
+import gc
 import math
 
 import pytest
@@ -295,6 +296,10 @@ def ddp_worker(rank, path):
         shared(x[rank * 5 : rank * 5 + 5], target[rank * 5 : rank * 5 + 5]).backward()
         for a, b in zip(shared.module.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad)
+    # Both here, the reducer gone, then the group: otherwise gloo's threads may outlive it, and the process aborts.
+    torch.distributed.barrier()
+    del shared, a, b
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 

@@ -195,6 +195,8 @@ test_train.small_model = other_weights
 run = test_train.process_run(folder / "two")
 assert (run.rank, run.processes) == (rank, 2)
 torch.save({"weights": run.model.state_dict(), "curve": run.curve.sums}, folder / f"{rank}.pt")
+from klflow_ext.train import leave_processes
+leave_processes()
 """
     workers = []
     for rank in range(2):
