@@ -5,6 +5,7 @@ import numbers
 import operator
 import os
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -26,7 +27,7 @@ def is_bool(value):
 def check_scalar(name, value, low, high, allowed, open_low=False, open_high=False):
     """The number as a float; of Python, numpy, or a tensor of one. A symbolic one of torch.compile stays what it is."""
     if not isinstance(value, (float, torch.SymFloat, torch.SymInt)):
-        single = isinstance(value, torch.Tensor) and value.dim() == 0
+        single = isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0
         if isinstance(value, bool) or not (single or isinstance(value, numbers.Real)) or is_bool(value):
             fail(TypeError, name, repr(value), allowed)
         value = float(value)
@@ -101,6 +102,8 @@ def row_scalars(name, value, shape, rows, device, low=None, high=None):
     if not isinstance(value, torch.Tensor):
         least, most = (-3e38, 3e38) if low is None else (low, high)
         value = check_scalar(name, value, least, most, f"numbers in [{least}, {most}]")
+        if torch.compiler.is_compiling():  # a product keeps a symbolic number symbolic, where torch.full would fix it
+            return (torch.ones(1, dtype=torch.float32, device=device) * value).expand(rows)
         return torch.full((1,), value, dtype=torch.float32, device=device).expand(rows)
     whole = INTEGERS if value.dim() == 0 else ()
     check_tensor(name, value, (*FLOATS, torch.float64, *whole), device)

@@ -14,6 +14,7 @@ from klflow_ext.ops.arguments import (
     fail,
     looks_at_values,
     noise_arguments,
+    refuse_gradient,
     register_fake_mutation,
 )
 from klflow_ext.ops.posterior import largest_entries
@@ -85,6 +86,8 @@ def posterior_embedding(ids, q, rest, weight, log_prior):
     log_prior = check_log_prior(log_prior, vocab, ids.device)
     check_tensor("q", q, (*FLOATS, torch.float64), ids.device)
     check_tensor("rest", rest, (*FLOATS, torch.float64), ids.device)
+    refuse_gradient("q", q, "weight")
+    refuse_gradient("rest", rest, "weight")
     if ids.dim() < 1 or ids.shape[-1] < 1:
         fail(ValueError, "ids", f"shape {tuple(ids.shape)}", "(*rows, top >= 1)")
     shape, top = ids.shape[:-1], ids.shape[-1]

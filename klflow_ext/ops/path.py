@@ -19,6 +19,7 @@ from klflow_ext.ops.arguments import (
     is_transformed,
     needs_grad,
     noise_arguments,
+    refuse_gradient,
     register_fake_mutation,
     row_scalars,
     token_rows,
@@ -105,6 +106,8 @@ def logit_interpolate(log_x0, log_x1, t, *, beta=0.01, log=False, out=None):
         # The compiler takes the operator, which knows its gradient; the Function also knows torch.func and forward mode.
         points = _klflow.logit_interpolate if torch.compiler.is_compiling() else _LogitInterpolate.apply
         return points(start, end, times, beta, bool(log)).reshape(log_x0.shape)
+    for name, value in (("log_x0", log_x0), ("log_x1", log_x1), ("t", times)):
+        refuse_gradient(name, value, "log_x0, log_x1 and t without out")
     ends = [("log_x0", start, True)] + ([("log_x1", end, True)] if end.dim() == 2 else [])
     result, flat = output_rows("out", out, log_x0.shape, log_x0.dtype, device, ends)
     _klflow.logit_interpolate_out(start, end, times, beta, bool(log), flat)

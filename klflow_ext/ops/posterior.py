@@ -17,6 +17,7 @@ from klflow_ext.ops.arguments import (
     fail,
     looks_at_values,
     noise_arguments,
+    refuse_gradient,
     register_fake_mutation,
     row_scalars,
 )
@@ -105,7 +106,9 @@ def token_posterior(log_x, t, log_prior, *, top=512, beta=0.01):
     rows = math.prod(shape)
     log_prior = check_log_prior(log_prior, vocab, device)
     top = check_int("top", top, 1, vocab, f"an integer in [1, V = {vocab}]")
-    times = row_scalars("t", t, shape, rows, device, 0, 1).detach()
+    times = row_scalars("t", t, shape, rows, device, 0, 1)
+    for name, value in (("log_x", log_x), ("t", times)):
+        refuse_gradient(name, value, "nothing")
     ids, q, rest = _new_entries(rows, top, device)
     _klflow.token_posterior(as_rows(log_x.detach(), vocab), times, log_prior, check_beta(beta), ids, q, rest)
     return ids.reshape(*shape, top), q.reshape(*shape, top), rest.reshape(shape)

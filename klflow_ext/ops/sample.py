@@ -16,6 +16,7 @@ from klflow_ext.ops.arguments import (
     fail,
     given_known,
     output,
+    refuse_gradient,
     register_fake_mutation,
     rng_state,
     row_scalars,
@@ -23,6 +24,7 @@ from klflow_ext.ops.arguments import (
 )
 
 _klflow = torch.ops.klflow
+NOTHING = "nothing (sample under torch.no_grad())"
 
 
 def _topk_arguments(logits, k, rng, temperature, top_p, row_offset):
@@ -89,6 +91,7 @@ def topk_renoise(
     device = logits.device
     flags, tokens = given_known(given, known, shape, rows, vocab, device)
     times = row_scalars("t_next", t_next, shape, rows, device, 0, 1)
+    refuse_gradient("t_next", times, NOTHING)
     beta = check_beta(beta)
     result, flat = output("out", out, logits.shape, dtype or logits.dtype, device, [("logits", head[0], True)])
     token = torch.empty(rows, dtype=torch.int64, device=device)
@@ -118,6 +121,8 @@ def euler_step(
     if log_x.shape != logits.shape:
         fail(ValueError, "log_x", f"shape {tuple(log_x.shape)}", f"the shape of logits, {tuple(logits.shape)}")
     rates = row_scalars("rate", rate, shape, rows, device, 0, 1)
+    for name, value in (("log_x", log_x), ("logits", logits), ("rate", rates)):
+        refuse_gradient(name, value, NOTHING)
     temperature, beta = temperature_rows(temperature, shape, rows, device), check_beta(beta)
     flags, tokens = given_known(given, known, shape, rows, vocab, device)
     source, flat_logits = as_rows(log_x, vocab), as_rows(logits, vocab)
