@@ -2,6 +2,8 @@
 
 import runpy
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,15 @@ def test_every_launch_goes_through_the_device_guard():
     source = (ROOT / "csrc" / "ops.cpp").read_text()
     calls = [line.strip() for line in source.splitlines() if "cuda::" in line and not line.startswith("//")]
     assert len(calls) == 2 and all("on_device_of" in line or line.startswith("scratch = ") for line in calls), calls
+
+
+def test_the_source_distribution_holds_all_that_is_built(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run([*command, "egg_info", "--egg-base", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        held = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    source = {str(p.relative_to(ROOT)) for folder in ("csrc", "klflow_ext") for p in (ROOT / folder).rglob("*")
+              if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".typed")}  # fmt: skip
+    assert {"csrc/ops.cpp", "csrc/cuda/row.cuh", "klflow_ext/ops/loss.py"} <= source
+    assert source | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= held
