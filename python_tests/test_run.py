@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from klflow_ext import Denoiser, DenoiserConfig, LogitPath, TrainConfig, Trainer
@@ -118,10 +119,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     trainer.save()
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
     trainer.train_step()
-    for module, name in ((torch, "save"), (__import__("safetensors.torch").torch, "save_file")):
+    for module, name in ((torch, "save"), (safetensors.torch, "save_file")):
 
-        def full(thing, path, name=name):
-            (path if name == "save_file" else path).write_bytes(b"half")
+        def full(thing, path):
+            path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patch:
