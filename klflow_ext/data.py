@@ -149,17 +149,12 @@ def encode(tokenizer, texts: list[str]) -> np.ndarray:
     return np.asarray(ids, np.int32)
 
 
-def encode_pieces(tokenizer, pieces: list[str]) -> list[list[int]]:
-    """The ids of pieces of one text, each encoded by itself, that give the whole text back.
-
-    A tokenizer that puts a space before every text is asked not to, but before the first where that is what gives it back.
-
-    Raises:
-        ValueError: the tokenizer changes the text.
-    """
+def _without_prefix_space(tokenizer):
+    """A copy of the tokenizer that puts no space before a text; one of another library is taken as it is."""
     from tokenizers import Tokenizer
 
-    text = "".join(pieces)
+    if not isinstance(tokenizer, Tokenizer):
+        return tokenizer
     bare = Tokenizer.from_str(tokenizer.to_str())
     before = bare.pre_tokenizer
     if hasattr(before, "add_prefix_space"):
@@ -168,6 +163,19 @@ def encode_pieces(tokenizer, pieces: list[str]) -> list[list[int]]:
         before.prepend_scheme = "never"
     if before is not None:
         bare.pre_tokenizer = before
+    return bare
+
+
+def encode_pieces(tokenizer, pieces: list[str]) -> list[list[int]]:
+    """The ids of pieces of one text, each encoded by itself, that give the whole text back.
+
+    A tokenizer that puts a space before every text is asked not to, but before the first where that is what gives it back.
+
+    Raises:
+        ValueError: the tokenizer changes the text.
+    """
+    text = "".join(pieces)
+    bare = _without_prefix_space(tokenizer)
     for first, other in ((tokenizer, tokenizer), (tokenizer, bare), (bare, bare)):
         makers = [first if i == 0 else other for i in range(len(pieces))]
         try:

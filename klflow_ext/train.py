@@ -165,9 +165,12 @@ def leave_processes() -> None:
 
 @contextmanager
 def _interrupts() -> Iterator[list]:
-    """A list that SIGINT fills, so that a step is finished; the second one is a KeyboardInterrupt at once."""
+    """A list that SIGINT fills, so that a step is finished; the second one is a KeyboardInterrupt at once.
+
+    Where SIGINT is ignored, as in a job that a script put in the background, it stays ignored.
+    """
     caught: list = []
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield caught
         return
 

@@ -92,7 +92,24 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 
-def test_an_interrupt_ends_after_the_step_and_saves(tmp_path):
+@pytest.fixture
+def heeded():
+    """SIGINT as a terminal gives it, whatever the tests were started from."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored(tmp_path, heeded):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = trainer_of(tmp_path, steps=2)
+    plain = trainer.train_step
+    trainer.train_step = lambda: (os.kill(os.getpid(), signal.SIGINT), plain())[1]
+    trainer.fit(progress=False)
+    assert trainer.step == 2 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_an_interrupt_ends_after_the_step_and_saves(tmp_path, heeded):
     trainer = trainer_of(tmp_path, steps=1000)
     plain = trainer.train_step
 
@@ -186,6 +203,7 @@ def test_a_run_is_finished_and_lengthened_by_name(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "klflow_ext", "train", *options, "--steps", "100000", "--seconds", "1000"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=one,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not process.stdout.readline().startswith("model:"):
         pass

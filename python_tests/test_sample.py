@@ -493,6 +493,9 @@ class Letters:
     def encode(self, text, add_special_tokens=True):
         return SimpleNamespace(ids=[0] * add_special_tokens + [ord(letter) % 32 for letter in text])
 
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(chr(96 + i) for i in ids if i or not skip_special_tokens)
+
 
 def test_holes():
     tokens, given = parse_holes("ab{?2}c{?1}{?1}", Letters())
