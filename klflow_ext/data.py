@@ -188,6 +188,36 @@ def encode_pieces(tokenizer, pieces: list[str]) -> list[list[int]]:
     raise ValueError(f"text: got {text[:80]!r} between the holes, which this tokenizer gives back as {found[:80]!r}")
 
 
+LONGEST_HOLE = 1_000_000
+
+
+def parse_holes(text: str, tokenizer) -> tuple[list[int], list[bool]]:
+    """(tokens, given) of a text with holes {?n}, each of n >= 1 tokens: "x = {?3} + 1".
+
+    The pieces between holes are encoded by themselves (`encode_pieces`).
+
+    Raises:
+        ValueError: there is no hole, or one of no tokens or of more than LONGEST_HOLE, or the tokenizer would change the text.
+    """
+    parts = re.split(r"\{\?(\d+)\}", text)
+    for hole in parts[1::2]:
+        if len(hole) > 18 or not 1 <= int(hole) <= LONGEST_HOLE:
+            raise ValueError(
+                f"text: got the hole {{?{hole}}}, allowed are holes of 1 to {LONGEST_HOLE:,} tokens, such as {{?8}}"
+            )
+    if len(parts) == 1:
+        raise ValueError(f"text: got {text!r}, allowed is a text with a hole such as {{?8}}")
+    pieces = [part for part in parts[::2] if part]
+    encoded = iter(encode_pieces(tokenizer, pieces))
+    tokens: list[int] = []
+    given: list[bool] = []
+    for i, part in enumerate(parts):
+        ids = [0] * int(part) if i % 2 else next(encoded) if part else []
+        tokens += ids
+        given += [i % 2 == 0] * len(ids)
+    return tokens, given
+
+
 def batch(stream: np.ndarray, batch_size: int, length: int, seed: int, step: int) -> torch.Tensor:
     """(batch_size, length) int64 windows of the stream, at places that depend on (seed, step) alone."""
     if len(stream) <= length:

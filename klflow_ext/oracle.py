@@ -9,32 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from klflow_ext.path import Autoregressive, LinearPath, LogitPath, MaskPath, Path, SpherePath, UniformPath
+from klflow_ext.path.logit import log_evidence
 
 OUTSIDE = 1e6  # slope of a log-likelihood beyond its support, where steps of a solver may end: the nearest token wins
-
-
-def log_evidence(log_x: Tensor, t: Tensor, c: float, alpha: float = 1.0) -> Tensor:
-    """log of the likelihood of each token given its own noisy row, up to a constant: -V alpha log(1 - (1 - e^-s) u).
-
-    u = softmax(log x_t / (1 - t)), s = c t / (1 - t): u is Dirichlet(alpha) noise whose token is e^s times as likely, and in
-    the measure du / prod u, which such factors leave as it is, that noise has the density prod u^alpha. Safe in the limits:
-    with L(a) = log a the bracket is logaddexp(L(1 - u), L(u) - s), and 1 - u of the largest entry is summed over the others.
-    A one-hot row says its token.
-
-    Args:
-        log_x: (..., V) log x_t up to a constant a row; -inf is allowed.
-        t: (...) times in [0, 1).
-    """
-    vocab_size = log_x.shape[-1]
-    t = t[..., None]
-    s = c * t / (1 - t)
-    log_u = torch.log_softmax(log_x / (1 - t), -1)
-    top = log_u.argmax(-1, keepdim=True)
-    rest = torch.logsumexp(log_u.scatter(-1, top, -torch.inf), -1, keepdim=True)
-    log_others = torch.log1p(-log_u.exp()).scatter(-1, top, rest)
-    evidence = -vocab_size * alpha * torch.logaddexp(log_others, log_u - s)
-    onehot = torch.full_like(log_u, -torch.inf).scatter(-1, top, 0.0)
-    return torch.where(rest == -torch.inf, onehot, evidence)
 
 
 def linear_log_likelihood(x: Tensor, t: Tensor) -> Tensor:

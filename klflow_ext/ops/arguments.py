@@ -1,58 +1,21 @@
-"""Argument checks that the ops share. Every message reads "<name>: got <value>, allowed is <what>"."""
+"""Argument checks that the ops share: tensors, rows and what broadcasts to them."""
 
 import math
-import numbers
-import operator
 import os
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from klflow_ext.checks import LEAST, MOST, check_int, check_scalar, fail
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
 DEBUG_CHECK = os.environ.get("KLFLOW_CHECK") == "1"  # also check values on CUDA, which synchronises
-LEAST, MOST = 1e-30, 1e30  # of scalars that the kernels divide by or multiply with in float32
-
-
-def fail(error, name, value, allowed):
-    raise error(f"{name}: got {value}, allowed is {allowed}")
-
-
-def is_bool(value):
-    return isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, bool)
-
-
-def check_scalar(name, value, low, high, allowed, open_low=False, open_high=False):
-    """The number as a float; of Python, numpy, or a tensor of one. A symbolic one of torch.compile stays what it is."""
-    if not isinstance(value, (float, torch.SymFloat, torch.SymInt)):
-        single = isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0
-        if isinstance(value, bool) or not (single or isinstance(value, numbers.Real)) or is_bool(value):
-            fail(TypeError, name, repr(value), allowed)
-        value = float(value)
-    if not (low < value if open_low else low <= value) or not (value < high if open_high else value <= high):
-        fail(ValueError, name, value, allowed)
-    return value
 
 
 def check_beta(beta):
     return check_scalar("beta", beta, LEAST, 1, f"a number in [{LEAST}, 1)", open_high=True)
-
-
-def check_int(name, value, low, high, allowed):
-    """The number as an int; of Python, numpy, or a tensor of one. A symbolic one of torch.compile stays what it is."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        try:
-            whole = None if is_bool(value) else operator.index(value)
-        except TypeError:
-            whole = None
-        if whole is None:
-            fail(TypeError, name, repr(value), allowed)
-        value = whole
-    if value < low or value > high:
-        fail(ValueError, name, value, allowed)
-    return value
 
 
 def check_tensor(name, value, dtypes, device=None):

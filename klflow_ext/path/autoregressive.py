@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from klflow_ext.path.base import IGNORE, Path, check_targets
-from klflow_ext.path.network import Model, network_of, predict_from_hidden, predict_from_logits
-from klflow_ext.path.state import Prediction
 
 
 class Autoregressive(Path):
@@ -27,7 +24,7 @@ class Autoregressive(Path):
 
     kind: ClassVar[str] = "autoregressive"
     reads: ClassVar[str] = "tokens"
-    final: ClassVar[str] = "draw"
+    way: ClassVar[str | None] = "left_to_right"
     fields: ClassVar[tuple[str, ...]] = ("vocab_size",)
 
     def __init__(self, vocab_size: int) -> None:
@@ -36,7 +33,7 @@ class Autoregressive(Path):
     def time(self, u: Tensor | float) -> Tensor | float:
         return u * 0.0
 
-    def model_times(self, t: Tensor, given: Tensor | None) -> Tensor:
+    def model_times(self, t: Tensor, given: Tensor | None, by_position: bool) -> Tensor:
         return torch.zeros_like(t)
 
     def sample(
@@ -50,39 +47,3 @@ class Autoregressive(Path):
         inputs = torch.full_like(target, self.vocab_size, dtype=torch.int64)
         inputs[..., 1:] = target[..., :-1].masked_fill(target[..., :-1] == IGNORE, self.vocab_size)
         return inputs
-
-    def generate(
-        self, model: Model, tokens: Tensor, given: Tensor, draw: Callable[[Prediction, int], Tensor],
-        after: Callable[[Tensor], None],
-    ) -> tuple[Tensor, int]:  # fmt: skip
-        """Left to right: a pass over the prefix that all sequences are given, then one for each position.
-
-        A known token takes the place of the draw, whatever the model says; positions before it do not see it.
-
-        Args:
-            model: a Network with a cache (a causal Denoiser): each pass reads new positions only; else `model(x, t)` reads all so far.
-            tokens, given: (B, L) ids, and which of them are known; at least one is not.
-            draw: `draw(prediction, i)`, the (B, 1) tokens of position i. after: called with the tokens after each pass.
-
-        Returns:
-            tokens (B, L), and the number of passes: the positions from the first to the last that is free in any sequence.
-        """
-        free = (~given).any(0).nonzero()
-        first, last = int(free[0]), int(free[-1])
-        tokens = torch.where(given, tokens, 0)
-        inputs = torch.cat([torch.full_like(tokens[:, :1], self.vocab_size), tokens[:, :-1]], 1)
-        t = torch.zeros(len(tokens), dtype=torch.float32, device=tokens.device)
-        network = network_of(model)
-        cache = network.cache(len(tokens)) if network is not None and network.caches else None
-        for i in range(first, last + 1):
-            if cache is None:
-                prediction = predict_from_logits(model, inputs[:, : i + 1], t, self.vocab_size).last()
-            else:
-                new = inputs[:, cache.length : i + 1]
-                h = network.hidden(network.embed(new, t), t, cache=cache)
-                prediction = predict_from_hidden(network, h[:, -1:], self.vocab_size)
-            drawn = torch.where(given[:, i : i + 1], tokens[:, i : i + 1], draw(prediction, i))
-            tokens[:, i : i + 1] = drawn
-            inputs[:, i + 1 : i + 2] = drawn[:, : inputs.shape[1] - i - 1]
-            after(tokens)
-        return tokens, last - first + 1

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from klflow_ext.checks import check_field
 from klflow_ext.ops.arguments import INTEGERS, check_tensor, check_tokens, looks_at_values
-from klflow_ext.path.network import Model, hidden_of, loss_of_hidden, loss_of_logits, network_of
+from klflow_ext.path.network import Model, as_network
 from klflow_ext.path.state import Move, Prediction, State
 
 IGNORE = -100  # a target with this value is padding: no loss, and its row carries noise only
@@ -27,7 +28,8 @@ class Path:
 
     Attributes:
         kind: name in a dict. reads: what `sample` makes and a model reads, "rows" (..., V) on the simplex or "tokens" (...).
-        method, final: what the Sampler does by default.
+        closed_form: whether the posterior of a token given its own row has one, that of `ops.noise_posterior`.
+        way: the one way through a text that this path allows (`klflow_ext.sample.ways`), or None.
 
     Raises:
         ValueError: an argument is outside its range; the message names it.
@@ -35,8 +37,8 @@ class Path:
 
     kind: ClassVar[str]
     reads: ClassVar[str] = "rows"
-    method: ClassVar[str] = "basic"
-    final: ClassVar[str] = "argmax"
+    way: ClassVar[str | None] = None
+    closed_form: bool = False
     fields: ClassVar[tuple[str, ...]] = ("vocab_size", "t_max", "t_split")  # the arguments, all of them attributes
     _kinds: ClassVar[dict[str, type[Path]]] = {}
 
@@ -45,7 +47,7 @@ class Path:
             Path._kinds[cls.kind] = cls
 
     def __init__(self, vocab_size: int, t_max: float = 1.0, t_split: float | None = None) -> None:
-        self._check_vocab_size(vocab_size)
+        check_field("vocab_size", vocab_size, 2)
         if not 0 < t_max <= 1:
             raise ValueError(f"t_max: got {t_max!r}, allowed is a number in (0, 1]")
         if t_split is not None and not 0 <= t_split <= 1:
@@ -53,11 +55,6 @@ class Path:
         self.vocab_size = vocab_size
         self.t_max = float(t_max)
         self.t_split = self.t_max / 4 if t_split is None else float(t_split)
-
-    @staticmethod
-    def _check_vocab_size(vocab_size: int) -> None:
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 2:
-            raise ValueError(f"vocab_size: got {vocab_size!r}, allowed is an integer >= 2")
 
     # ---- times
 
@@ -83,14 +80,13 @@ class Path:
             grid[-1] = self.t_max
         return grid
 
-    def model_times(self, t: Tensor, given: Tensor | None) -> Tensor:
-        """The times (B,) or (B, L) that a model is called with, from those of the sequences (B,)."""
-        return t
+    def model_times(self, t: Tensor, given: Tensor | None, by_position: bool) -> Tensor:
+        """The times (B,) or (B, L) that a network is called with, from those of the sequences (B,).
 
-    def hidden_times(self, t: Tensor, given: Tensor | None) -> Tensor:
-        """`model_times` for a Network (Denoiser), which tells positions apart: given rows are at time 1."""
-        if given is None or self.reads == "tokens":
-            return self.model_times(t, given)
+        by_position: whether it tells positions apart; given rows are then at time 1.
+        """
+        if given is None or self.reads == "tokens" or not by_position:
+            return t
         return torch.where(given, 1.0, t[:, None])
 
     # ---- training
@@ -127,20 +123,20 @@ class Path:
             given: (B, L) bool, positions that the model sees in the clear.
             reduction: "mean" (NaN where no position counts), "sum" or "none" ((B, L), zero where a position does not count).
         """
-        x = self.sample(target, t[:, None], rng, given=given, row_offset=row_offset)
+        network = as_network(model, self.vocab_size)
+        state = self.noisy(target, t[:, None], rng, given=given, row_offset=row_offset)
+        prediction = network.predict(state, self.model_times(t, given, network.times_by_position))
         label = target if given is None else target.masked_fill(given, IGNORE)
-        t = self.model_times(t, given) if network_of(model) is None else self.hidden_times(t, given)
-        return self._cross_entropy(model, x, t, label, reduction, row_offset)
+        return self._cross_entropy(prediction, state, label, reduction)
 
-    def _cross_entropy(
-        self, model: Model, x: Tensor, t: Tensor, label: Tensor, reduction: str, row_offset: int
-    ) -> Tensor:
-        options = {"ignore_index": IGNORE, "reduction": reduction}
-        network = network_of(model)
-        if network is None:
-            return loss_of_logits(model, x, t, label, self.vocab_size, **options)
-        h = hidden_of(network, network.embed(x, t), t, row_offset)
-        return loss_of_hidden(network, h, label, self.vocab_size, **options)
+    def _cross_entropy(self, prediction: Prediction, state: State, label: Tensor, reduction: str) -> Tensor:
+        return prediction.cross_entropy(label, ignore_index=IGNORE, reduction=reduction)
+
+    def noisy(
+        self, target: Tensor, t: Tensor, rng, *, given: Tensor | None = None, row_offset: int = 0
+    ) -> State:
+        """The state that a network is trained on: `sample`, with the same arguments."""
+        return State(self.sample(target, t, rng, given=given, row_offset=row_offset))
 
     # ---- sampling
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from klflow_ext.path.base import IGNORE, Path, check_targets, hide_padding
-from klflow_ext.path.network import Model
 from klflow_ext.path.noise import row_words, uniform
 from klflow_ext.path.state import Move, Prediction, State
 
@@ -23,7 +22,6 @@ KAPPA = {  # kappa(t) from 0 to 1, of float64 tensors
 
 class _DiscretePath(Path):
     reads: ClassVar[str] = "tokens"
-    final: ClassVar[str] = "draw"
     fields: ClassVar[tuple[str, ...]] = ("vocab_size", "schedule", "t_split")
 
     def __init__(self, vocab_size: int, schedule: str = "linear", t_split: float | None = None) -> None:
@@ -73,14 +71,12 @@ class MaskPath(_DiscretePath):
     def _noise(self, words: Tensor) -> Tensor:
         return torch.full(words.shape[:-1], self.vocab_size, dtype=torch.int64, device=words.device)
 
-    def _cross_entropy(
-        self, model: Model, x: Tensor, t: Tensor, label: Tensor, reduction: str, row_offset: int
-    ) -> Tensor:
+    def _cross_entropy(self, prediction: Prediction, state: State, label: Tensor, reduction: str) -> Tensor:
         """With "mean", 0 where chance has masked no position."""
-        label = label.masked_fill(x != self.vocab_size, IGNORE)
+        label = label.masked_fill(state.x != self.vocab_size, IGNORE)
         if reduction != "mean":
-            return super()._cross_entropy(model, x, t, label, reduction, row_offset)
-        return super()._cross_entropy(model, x, t, label, "sum", row_offset) / (label != IGNORE).sum().clamp_min(1)
+            return super()._cross_entropy(prediction, state, label, reduction)
+        return super()._cross_entropy(prediction, state, label, "sum") / (label != IGNORE).sum().clamp_min(1)
 
     def step(self, state: State, prediction: Prediction, move: Move) -> State:
         """Each mask turns, with probability (kappa(t') - kappa(t)) / (1 - kappa(t)), into a draw from p."""
@@ -104,7 +100,7 @@ class UniformPath(_DiscretePath):
     def _noise(self, words: Tensor) -> Tensor:
         return words[..., 1] * self.vocab_size >> 32
 
-    def model_times(self, t: Tensor, given: Tensor | None) -> Tensor:
+    def model_times(self, t: Tensor, given: Tensor | None, by_position: bool) -> Tensor:
         return t if given is None else torch.where(given, 1.0, t[:, None])
 
     def step(self, state: State, prediction: Prediction, move: Move) -> State:

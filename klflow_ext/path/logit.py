@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from klflow_ext import ops
-from klflow_ext.path.base import IGNORE, Path, check_targets, hide_padding
-from klflow_ext.path.network import Model, hidden_of, loss_of_hidden, network_of
+from klflow_ext.checks import check_field
+from klflow_ext.path.base import Path, check_targets, hide_padding
 from klflow_ext.path.noise import log_gamma
 from klflow_ext.path.state import Move, Prediction, State
 
@@ -37,6 +38,30 @@ def identification_accuracy(vocab_size: int, beta: float, t: float, alpha: float
     return float((weight * torch.exp((vocab_size - 1) * log_below)).sum() / weight.sum())
 
 
+def log_evidence(log_x: Tensor, t: Tensor, c: float, alpha: float = 1.0) -> Tensor:
+    """log of the likelihood of each token given its own noisy row, up to a constant: -V alpha log(1 - (1 - e^-s) u).
+
+    u = softmax(log x_t / (1 - t)), s = c t / (1 - t): u is Dirichlet(alpha) noise whose token is e^s times as likely, and in
+    the measure du / prod u, which such factors leave as it is, that noise has the density prod u^alpha. Safe in the limits:
+    with L(a) = log a the bracket is logaddexp(L(1 - u), L(u) - s), and 1 - u of the largest entry is summed over the others.
+    A one-hot row says its token.
+
+    Args:
+        log_x: (..., V) log x_t up to a constant a row; -inf is allowed.
+        t: (...) times in [0, 1).
+    """
+    vocab_size = log_x.shape[-1]
+    t = t[..., None]
+    s = c * t / (1 - t)
+    log_u = torch.log_softmax(log_x / (1 - t), -1)
+    top = log_u.argmax(-1, keepdim=True)
+    rest = torch.logsumexp(log_u.scatter(-1, top, -torch.inf), -1, keepdim=True)
+    log_others = torch.log1p(-log_u.exp()).scatter(-1, top, rest)
+    evidence = -vocab_size * alpha * torch.logaddexp(log_others, log_u - s)
+    onehot = torch.full_like(log_u, -torch.inf).scatter(-1, top, 0.0)
+    return torch.where(rest == -torch.inf, onehot, evidence)
+
+
 class LogitPath(Path):
     """The logit-linear path: l_t = (1 - t) log x_0 + t log x_1, x_t = softmax(l_t), x_0 ~ Dirichlet(alpha, ..., alpha).
 
@@ -55,7 +80,6 @@ class LogitPath(Path):
     """
 
     kind: ClassVar[str] = "logit"
-    method: ClassVar[str] = "hybrid"
     fields: ClassVar[tuple[str, ...]] = ("vocab_size", "beta", "t_max", "t_split", "alpha")
 
     def __init__(
@@ -66,7 +90,7 @@ class LogitPath(Path):
         t_split: float | None = None,
         alpha: float = 1.0,
     ) -> None:
-        self._check_vocab_size(vocab_size)
+        check_field("vocab_size", vocab_size, 2)
         if not 0 < beta < 1:
             raise ValueError(f"beta: got {beta!r}, allowed is a number in (0, 1)")
         if t_max is not None and not 0 < t_max < 1:
@@ -80,6 +104,10 @@ class LogitPath(Path):
     def c(self) -> float:
         """The logit gap of the target, log(x_1[k] / x_1[j]) = log(V / beta - V + 1)."""
         return math.log(self.vocab_size / self.beta - self.vocab_size + 1)
+
+    @property
+    def closed_form(self) -> bool:
+        return self.alpha == 1
 
     def odds(self, t: Tensor | float) -> Tensor | float:
         """s = c t / (1 - t): by how much the token's logit stands out once the noise is scaled to its full size."""
@@ -134,25 +162,24 @@ class LogitPath(Path):
             log_x = torch.where(given[..., None], onehot, log_x)
         return (log_x if log else log_x.exp()).float()
 
-    def loss(
-        self, model: Model, target: Tensor, t: Tensor, rng, *, given: Tensor | None = None, reduction: str = "mean",
-        row_offset: int = 0,
-    ) -> Tensor:  # fmt: skip
-        """As `Path.loss`; a Network that makes noise (Denoiser) is trained without any tensor of positions x V."""
-        network = network_of(model)
-        if self.alpha != 1 or network is None or not network.makes_noise:
-            return super().loss(model, target, t, rng, given=given, reduction=reduction, row_offset=row_offset)
-        label = target if given is None else target.masked_fill(given, IGNORE)
-        tokens, times, shown = hide_padding(target, t[:, None], given)
-        h = network.embed_noise(tokens, times, rng, given=shown, row_offset=row_offset)
-        h = hidden_of(network, h, self.hidden_times(t, given), row_offset)
-        return loss_of_hidden(network, h, label, self.vocab_size, ignore_index=IGNORE, reduction=reduction)
+    def noisy(
+        self, target: Tensor, t: Tensor, rng, *, given: Tensor | None = None, row_offset: int = 0
+    ) -> State:
+        """As `Path.noisy`; its rows are made only for a network that does not make them itself."""
+        if not self.closed_form:
+            return super().noisy(target, t, rng, given=given, row_offset=row_offset)
+        tokens, times, shown = hide_padding(target, t, given)
+        return self._hidden(tokens, times, rng, shown, row_offset)
 
-    def renoise(self, tokens: Tensor, t: float, rng: Tensor, given: Tensor) -> State:
-        if self.alpha == 1:
-            return State(None, tokens=tokens, t=t, rng=rng)
+    def renoise(self, tokens: Tensor, t: float | Tensor, rng: Tensor, given: Tensor) -> State:
+        if self.closed_form:
+            return self._hidden(tokens, t, rng, given, 0)
         log_x = self.sample(tokens, t, rng, given=given, log=True)  # kept: x of small alpha underflows
         return State(log_x.exp(), log_x)
+
+    def _hidden(self, tokens: Tensor, t: float | Tensor, rng, given: Tensor | None, row_offset: int) -> State:
+        make = partial(self.sample, tokens, t, rng, given=given, row_offset=row_offset)
+        return State(tokens=tokens, t=t, rng=rng, given=given, row_offset=row_offset, make=make)
 
     def step(self, state: State, prediction: Prediction, move: Move) -> State:
         """Algorithm 1: the marginal ODE dl/dtau = c p - l, by the exact exponential step or the paper's Euler step.
@@ -160,17 +187,17 @@ class LogitPath(Path):
         With move.boosts the exact step is made in m = l / (1 - t), where it only adds: m <- m + c (s' - s) p, s = t / (1 - t).
         So m = log E + a sum, of which the `boosts` largest entries are kept: the noise is made again, and no row is stored.
         """
-        if move.boosts is not None and move.euler == "exact" and state.x is None:
+        if move.options.boosts is not None and move.options.euler == "exact" and not state.is_made:
             return self._sparse_step(state, prediction, move)
         rate = 1 - (1 - move.t_next) / (1 - move.t)  # 1 - e^-h
-        if move.euler == "paper":
+        if move.options.euler == "paper":
             rate = -math.log1p(-rate)  # h
         log_x = state.log_x
-        if log_x is None and state.x is not None:
+        if log_x is None and state.is_made:
             log_x = state.x.log()
         elif log_x is None:
             log_x = self.sample(state.tokens, state.t, state.rng, given=move.given, log=True)
-        out = torch.empty_like(log_x) if state.x is None else state.x
+        out = state.x if state.is_made else torch.empty_like(log_x)
         log_x, x = ops.euler_step(
             log_x, prediction.logits, rate, temperature=move.temperature, beta=self.beta, given=move.given,
             known=move.known, inplace=True, out=out,
@@ -182,20 +209,22 @@ class LogitPath(Path):
         if boost is None:
             tokens = tokens[..., None]
             boost = torch.full(tokens.shape, self.odds(state.t), dtype=torch.float32, device=tokens.device)
-        ids, p = prediction.largest(min(move.boosts, self.vocab_size), move.temperature)
+        most = move.options.boosts
+        ids, p = prediction.largest(min(most, self.vocab_size), move.temperature)
         rise = self.odds(move.t_next) - self.odds(move.t)
-        tokens, boost = ops.merge_boosts(tokens, boost, ids, rise * p, move.boosts)
+        tokens, boost = ops.merge_boosts(tokens, boost, ids, rise * p, most)
         shown = torch.full_like(tokens, -1)
         shown[..., 0] = move.known
         tokens = torch.where(move.given[..., None], shown, tokens)
-        return State(None, tokens=tokens, t=move.t_next, rng=state.rng, boost=boost)
+        return State(tokens=tokens, t=move.t_next, rng=state.rng, given=move.given, boost=boost)
 
     def resample(self, state: State, prediction: Prediction, move: Move) -> State:
-        if self.alpha != 1 or not prediction.is_dense:
+        if not self.closed_form or not prediction.is_dense:
             return super().resample(state, prediction, move)
+        options = move.options
         _, x = ops.topk_renoise(
-            prediction.logits, move.top_k, move.t_next, move.rng, temperature=move.temperature, top_p=move.top_p,
-            beta=self.beta, given=move.given, known=move.known, out=state.x,
+            prediction.logits, options.top_k, move.t_next, move.rng, temperature=move.temperature, top_p=options.top_p,
+            beta=self.beta, given=move.given, known=move.known, out=state.x if state.is_made else None,
         )  # fmt: skip
         return State(x)
 

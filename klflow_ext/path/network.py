@@ -1,15 +1,21 @@
-"""What losses and samplers ask of a network. Any `model(x_t, t) -> logits` will do; one that is a `Network` offers more, by
-which no logits and no noisy rows are built. Nothing else about a model is guessed from the names of its attributes."""
+"""What losses and samplers ask of a network, all of it. Any `model(x_t, t) -> logits` will do; a `Network` offers more, by
+which no logits and no noisy rows are built. Nothing about a model is guessed from the names of its attributes.
+
+    network = as_network(model, vocab_size)
+    prediction = network.predict(state, times)      # then prediction.cross_entropy(label), or prediction.draw(k, rng)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from klflow_ext import ops
-from klflow_ext.path.state import Prediction
+from klflow_ext.path.state import Prediction, State
 
 Model = Callable[[Tensor, Tensor], Tensor]
 
@@ -21,75 +27,120 @@ class Network(nn.Module):
         embed(x_t, t) -> (B, L, D), hidden(h, t) -> (B, L, D), at times t (B,) or (B, L);
         head: a torch.nn.Linear from D to V, with a bias or without.
     It may define
-        embed_noise(target, t, rng, given=, row_offset=, boost=) -> (B, L, D): embed of a LogitPath's noise, straight from tokens
-            and seed; then `makes_noise` is True;
-        cache(B), for an Autoregressive path; then `caches` is True.
+        embed_noise(target, t, rng, given=, row_offset=) -> (B, L, D): embed of a LogitPath's noise, straight from tokens and
+            seed; then `makes_noise` is True. If it reads posteriors, it also takes boost=, and `reads_posterior` is True;
+        cache(B), for an Autoregressive path, which hidden then takes as cache=; then `caches` is True.
+
+    Attributes:
+        self_conditions: hidden takes previous=, its own result of the pass before, or zeros.
+        causal: whether a position sees only itself and those before it; None: unknown.
+        max_length: the longest sequence it reads; None: any.
     """
 
     makes_noise: bool = False
+    reads_posterior: bool = False
     caches: bool = False
-    reads_posterior: bool = False  # embed_noise also takes boosts
-    self_conditions: bool = False  # hidden takes previous=, its own result of the pass before
-    causal: bool | None = None  # None: unknown
+    self_conditions: bool = False
+    causal: bool | None = None
     max_length: int | None = None
+    times_by_position: ClassVar[bool] = True  # told the times (B, L) where some tokens are given, those being at time 1
 
+    embed: Callable[..., Tensor]
+    embed_noise: Callable[..., Tensor]
+    hidden: Callable[..., Tensor]
+    cache: Callable[[int], Any]
     head: nn.Linear
 
-    def logits_width(self) -> int:
-        return self.head.weight.shape[0]
+    @property
+    def module(self) -> nn.Module:
+        return self
+
+    def predict(self, state: State, times: Tensor, *, previous: Tensor | None = None, cache: Any = None) -> Prediction:
+        """What the network says of a state.
+
+        Args:
+            state: where the sequences are, x (B, L, ...).
+            times: (B,) or (B, L), of the path's `model_times`.
+            previous: (B, L, D), the `hidden` of the prediction before, of a network that self-conditions.
+            cache: of `cache(B)`; state then holds the positions behind those of the cache.
+        """
+        if self.makes_noise and not state.is_made:
+            boost = {} if state.boost is None else {"boost": state.boost}
+            h = self.embed_noise(
+                state.tokens, state.t, state.rng, given=state.given, row_offset=state.row_offset, **boost
+            )
+        else:
+            h = self.embed(state.x, times)
+        options = {} if cache is None else {"cache": cache}
+        if self.self_conditions:
+            if previous is None and self.training:
+                previous = self._first_estimate(h, times, state.row_offset)
+            options["previous"] = previous
+        return Prediction(None, self.hidden(h, times, **options), self.head.weight, self.head.bias)
+
+    def _first_estimate(self, h: Tensor, times: Tensor, row_offset: int) -> Tensor:
+        """What every other sequence is conditioned on in training: its own estimate, made without a gradient, the others on
+        zeros (Chen et al. 2023, "Analog Bits")."""
+        chosen = slice((row_offset // h.shape[1]) % 2, None, 2)  # by number in the whole batch, of which h may be a part
+        with torch.no_grad():
+            previous = torch.zeros_like(h)
+            previous[chosen] = self.hidden(h[chosen], times[chosen]).to(h.dtype)
+        return previous
 
 
-def network_of(model: Model) -> Network | None:
-    """The model, where it is a Network (compiled or not), else None: then all that is known of it is how it is called."""
-    if isinstance(model, Network):
-        return model
-    inner = getattr(model, "_orig_mod", None)  # of torch.compile
-    return inner if isinstance(inner, Network) else None
+@dataclass(frozen=True)
+class Called:
+    """A model of which only the call is known: model(x_t, t) -> (B, L, V), at times (B,) (of a UniformPath (B, L))."""
+
+    model: Model
+    vocab_size: int
+
+    makes_noise: ClassVar[bool] = False
+    reads_posterior: ClassVar[bool] = False
+    caches: ClassVar[bool] = False
+    self_conditions: ClassVar[bool] = False
+    causal: ClassVar[bool | None] = None
+    max_length: ClassVar[int | None] = None
+    times_by_position: ClassVar[bool] = False
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.model if isinstance(self.model, nn.Module) else None
+
+    def predict(self, state: State, times: Tensor, *, previous: Tensor | None = None, cache: Any = None) -> Prediction:
+        """As `Network.predict`; previous and cache are None."""
+        x = state.x
+        logits = self.model(x, times)
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        allowed = (*x.shape[:2], self.vocab_size)
+        if got != allowed:
+            raise ValueError(f"model: got logits of shape {got}, allowed is (B, L, V) = {allowed}")
+        return Prediction(logits)
 
 
-def hidden_of(network: Network, h: Tensor, t: Tensor, row_offset: int) -> Tensor:
-    """network.hidden(h, t). In training, every other sequence of a network that self-conditions also gets its own first
-    estimate, made without a gradient (Chen et al. 2023, "Analog Bits").
+def as_network(model: Model, vocab_size: int) -> Network | Called:
+    """The model as what losses and samplers ask: itself where it is a Network (compiled or not), else its call.
+
+    Raises:
+        ValueError: a Network whose head has not V outputs.
     """
-    if not network.self_conditions or not network.training:
-        return network.hidden(h, t)
-    chosen = slice((row_offset // h.shape[1]) % 2, None, 2)  # by number in the whole batch, of which h may be a part
-    with torch.no_grad():
-        previous = torch.zeros_like(h)
-        previous[chosen] = network.hidden(h[chosen], t[chosen]).to(h.dtype)
-    return network.hidden(h, t, previous=previous)
-
-
-def loss_of_hidden(network: Network, h: Tensor, label: Tensor, vocab_size: int, **options) -> Tensor:
-    """The cross-entropy of head(h), h (B, L, D)."""
-    _check_width(f"head: got {network.logits_width()} outputs", network.logits_width(), vocab_size)
-    return ops.linear_cross_entropy(h, network.head.weight, label, bias=network.head.bias, **options)
-
-
-def loss_of_logits(model: Model, x: Tensor, t: Tensor, label: Tensor, vocab_size: int, **options) -> Tensor:
-    """The cross-entropy of model(x, t)."""
-    return ops.cross_entropy(_logits(model, x, t, label.shape, vocab_size), label, **options)
-
-
-def predict_from_hidden(network: Network, h: Tensor, vocab_size: int) -> Prediction:
-    """What head(h) says, h (B, L, D)."""
-    _check_width(f"head: got {network.logits_width()} outputs", network.logits_width(), vocab_size)
-    return Prediction(None, h, network.head.weight, network.head.bias)
-
-
-def predict_from_logits(model: Model, x: Tensor, t: Tensor, vocab_size: int) -> Prediction:
-    """What model(x, t) says, x (B, L, ...)."""
-    return Prediction(_logits(model, x, t, x.shape[:2], vocab_size).float())
-
-
-def _logits(model: Model, x: Tensor, t: Tensor, shape: torch.Size, vocab_size: int) -> Tensor:
-    logits = model(x, t)
-    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if got != (*shape, vocab_size):
-        raise ValueError(f"model: got logits of shape {got}, allowed is (B, L, V) = {(*shape, vocab_size)}")
-    return logits
-
-
-def _check_width(got: str, width: int, vocab_size: int) -> None:
+    inner = model if isinstance(model, Network) else getattr(model, "_orig_mod", None)  # of torch.compile
+    if not isinstance(inner, Network):
+        return Called(model, vocab_size)
+    width = inner.head.weight.shape[0]
     if width != vocab_size:
-        raise ValueError(f"{got}, allowed is V = {vocab_size}")
+        raise ValueError(f"head: got {width} outputs, allowed is V = {vocab_size}")
+    return inner
+
+
+@contextmanager
+def evaluating(network: Network | Called) -> Iterator[None]:
+    """The network in evaluation mode (dropout would draw other tokens for the same seed), and then as it was."""
+    training = [] if network.module is None else [m for m in network.module.modules() if m.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -2,69 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from klflow_ext import ops
 from klflow_ext.ops.linear import LOGIT_BYTES
-
-if TYPE_CHECKING:
-    from klflow_ext.path.base import Path
+from klflow_ext.path.options import SampleOptions
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Move:
     """One move of the time grid and all that a step may need.
 
     t, t_next: numbers. Only in a step that a CUDA graph records are they tensors (B,), which nobody may look into.
+    rng: (B, 2), (seed, step) of each sequence for this move; step 0 is the initial noise.
+    given: (B, L) bool. known: (B, L) int64, 0 where not given.
+    temperature: of this move. options: everything else that was asked for.
     """
 
-    index: int
     t: float | Tensor
     t_next: float | Tensor
-    path: Path
-    rng: Tensor  # (B, 2): (seed, step) of each sequence for this move; step 0 is the initial noise
-    given: Tensor  # (B, L) bool
-    known: Tensor  # (B, L) int64, 0 where not given
-    top_k: int
-    top_p: float
+    rng: Tensor
+    given: Tensor
+    known: Tensor
     temperature: float
-    t_split: float
-    euler: str
-    boosts: int | None  # entries kept of the basic scheme's sparse state on a LogitPath; None: its dense state
+    options: SampleOptions
 
     def draw(self, prediction: Prediction) -> Tensor:
-        """(B, L) tokens drawn from the prediction by this move's top_k, top_p and temperature; known ones where given."""
-        drawn = prediction.draw(self.top_k, self.rng, self.temperature, self.top_p)
+        """(B, L) tokens drawn from the prediction by top_k, top_p and this move's temperature; known ones where given."""
+        drawn = prediction.draw(self.options.top_k, self.rng, self.temperature, self.options.top_p)
         return torch.where(self.given, self.known, drawn)
 
 
-@dataclass
 class State:
     """Where the sequences are: x, or the tokens (B, L) and the noise that hides them.
 
-    x: rows (B, L, V) on the simplex, or token ids (B, L), as the path's `reads` says. None stands for
-        path.sample(tokens, t, rng), which is built only where it is asked for.
-    log_x: log x where a path's step keeps it; None once a row has been re-noised.
-    t: a number, or (B,) as in `Move`.
-    boost: what the basic scheme has added to the noise, sparsely: tokens and boost are then (B, L, K), as in
-        `ops.noise_posterior`.
+    Args:
+        x: rows (B, L, V) on the simplex, or token ids (B, L), as the path's `reads` says.
+        log_x: log x where a path's step keeps it; None once a row has been re-noised.
+        tokens, t, rng, given, row_offset: what x is made of, where `make` is there to make it: by `path.sample`, when
+            somebody asks for x. t is a number, (B,) or (B, L); given (B, L) bool or None.
+        boost: what the basic scheme has added to the noise, sparsely: tokens and boost are then (B, L, K), as in
+            `ops.noise_posterior`, and there is no x.
     """
 
-    x: Tensor | None
-    log_x: Tensor | None = None
-    tokens: Tensor | None = None
-    t: float | Tensor = 0.0
-    rng: Tensor | None = None
-    boost: Tensor | None = None
+    def __init__(
+        self,
+        x: Tensor | None = None,
+        log_x: Tensor | None = None,
+        *,
+        tokens: Tensor | None = None,
+        t: float | Tensor = 0.0,
+        rng: Tensor | None = None,
+        given: Tensor | None = None,
+        row_offset: int = 0,
+        boost: Tensor | None = None,
+        make: Callable[[], Tensor] | None = None,
+    ):
+        self._x, self._make, self.log_x = x, make, log_x
+        self.tokens, self.t, self.rng, self.given = tokens, t, rng, given
+        self.row_offset, self.boost = row_offset, boost
+
+    @property
+    def is_made(self) -> bool:
+        """Whether x exists already."""
+        return self._x is not None
+
+    @property
+    def x(self) -> Tensor:
+        if self._x is None:
+            if self._make is None:
+                raise ValueError("state: got one of tokens and boosts, allowed is one with rows, for this network")
+            self._x = self._make()
+        return self._x
 
 
 class Prediction:
-    """What the network says of a state: its logits, or draws from them, for which they exist a few sequences at a time.
+    """What the network says of a state: its logits, or losses and draws from them, for which they exist a few at a time.
 
     Args:
         logits: (B, L, V), or None: those of hidden (B, L, D) @ weight.T + bias, weight (V, D), bias (V,) or None.
@@ -80,14 +97,19 @@ class Prediction:
         hidden: Tensor | None = None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
+        *,
+        whole: Prediction | None = None,
     ):
         self._logits, self.hidden, self.weight, self.bias = logits, hidden, weight, bias
+        self._whole = whole  # of which this is a part, so that it hears of what is bad
         self.bad: Tensor | None = None
 
     def _note(self, bad: Tensor) -> None:
         """bad: (B, N) of rows."""
         bad = bad.any(1)
         self.bad = bad if self.bad is None else self.bad | bad
+        if self._whole is not None:
+            self._whole._note(bad[:, None])
 
     @property
     def is_dense(self) -> bool:
@@ -95,8 +117,8 @@ class Prediction:
 
     @property
     def logits(self) -> Tensor:
-        if self._logits is None:
-            self._logits = self._of(self.hidden).float()
+        """(B, L, V) float32."""
+        self._logits = (self._of(self.hidden) if self._logits is None else self._logits).float()
         self._note(~self._logits.amax(-1).isfinite())  # a NaN is the maximum, too
         return self._logits
 
@@ -104,19 +126,24 @@ class Prediction:
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         return torch.nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias)
 
+    def cross_entropy(self, label: Tensor, **options) -> Tensor:
+        """-log p(label), label (B, L); options as in `ops.cross_entropy`. Gradients flow to the network."""
+        if self.is_dense:
+            return ops.cross_entropy(self._logits, label, **options)
+        return ops.linear_cross_entropy(self.hidden, self.weight, label, bias=self.bias, **options)
+
     def last(self) -> Prediction:
         """What it says of the last position of each sequence."""
-        return Prediction(self._logits[:, -1:]) if self.is_dense else self._with(self.hidden[:, -1:])
-
-    def _with(self, hidden: Tensor) -> Prediction:
-        return Prediction(None, hidden, self.weight, self.bias)
+        return self._part(lambda x: x[:, -1:])
 
     def at(self, places: Tensor) -> Prediction:
         """What it says of some positions of each sequence, places (B, N)."""
+        return self._part(lambda x: x.gather(1, places[..., None].expand(-1, -1, x.shape[-1])))
+
+    def _part(self, choose: Callable[[Tensor], Tensor]) -> Prediction:
         if self.is_dense:
-            return Prediction(self._logits.gather(1, places[..., None].expand(-1, -1, self._logits.shape[-1])))
-        hidden = self.hidden.gather(1, places[..., None].expand(-1, -1, self.hidden.shape[-1]))
-        return self._with(hidden)
+            return Prediction(choose(self._logits), whole=self)
+        return Prediction(None, choose(self.hidden), self.weight, self.bias, whole=self)
 
     def draw(self, k: int, rng: Tensor, temperature: float = 1.0, top_p: float = 1.0, row_offset: int = 0) -> Tensor:
         """(B, L) tokens of `ops.topk_sample`, rng (B, 2); 0 where the logits say nothing (see `bad`)."""
@@ -141,6 +168,7 @@ class Prediction:
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
         """The logits of some sequences after another, and which they are."""
         if self.is_dense:
+            self._logits = self._logits.float()
             yield slice(None), self._logits
             return
         b, length, _ = self.hidden.shape

@@ -1,4 +1,4 @@
-"""CUDA-graph replay of a sampling step: its kernels are recorded once, and from then on launched together.
+"""CUDA-graph replay of the sampling scheme: a step's kernels are recorded once, and from then on launched together.
 
 A replay runs the same kernels on the same addresses. So what changes from step to step lies in `Buffers`, and a recorded step
 never looks at a value: its time and its noise are tensors, and the knobs of its draw are constants of the recording.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from klflow_ext.path.network import Network
+from klflow_ext.path import Network, Path, SampleOptions
+from klflow_ext.sample.passes import Passes
 
 
 @dataclass
@@ -36,12 +38,12 @@ class Buffers:
 
     @classmethod
     @torch.inference_mode(False)  # an inference tensor could not be written to outside of inference mode
-    def allocate(cls, shape: tuple[int, int], model: Network, device: torch.device) -> Buffers:
+    def allocate(cls, shape: tuple[int, int], network: Network, device: torch.device) -> Buffers:
         tokens, known = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
         rng = torch.zeros(shape[0], 2, dtype=torch.int64, device=device)
         t = torch.zeros(shape[0], dtype=torch.float32, device=device)
         given, bad = (torch.zeros(size, dtype=torch.bool, device=device) for size in (shape, shape[0]))
-        previous = model.embedding.new_zeros(*shape, model.config.n_embd) if model.self_conditions else None
+        previous = network.head.weight.new_zeros(*shape, network.head.in_features) if network.self_conditions else None
         return cls(tokens, rng, t, given, known, bad, previous)
 
     def start(self, given: Tensor, known: Tensor, rng: Tensor) -> None:
@@ -80,28 +82,61 @@ class Recorder:
         return graph.replay
 
 
-class Replays:
-    """The recordings of `step(buffers, *knobs)`, one for each shape and its knobs, made when they are first asked for."""
+def sampling_step_in_place(
+    network: Network, path: Path, b: Buffers, options: SampleOptions, k: int, temperature: float
+) -> None:
+    """A pass and the sampling step after it, from buffers into them, without a look at their values."""
+    times = path.model_times(b.t, b.given, network.times_by_position)
+    prediction = network.predict(path.renoise(b.tokens, b.t, b.rng, b.given), times, previous=b.previous)
+    if b.previous is not None:
+        b.previous.copy_(prediction.hidden)
+    b.rng[:, 1] += 1  # the state's noise has been made: from the draw's seeds the next one will be
+    drawn = prediction.draw(k, b.rng, temperature, options.top_p)
+    b.tokens.copy_(torch.where(b.given, b.known, drawn))
+    b.bad |= prediction.bad
 
-    def __init__(self, step: Callable[..., None], model: Network, device: torch.device):
-        self.step, self.model, self.device, self.recorder = step, model, device, Recorder(device)
+
+class Replays:
+    """The way of the sampling scheme by recorded steps, one for each shape and its knobs, made when they are first asked for."""
+
+    def __init__(self, network: Network, path: Path, device: torch.device):
+        self.network, self.path, self.device, self.recorder = network, path, device, Recorder(device)
         self.weights: list[int] = []
         self.buffers: dict[tuple, Buffers] = {}
         self.replays: dict[tuple, Callable[[], None]] = {}
 
-    def prepare(self, shape: tuple[int, int], knobs: Sequence[tuple]) -> tuple[Buffers, list[Callable[[], None]]]:
+    def __call__(self, passes: Passes, options: SampleOptions) -> Tensor:
+        """`denoise` by `sampling_step`. The last pass is a step, too, of which only the draw counts."""
+        steps = options.steps
+        top_ks = [options.top_k] * (steps - 1) + [1 if options.final == "argmax" else options.top_k]
+        knobs = list(zip(top_ks, options.temperatures(steps), strict=True))
+        buffers, replays = self._prepare(tuple(passes.given.shape), options, knobs)
+        buffers.start(passes.given, passes.known, passes.rng(0))
+        grid = self.path.time_grid(steps - 1, options.grid_power).tolist()
+        passes.expect(steps)
+        for t, replay in zip(grid, replays, strict=True):
+            buffers.t.fill_(t)
+            replay()
+            passes.advance()
+        passes.note_bad(buffers.bad)  # in some pass, which a replay does not tell
+        return buffers.tokens
+
+    def _prepare(
+        self, shape: tuple[int, int], options: SampleOptions, knobs: Sequence[tuple[int, float]]
+    ) -> tuple[Buffers, list[Callable[[], None]]]:
         """The buffers of (B, L), to be filled after this, and the replay for each of the knobs."""
-        weights = [x.data_ptr() for x in (*self.model.parameters(), *self.model.buffers())]
+        weights = [x.data_ptr() for x in (*self.network.parameters(), *self.network.buffers())]
         if weights != self.weights:  # the model was moved or cast
             self.weights = weights
             self.buffers.clear()
             self.replays.clear()
         if shape not in self.buffers:
-            self.buffers[shape] = Buffers.allocate(shape, self.model, self.device)
+            self.buffers[shape] = Buffers.allocate(shape, self.network, self.device)
         buffers, kind = self.buffers[shape], self.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        keys = [(shape, autocast, *k) for k in knobs]
-        for key, k in zip(keys, knobs, strict=True):
+        keys = [(shape, autocast, options.top_p, *k) for k in knobs]
+        for key, (k, temperature) in zip(keys, knobs, strict=True):
             if key not in self.replays:
-                self.replays[key] = self.recorder.record(lambda k=k: self.step(buffers, *k))
+                step = partial(sampling_step_in_place, self.network, self.path, buffers, options, k, temperature)
+                self.replays[key] = self.recorder.record(step)
         return buffers, [self.replays[key] for key in keys]

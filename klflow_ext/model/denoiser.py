@@ -3,162 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from klflow_ext import ops
+from klflow_ext.model.blocks import Block, Cache, norm
+from klflow_ext.model.config import DenoiserConfig
 from klflow_ext.ops.arguments import INTEGERS, looks_at_values
-from klflow_ext.oracle import log_evidence
-from klflow_ext.path import LogitPath, Network
-
-INPUTS = ("simplex", "posterior", "tokens")
-TIMES = ("token", "add", "adaln", "none")
-
-
-@dataclass(frozen=True)
-class DenoiserConfig:
-    """Shape of a Denoiser.
-
-    input: what a position feeds to the embedding matrix. "simplex": x_t itself, as the paper does. "posterior": the exact
-        posterior of the token given its own noisy row and the unigram prior (ExactDenoiser for one position), in closed form.
-        "tokens": an id in [0, V], V itself being a mask or a start; for paths of tokens.
-    top: how many entries of the posterior are embedded exactly, the others as their mean (`ops.noise_embedding`); None: all.
-        Below 4 top tokens the dense product is as fast, and is used.
-    time: how the network learns t (the paper's figure 5). "token": a position before all others. "add": added to the
-        embedding of every position. "adaln": scales, shifts and gates every block (DiT, Peebles & Xie 2023). "none": not.
-    causal: a position sees itself and those before it; needs time="none". Gives `Denoiser.cache`.
-    self_conditioning: `Denoiser.hidden` also reads its own previous result (Chen et al. 2023, "Analog Bits").
-    """
-
-    vocab_size: int
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 256
-    max_length: int = 256
-    input: str = "posterior"
-    top: int | None = 512
-    time: str = "token"
-    causal: bool = False
-    self_conditioning: bool = False
-
-    PRESETS: ClassVar[dict[str, tuple[int, int, int, int]]] = {
-        "demo": (4, 4, 256, 256),
-        "small": (6, 6, 384, 256),
-        "150m": (12, 12, 768, 1024),
-        "1.5b": (48, 25, 1600, 1024),
-    }
-
-    def __post_init__(self):
-        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "max_length"):
-            value, least = getattr(self, name), 2 if name == "vocab_size" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: got {value!r}, allowed is an integer >= {least}")
-        if self.top is not None and (isinstance(self.top, bool) or not isinstance(self.top, int) or self.top < 1):
-            raise ValueError(f"top: got {self.top!r}, allowed is None or an integer >= 1")
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd: got {self.n_embd}, allowed is a multiple of 2 n_head = {2 * self.n_head}")
-        for name, allowed in (("input", INPUTS), ("time", TIMES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is one of {allowed}")
-        for name in ("causal", "self_conditioning"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is True or False")
-        if self.causal and self.time != "none":
-            raise ValueError(f"time: got {self.time!r}, allowed is 'none' where causal is True")
-
-    @classmethod
-    def preset(cls, name: str, vocab_size: int, **overrides) -> DenoiserConfig:
-        """A known shape, in layers / heads / width / max_length; overrides are any fields of the config.
-
-        "demo" 4 / 4 / 256 / 256, "small" 6 / 6 / 384 / 256, "150m" 12 / 12 / 768 / 1024 (GPT-2's: 85 M parameters in the
-        blocks, 163 M in all at V = 50,258), "1.5b" 48 / 25 / 1600 / 1024 (GPT-2 XL's: 1.47 G in the blocks, 1.64 G in all).
-        """
-        if name not in cls.PRESETS:
-            raise ValueError(f"name: got {name!r}, allowed is one of {sorted(cls.PRESETS)}")
-        shape = dict(zip(("n_layer", "n_head", "n_embd", "max_length"), cls.PRESETS[name], strict=True))
-        return cls(vocab_size, **{**shape, **overrides})
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-
-def _norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
-
-
-class Cache:
-    """Keys and values of the positions that a causal Denoiser has read; `Denoiser.hidden(..., cache=cache)` appends to it.
-
-    length: positions held. Holds 2 n_layer B max_length D numbers; no gradient goes through it.
-    """
-
-    def __init__(self, config: DenoiserConfig, batch: int, weight: Tensor):
-        size = config.n_embd // config.n_head
-        self.length = 0
-        self.pairs = weight.new_empty(config.n_layer, 2, batch, config.n_head, config.max_length, size)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts the new positions of one layer behind those held, and returns all; length is moved after the last layer."""
-        pair, end = self.pairs[layer], self.length + k.shape[2]
-        for old, new in zip(pair, (k, v), strict=True):
-            old[:, :, self.length : end] = new.detach()
-        return pair[0, :, :, :end], pair[1, :, :, :end]
-
-
-class _Block(nn.Module):
-    def __init__(self, config: DenoiserConfig):
-        super().__init__()
-        d = config.n_embd
-        self.n_head, self.causal = config.n_head, config.causal
-        self.qkv = nn.Linear(d, 3 * d, bias=False)
-        self.attention_out = nn.Linear(d, d, bias=False)
-        self.mlp_in = nn.Linear(d, 4 * d, bias=False)
-        self.mlp_out = nn.Linear(4 * d, d, bias=False)
-        if config.time == "adaln":
-            self.modulation = nn.Linear(d, 6 * d, bias=False)
-            nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.attention_out.weight)
-        nn.init.zeros_(self.mlp_out.weight)
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, time: Tensor | None, cache: Cache | None, layer: int
-    ) -> Tensor:
-        if time is None:
-            x = x + self._attention(_norm(x), cos, sin, cache, layer)
-            return x + self._mlp(_norm(x))
-        # The gates start at 1, not at DiT's 0: the output projections are 0 already, and the product of two zeros would
-        # have no gradient.
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(time).chunk(6, -1)
-        x = x + (1 + gate) * self._attention(_norm(x) * (1 + scale) + shift, cos, sin, cache, layer)
-        return x + (1 + mlp_gate) * self._mlp(_norm(x) * (1 + mlp_scale) + mlp_shift)
-
-    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int) -> Tensor:
-        b, length, d = x.shape
-        q, k, v = self.qkv(x).view(b, length, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k = (_rotate(_norm(z), cos, sin) for z in (q, k))
-        sees = None
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-            if length > 1:
-                sees = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
-        if x.is_cpu:
-            v = v.to(q.dtype)
-        with torch.autocast("cpu", enabled=False):  # a CPU's 16-bit attention is four times slower in the backward pass
-            causal = self.causal and cache is None
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=causal)
-        return self.attention_out(y.transpose(1, 2).reshape(b, length, d))
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        return self.mlp_out(F.relu(self.mlp_in(x)).square())
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+from klflow_ext.path import LogitPath, Network, Path
+from klflow_ext.path.logit import log_evidence
 
 
 class Denoiser(Network):
@@ -181,27 +36,26 @@ class Denoiser(Network):
     Parameters are of torch's default dtype, but float32 where that is float64. `.bfloat16()` and `.half()` cast them alone.
     """
 
-    def __init__(self, config: DenoiserConfig, path: LogitPath, log_prior: Tensor | None = None):
+    def __init__(self, config: DenoiserConfig, path: Path, log_prior: Tensor | None = None):
         super().__init__()
         if path.vocab_size != config.vocab_size:
             raise ValueError(
                 f"path: its vocab_size is {path.vocab_size}, allowed is that of config, {config.vocab_size}"
             )
-        allowed = ("tokens",) if getattr(path, "reads", "rows") == "tokens" else ("simplex", "posterior")
-        if not hasattr(path, "c") or getattr(path, "alpha", 1) != 1:  # the closed form is that of uniform noise
-            allowed = tuple(name for name in allowed if name != "posterior")
+        allowed = ("tokens",) if path.reads == "tokens" else ("simplex", "posterior") if path.closed_form else ("simplex",)
         if config.input not in allowed:
             raise ValueError(f"input: got {config.input!r}, allowed is one of {allowed} for {path!r}")
         self.reads_posterior, self.self_conditions = config.input == "posterior", config.self_conditioning
-        self.makes_noise = config.input != "tokens" and hasattr(path, "beta")
+        self.makes_noise = path.closed_form
         self.caches, self.causal, self.max_length = config.causal, config.causal, config.max_length
-        self.config, self.c, self.beta = config, getattr(path, "c", None), getattr(path, "beta", None)
+        self.config = config
+        self.c, self.beta = (path.c, path.beta) if isinstance(path, LogitPath) and path.closed_form else (None, None)
         d = config.n_embd
         self.embedding = nn.Parameter(torch.randn(config.vocab_size + (config.input == "tokens"), d))
         if config.time != "none":
             self.time_in = nn.Linear(128, d, bias=False)
             self.time_out = nn.Linear(d, d, bias=False)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head = nn.Linear(d, config.vocab_size, bias=False)
         if config.self_conditioning:
             self.self_in = nn.Linear(d, d, bias=False)
@@ -346,10 +200,10 @@ class Denoiser(Network):
                 raise ValueError(f"previous: got shape {tuple(previous.shape)}, allowed is {allowed}")
             h = h + self.self_in(previous.detach())
         t = self._times(t, b, length)
-        h, time = _norm(h), None
+        h, time = norm(h), None
         if config.time == "token":
             least = t.reshape(b, -1).amin(1) if length else t.expand(b)
-            h = torch.cat([_norm(self._time(least))[:, None], h], 1)
+            h = torch.cat([norm(self._time(least))[:, None], h], 1)
         elif config.time == "add":
             h = h + self._time(t.reshape(b, -1))
         elif config.time == "adaln":
@@ -360,7 +214,7 @@ class Denoiser(Network):
             h = block(h, cos, sin, time, cache, layer)
         if cache is not None:
             cache.length += length
-        return _norm(h[:, 1:] if config.time == "token" else h)
+        return norm(h[:, 1:] if config.time == "token" else h)
 
     def _time(self, t: Tensor) -> Tensor:
         """Times (...) as vectors (..., D)."""

@@ -1,0 +1,99 @@
+"""How a text is generated: every knob of the schemes, in one place. Samplers, steps and the command line read it here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from klflow_ext.checks import LEAST, MOST, check_choice, check_int, check_scalar
+
+Temperature = float | tuple[float, float] | Callable[[float], float]
+FINALS = ("argmax", "draw")
+EULERS = ("exact", "paper")
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What `Sampler.infill` may be asked for.
+
+    Raises:
+        ValueError, TypeError: a field is outside its range, or no number; the message names it.
+    """
+
+    steps: int = 64
+    """Network passes (NFE), at least 1. Of the schemes that denoise: steps - 1 moves, and a last pass whose tokens are the
+    result."""
+
+    method: str = "segments"
+    """"basic", "sampling", "hybrid", a registered name, or "segments", for a model trained on sequences of which a part is
+    given: the free positions of a sequence are cut into segments of `steps`, and every pass draws the next token of each
+    segment at once, from left to right, given all that stands. What is drawn together lies `steps` positions apart, so it
+    hardly depends on each other. All others are pure noise. A sequence needs no more passes than it has free positions, and
+    no more are made."""
+
+    top_k: int | None = 20
+    """Of each draw, at least 1; None: all V. The basic scheme of a path on the simplex draws only at the end."""
+
+    top_p: float = 1.0
+    """Of each draw, in (0, 1]: the likeliest tokens whose shares add up to it."""
+
+    temperature: Temperature = 1.0
+    """A positive number; (first, last), linear over the passes; or a function of the progress in [0, 1]."""
+
+    t_split: float | None = None
+    """Where hybrid turns from basic to sampling, in [0, 1]; None: the path's own."""
+
+    grid_power: float = 1.0
+    """Of `Path.time_grid`, positive; below 1: more of the passes late."""
+
+    final: str | None = None
+    """How the last pass chooses: "argmax", or "draw" from its p. None: "draw" on a path of tokens, else "argmax". It, t_split
+    and grid_power say nothing to segments."""
+
+    euler: str = "exact"
+    """Rate of LogitPath's basic step: "exact" (1 - e^-h) or the paper's (h)."""
+
+    boosts: int | None = 64
+    """Of a network that reads posteriors, the entries of p that each exact basic step adds to the noise, and that a position
+    keeps of their sum, in [1, 1024]; None: all, in a state of rows (B, L, V)."""
+
+    def __post_init__(self) -> None:
+        def keep(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        keep("steps", check_int("steps", self.steps, 1, 2**31, "an integer >= 1"))
+        if self.final is not None:
+            check_choice("final", self.final, FINALS)
+        check_choice("euler", self.euler, EULERS)
+        if self.top_k is not None:
+            keep("top_k", check_int("top_k", self.top_k, 1, 2**63, "None or an integer >= 1"))
+        if self.boosts is not None:
+            keep("boosts", check_int("boosts", self.boosts, 1, 1024, "None or an integer in [1, 1024]"))
+        keep("top_p", check_scalar("top_p", self.top_p, 0, 1, "a number in (0, 1]", open_low=True))
+        if self.t_split is not None:
+            keep("t_split", check_scalar("t_split", self.t_split, 0, 1, "None or a number in [0, 1]"))
+        power = check_scalar("grid_power", self.grid_power, 0, math.inf, "a positive number", True, True)
+        keep("grid_power", power)
+
+    def resolved(self, vocab_size: int, t_split: float, reads: str) -> SampleOptions:
+        """With what a path (its vocab_size, t_split, reads) says of the fields that are None: no None is left but boosts."""
+        top_k = vocab_size if self.top_k is None else min(self.top_k, vocab_size)
+        split = t_split if self.t_split is None else self.t_split
+        final = self.final or ("draw" if reads == "tokens" else "argmax")
+        return replace(self, top_k=top_k, t_split=split, final=final)
+
+    def temperatures(self, passes: int) -> list[float]:
+        """The temperature of each pass: the schedule at i / (passes - 1), at 1 for a single pass."""
+        schedule = self.temperature
+        if not callable(schedule):
+            pair = schedule if isinstance(schedule, (tuple, list)) else (schedule, schedule)
+            if len(pair) != 2:
+                raise ValueError(f"temperature: got {schedule!r}, allowed is a number, (first, last) or a function")
+            first, last = (_temperature(value) for value in pair)
+            schedule = lambda progress: first + (last - first) * progress  # noqa: E731
+        return [_temperature(schedule(i / (passes - 1) if passes > 1 else 1.0)) for i in range(passes)]
+
+
+def _temperature(value: float) -> float:
+    return check_scalar("temperature", value, LEAST, MOST, f"a number in [{LEAST}, {MOST}], two or a function to them")

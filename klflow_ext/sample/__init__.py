@@ -1,0 +1,27 @@
+"""Sampling: the ways through a text over any path, for whole texts, prompts and holes.
+
+    sampler.py        Sampler: checks what it is asked, and hands sequences of one length to a way
+    ways.py           the registry: a name and the way that it stands for
+    denoise.py        basic, sampling, hybrid: all positions move from noise to text together
+    segments.py       some positions after others, from pure noise to their tokens at once
+    left_to_right.py  one position after the other, for an Autoregressive path
+    replay.py         the sampling scheme by recorded CUDA graphs
+    passes.py         what all ways ask: the network's passes, counted, shown and looked at
+
+Every sequence has its own seed, so its tokens do not depend on the batch. With a Denoiser, a sampling step holds tokens and
+seeds: neither the noisy rows nor all logits exist at once.
+"""
+
+from klflow_ext.data import parse_holes
+from klflow_ext.path.options import SampleOptions, Temperature
+from klflow_ext.sample.denoise import basic_step, denoise, hybrid_step, register_sampler, sampling_step
+from klflow_ext.sample.left_to_right import left_to_right
+from klflow_ext.sample.passes import Passes
+from klflow_ext.sample.sampler import Sampler, Samples
+from klflow_ext.sample.segments import segments
+from klflow_ext.sample.ways import register_way
+
+__all__ = [
+    "Passes", "SampleOptions", "Sampler", "Samples", "Temperature", "basic_step", "denoise", "hybrid_step", "left_to_right",
+    "parse_holes", "register_sampler", "register_way", "sampling_step", "segments",
+]  # fmt: skip

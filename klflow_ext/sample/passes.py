@@ -1,0 +1,110 @@
+"""The passes of a network over some sequences: asked for, counted, shown, kept, and looked at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klflow_ext.path import Path, Prediction, State
+from klflow_ext.path.network import Called, Network
+
+
+class Passes:
+    """What a way through a text works with.
+
+    Attributes:
+        network, path: who is asked, and on which path.
+        given: (B, L) bool. known: (B, L) int64, the given tokens, 0 elsewhere.
+        count: passes made. history: (B, L) tokens after each of them, if asked for.
+    """
+
+    def __init__(
+        self,
+        network: Network | Called,
+        path: Path,
+        tokens: Tensor,
+        given: Tensor,
+        seeds: list[int],
+        *,
+        progress: bool = False,
+        return_history: bool = False,
+    ):
+        self.network, self.path, self.given, self.known = network, path, given, torch.where(given, tokens, 0)
+        self.count, self.history, self._keeps = 0, [], return_history
+        self._seeds = torch.tensor(seeds, dtype=torch.int64, device=given.device)[:, None]
+        self._total, self._shows, self._start = 0, progress, time.perf_counter()
+        self._latest: Prediction | None = None
+        self._bad = torch.zeros(len(given), dtype=torch.int64, device=given.device)  # first such pass of each sequence
+
+    def rng(self, step: int) -> Tensor:
+        """(B, 2): the noise state of each sequence, (seed, step)."""
+        return torch.cat([self._seeds, torch.full_like(self._seeds, step)], 1)
+
+    def expect(self, total: int) -> None:
+        """Says how many passes there will be, for the progress line."""
+        self._total = total
+
+    def predict(
+        self, state: State, t: float, given: Tensor, *, previous: Tensor | None = None, cache: Any = None
+    ) -> Prediction:
+        """What the network says of a state at time t; given (B, L): what it may take for certain.
+
+        previous, cache: as in `Network.predict`.
+
+        Raises:
+            ValueError: the logits of the pass before held a NaN or had no finite maximum (on CUDA only at the end: looking
+                synchronises).
+        """
+        self._look()
+        times = torch.full((len(given),), t, dtype=torch.float32, device=given.device)
+        times = self.path.model_times(times, given, self.network.times_by_position)
+        self._latest = self.network.predict(state, times, previous=previous, cache=cache)
+        self.advance()
+        return self._latest
+
+    def advance(self) -> None:
+        """Counts a pass; shows a line with the time left once they have taken two seconds."""
+        self.count += 1
+        seconds = time.perf_counter() - self._start
+        if self._shows and seconds > 2:
+            left = seconds / self.count * (self._total - self.count)
+            end = "\r" + " " * 50 + "\r" if self.count == self._total else ""
+            print(f"\rsampling: pass {self.count}/{self._total}, {left:.0f} s left {end}", end="", flush=True)
+
+    def best(self, prediction: Prediction) -> Tensor:
+        """(B, L): the likeliest tokens, for the history."""
+        return prediction.draw(1, self.rng(0))
+
+    def keep(self, tokens: Callable[[], Tensor]) -> None:
+        """Puts tokens (B, L) into the history, if it is asked for; given ones as they are."""
+        if self._keeps:
+            self.history.append(torch.where(self.given, self.known, tokens()))
+
+    def note_bad(self, bad: Tensor) -> None:
+        """bad (B,) bool: sequences whose logits said nothing in the latest pass."""
+        self._bad = torch.where((self._bad == 0) & bad, self.count, self._bad)
+
+    def _look(self) -> None:
+        if self._latest is None or self._latest.bad is None:
+            return
+        self.note_bad(self._latest.bad)
+        if self._bad.device.type == "cpu":
+            self._refuse_bad()
+
+    def end(self) -> None:
+        """After the last pass: looks at what is left to be looked at."""
+        self._look()
+        self._refuse_bad()
+
+    def _refuse_bad(self) -> None:
+        if not bool(self._bad.any()):
+            return
+        sequence = int(self._bad.nonzero()[0])
+        raise ValueError(
+            f"logits: got a NaN or no finite maximum in pass {int(self._bad[sequence])}, sequence {sequence}, allowed are "
+            "finite numbers; such a model has diverged"
+        )

@@ -1,0 +1,256 @@
+"""The Sampler: checks what it is asked for, and hands sequences of one length to a way through them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klflow_ext.checks import check_int
+from klflow_ext.ops.arguments import DEBUG_CHECK
+from klflow_ext.path import Autoregressive, Path, SampleOptions, as_network
+from klflow_ext.path.network import Model, evaluating
+from klflow_ext.sample.passes import Passes
+from klflow_ext.sample.replay import Replays
+from klflow_ext.sample.ways import Way, way_of
+
+
+@dataclass
+class Samples:
+    """tokens (B, L) int64, or a list of (L_i,) where lengths differ; nfe: network passes of a sequence; seconds; history:
+    tokens after each pass, if asked for."""
+
+    tokens: Tensor | list[Tensor]
+    nfe: int
+    seconds: float
+    history: list[Tensor] | list[list[Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Request:
+    options: SampleOptions
+    progress: bool
+    return_history: bool
+
+
+def _sequence_seed(seed: int, i: int) -> int:
+    """A well mixed 63-bit seed of sequence i (SplitMix64)."""
+    z = (seed + (i + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return (z ^ z >> 31) >> 1
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(seed, (str, bool)) or not hasattr(seed, "__len__") or getattr(seed, "ndim", 1) == 0:
+        seed = check_int("seed", seed, -(2**63), 2**64 - 1, "an integer that fits in 64 bits, or one for each sequence")
+        return [_sequence_seed(seed, i) for i in range(count)]
+    if len(seed) != count:
+        raise ValueError(f"seed: got {len(seed)} seeds, allowed is one or {count}, one for each sequence")
+    return [check_int("seed", s, -(2**63), 2**63 - 1, "integers that fit in 64 bits with a sign") for s in seed]
+
+
+def _token_ids(name: str, value) -> Tensor:
+    """The ids as int64; of integers of any kind only, as others would be cut."""
+    try:
+        ids = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: got {value!r}, allowed are token ids, a sequence of integers") from None
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise TypeError(f"{name}: got {ids.dtype}, allowed are token ids, which are integers")
+    return ids.long()
+
+
+class Sampler:
+    """Generates tokens with a model of a path: `model(x_t, t) -> logits`, x_t as `path.reads` says, logits (B, L, V).
+
+    Of a Network (Denoiser) logits are never built whole, and of one that makes noise re-noised rows neither. The model is
+    in evaluation mode while it samples. With an Autoregressive path, generation goes from left to right: `steps`, `method`, `t_split`,
+    `grid_power` and `euler` do not apply, and nfe is the number of positions decoded. A position that is given after one
+    that is free keeps its token, but the tokens before it are drawn without seeing it.
+
+    cuda_graph: a pass and its draw are recorded as a CUDA graph, once for each (B, L), top_k, top_p, temperature (also each
+    of a schedule) and autocast, and replayed from then on: the same tokens, at the speed of the kernels where Python would be
+    slower. Only for a Denoiser on a LogitPath with alpha = 1, on CUDA, with method="sampling" and without history. Weights
+    may be trained or loaded between calls; the recordings live as long as the Sampler.
+
+    Raises:
+        ValueError: a model that is not causal on an Autoregressive path, or cuda_graph where it cannot be.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        path: Path,
+        device: str | torch.device = "cpu",
+        cuda_graph: bool = False,
+    ):
+        self.model, self.path, self.device = model, path, torch.device(device)
+        self.network = as_network(model, path.vocab_size)
+        if isinstance(path, Autoregressive) and self.network.causal is False:
+            raise ValueError("model: got one whose config.causal is False, allowed is a causal one on this path")
+        self._replays: Replays | None = None
+        if cuda_graph:
+            self._check_cuda_graph()
+            self._replays = Replays(self.network, path, self.device)
+
+    def _check_cuda_graph(self) -> None:
+        if not self.path.closed_form or not self.network.makes_noise:
+            got, allowed = f"a {type(self.model).__name__} on {self.path!r}", "a Denoiser on a LogitPath with alpha = 1"
+        elif self.device.type != "cuda":
+            got, allowed = f"device {self.device}", "a CUDA device"
+        elif DEBUG_CHECK:
+            got, allowed = "KLFLOW_CHECK=1, whose checks synchronise", "0"
+        else:
+            return
+        raise ValueError(f"cuda_graph: got True with {got}, allowed with it is {allowed}")
+
+    def sample(self, shape: tuple[int, int], options: SampleOptions | None = None, **more: Any) -> Samples:
+        """(B, L) sequences from nothing; the others as in `infill`."""
+        tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        return self.infill(tokens, torch.zeros(shape, dtype=torch.bool, device=self.device), options, **more)
+
+    def complete(
+        self, prompts: Sequence[Sequence[int] | Tensor], length: int, options: SampleOptions | None = None, **more: Any
+    ) -> Samples:
+        """Continues prompts of any lengths, none at all too, to `length` tokens each; the others as in `infill`."""
+        length = check_int("length", length, 0, 2**31, "an integer >= 0")
+        self._check_length("length", length)
+        if isinstance(prompts, str) or not all(hasattr(prompt, "__len__") for prompt in prompts):
+            raise TypeError(f"prompts: got {prompts!r}, allowed is a list of them, each a sequence of token ids")
+        tokens = torch.zeros((len(prompts), length), dtype=torch.int64, device=self.device)
+        given = torch.zeros_like(tokens, dtype=torch.bool)
+        for i, prompt in enumerate(prompts):
+            ids = _token_ids(f"prompts: number {i}", prompt)
+            if ids.dim() != 1 or len(ids) > length:
+                got = f"{len(prompt)} tokens" if ids.dim() == 1 else f"shape {tuple(ids.shape)}"
+                raise ValueError(f"prompts: number {i} has {got}, allowed are at most length = {length}")
+            tokens[i, : len(ids)] = ids
+            given[i, : len(prompt)] = True
+        return self.infill(tokens, given, options, **more)
+
+    @torch.no_grad()
+    def infill(
+        self,
+        tokens: Tensor | Sequence[Sequence[int] | Tensor],
+        given: Tensor | Sequence[Sequence[bool] | Tensor],
+        options: SampleOptions | None = None,
+        *,
+        seed: int | Sequence[int] = 0,
+        progress: bool = False,
+        return_history: bool = False,
+        **changes: Any,
+    ) -> Samples:
+        """Fills the positions that are not given; given tokens come back as they went in.
+
+        Args:
+            tokens: (B, L) ids; values where given is False are ignored. Or a list of sequences of any lengths: those of one
+                length are run together, so that none sees padding, and come back in a list.
+            given: (B, L) bool, or a list as long, of each sequence's flags.
+            options: how; None: `SampleOptions()`. changes: fields of it that differ, such as steps=16.
+            seed: one seed, or one for each sequence: the same seed gives the same tokens in any batch.
+            progress: shows a line with the time left.
+            return_history: keeps the tokens after each pass.
+
+        Raises:
+            ValueError: an argument is outside its range or of a wrong shape, or not for a Sampler with cuda_graph; the
+                message names it.
+            TypeError: an argument is of a wrong type, or no field of the options.
+        """
+        request = _Request(self._options(options, changes), progress, return_history)
+        way = way_of(self.path, request.options.method)
+        if self._replays is not None:
+            if request.options.method != "sampling" or return_history:
+                raise ValueError(
+                    f"cuda_graph: got True with method={request.options.method!r} and return_history={return_history}, "
+                    "allowed with it are 'sampling' and False"
+                )
+            way = self._replays
+        if not isinstance(tokens, Tensor):
+            return self._infill_ragged(tokens, given, _seeds(seed, len(tokens)), way, request)
+        tokens = _token_ids("tokens", tokens)
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, allowed is (B, L)")
+        given = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
+        if given.shape != tokens.shape or given.dtype != torch.bool:
+            raise ValueError(
+                f"given: got {given.dtype} of shape {tuple(given.shape)}, allowed is bool of the (B, L) shape of tokens, "
+                f"{tuple(tokens.shape)}"
+            )
+        return self._infill(tokens, given, _seeds(seed, len(tokens)), way, request)
+
+    def _options(self, options: SampleOptions | None, changes: dict[str, Any]) -> SampleOptions:
+        """What was asked for, with all that the path and the network say of it."""
+        known = [field.name for field in fields(SampleOptions)]
+        for name in changes:
+            if name not in known:
+                raise TypeError(f"{name}: got {changes[name]!r}, allowed are {', '.join(known)}")
+        options = replace(SampleOptions() if options is None else options, **changes)
+        options = options.resolved(self.path.vocab_size, self.path.t_split, self.path.reads)
+        return options if self.network.reads_posterior else replace(options, boosts=None)
+
+    def _infill_ragged(self, tokens, given, seeds: list[int], way: Way, request: _Request) -> Samples:
+        if len(given) != len(tokens):
+            raise ValueError(f"given: got {len(given)} sequences, allowed are as many as tokens has, {len(tokens)}")
+        start = time.perf_counter()
+        tokens = [_token_ids(f"tokens: number {i}", x) for i, x in enumerate(tokens)]
+        given = [torch.as_tensor(x, dtype=torch.bool, device="cpu") for x in given]
+        groups: dict[int, list[int]] = {}
+        for i, (row, flags) in enumerate(zip(tokens, given, strict=True)):
+            if row.dim() != 1 or flags.shape != row.shape:
+                raise ValueError(
+                    f"given: number {i} has shape {tuple(flags.shape)}, allowed is that of its tokens, {tuple(row.shape)}"
+                )
+            self._check_tokens(row, flags)
+            groups.setdefault(len(row), []).append(i)
+        found: list[Tensor] = list(tokens)
+        passes: list[list[Tensor]] = [[] for _ in tokens]
+        nfe = 0
+        for members in groups.values():
+            rows, flags = (torch.stack([x[i] for i in members]) for x in (tokens, given))
+            result = self._infill(rows, flags, [seeds[i] for i in members], way, request)
+            nfe = max(nfe, result.nfe)
+            for j, i in enumerate(members):
+                found[i] = result.tokens[j]
+                passes[i] = [x[j] for x in result.history]
+        history = [[p[n] if n < len(p) else x for p, x in zip(passes, found, strict=True)] for n in range(nfe)]
+        return Samples(found, nfe, time.perf_counter() - start, history if request.return_history else [])
+
+    def _check_length(self, name: str, length: int) -> None:
+        most = self.network.max_length
+        if most is not None and length > most:
+            raise ValueError(f"{name}: got a length of {length}, allowed is at most the model's max_length, {most}")
+
+    def _check_tokens(self, tokens: Tensor, given: Tensor) -> None:
+        self._check_length("tokens", tokens.shape[-1])
+        vocab = self.path.vocab_size
+        bad = given & ((tokens < 0) | (tokens >= vocab))
+        if bool(bad.any()):
+            raise ValueError(f"tokens: got {tokens[bad][0].item()} where given, allowed is 0 to V - 1 = {vocab - 1}")
+
+    def _infill(self, tokens: Tensor, given: Tensor, seeds: list[int], way: Way, request: _Request) -> Samples:
+        start = time.perf_counter()
+        tokens, given = tokens.to(self.device).long(), given.to(self.device)
+        self._check_tokens(tokens, given)
+        if tokens.numel() == 0 or bool(given.all()):
+            return Samples(tokens.clone(), 0, time.perf_counter() - start)
+        passes = Passes(
+            self.network,
+            self.path,
+            tokens,
+            given,
+            seeds,
+            progress=request.progress,
+            return_history=request.return_history,
+        )
+        with evaluating(self.network):
+            found = way(passes, request.options)
+            passes.end()
+        found = torch.where(given, tokens, found)
+        if found.is_cuda:
+            torch.cuda.synchronize(found.device)  # seconds are those of the work, not of its launches
+        return Samples(found, passes.count, time.perf_counter() - start, passes.history)

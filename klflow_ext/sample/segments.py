@@ -1,0 +1,29 @@
+"""Segments: positions go from pure noise to their tokens at once, some after others, from left to right in each segment."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from klflow_ext.path import SampleOptions
+from klflow_ext.sample.passes import Passes
+from klflow_ext.sample.ways import register_way
+
+
+@register_way("segments")
+def segments(passes: Passes, options: SampleOptions) -> Tensor:
+    """Pass i draws the free positions whose number is i modulo the number of passes."""
+    free = ~passes.given
+    count = min(options.steps, int(free.sum(1).max()))
+    temperatures = options.temperatures(options.steps)  # not of the passes made, which depend on the batch
+    passes.expect(count)
+    turn, found = torch.where(free, (free.cumsum(1) - 1) % count, -1), passes.known
+    for i in range(count):
+        now, shown = turn == i, turn < i
+        prediction = passes.predict(passes.path.renoise(found, 0.0, passes.rng(i), shown), 0.0, shown)
+        most = int(now.sum(1).max())
+        places = (~now).long().argsort(dim=1, stable=True)[:, :most]
+        drawn = prediction.at(places).draw(options.top_k, passes.rng(i + 1), temperatures[i], options.top_p)
+        found = torch.where(now, found.scatter(1, places, drawn), found)
+        passes.keep(lambda now=now, shown=shown, prediction=prediction: torch.where(now | shown, found, passes.best(prediction)))
+    return found
