@@ -27,9 +27,22 @@ __version__ = "0.1.0"
 _LAZY = {
     "Path": "path", "LogitPath": "path", "LinearPath": "path", "SpherePath": "path", "MaskPath": "path",
     "UniformPath": "path", "Network": "path", "SampleOptions": "path", "Autoregressive": "path", "ExactDenoiser": "oracle", "Denoiser": "model", "DenoiserConfig": "model",
-    "Trainer": "train", "TrainConfig": "train", "load_run": "run", "Sampler": "sample", "register_sampler": "sample",
+    "Trainer": "train", "TrainConfig": "train", "Run": "run", "load_run": "run", "Sampler": "sample", "register_sampler": "sample",
 }  # fmt: skip
-_MODULES = ("reference", "path", "oracle", "model", "train", "run", "sample", "data", "evaluate", "cli")
+_MODULES = (
+    "reference",
+    "path",
+    "oracle",
+    "model",
+    "train",
+    "run",
+    "sample",
+    "data",
+    "evaluate",
+    "cli",
+    "checks",
+    "muon",
+)
 __all__ = ["build_info", "ops", *_LAZY]
 
 

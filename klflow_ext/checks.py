@@ -35,9 +35,7 @@ def check_scalar(
     return value
 
 
-def check_int(
-    name: str, value: Any, low: int, high: int, allowed: str, wrong_type: type[Exception] = TypeError
-) -> Any:
+def check_int(name: str, value: Any, low: int, high: int, allowed: str, wrong_type: type[Exception] = TypeError) -> Any:
     """The number as an int; of Python, numpy, or a tensor of one. A symbolic one of torch.compile stays what it is."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         try:

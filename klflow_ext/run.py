@@ -1,6 +1,6 @@
-"""The run folder: one run, written whole and read whole. Nobody else touches its files.
+"""The run folder: one run, written whole and read whole, by `Run` alone. Nobody else touches its files.
 
-config.json         network, path and training settings       tokenizer.json       the tokenizer
+config.json         network, path and training settings       tokenizer.json       the tokenizer, if there is one
 model.safetensors   weights (averaged, if the run averages)   train.npy heldout.npy  tokens
 checkpoint.pt       what training goes on from                log.jsonl            a line for each step
 """
@@ -14,6 +14,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from klflow_ext.model import Denoiser, DenoiserConfig
+from klflow_ext.path import Path as NoisePath
 
 FORMAT = 1  # config.json says which
 
@@ -104,44 +112,145 @@ def reading(path: Path) -> Iterator[Path]:
         raise ValueError(f"run: {path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def read_config(run: str | Path) -> dict:
-    """config.json of a run folder; ValueError where the folder is none, is broken, or is of another version."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"run: {run} is no run folder: it has no config.json")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"run: {path} cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else None
-        raise ValueError(f"run: {run} has format {found!r}, allowed is {FORMAT}: train it again with this version")
-    return config
+class Run:
+    """A run by its folder, which need not exist before it is saved to.
 
+    Args:
+        folder: where its files are.
+    """
 
-def load_run(run: str | Path):
-    """(model, path, tokenizer) of a run folder, the model in evaluation mode, with the averaged weights of a run with ema."""
-    from safetensors import safe_open
-    from tokenizers import Tokenizer
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
 
-    from klflow_ext.model import Denoiser, DenoiserConfig
-    from klflow_ext.path import Path as NoisePath
+    # ---- written
 
-    run = Path(run)
-    config = read_config(run)
-    with reading(run / "config.json"):
-        path = NoisePath.from_dict(config["path"])
-        shape = DenoiserConfig(**config["model"])
-    with reading(run / "model.safetensors") as file, safe_open(file, "pt") as stored:
-        rows = shape.vocab_size + (shape.input == "tokens")
-        found, expected = stored.get_slice("embedding").get_shape(), [rows, shape.n_embd]
-        blocks = {name.split(".")[1] for name in stored.keys() if name.startswith("blocks.")}  # noqa: SIM118
-        if found != expected or len(blocks) != shape.n_layer:  # before memory is taken for what config.json says
+    @classmethod
+    @contextmanager
+    def create(
+        cls, out: Path, *, overwrite: bool, tokenizer: Any, stream: np.ndarray, heldout: np.ndarray
+    ) -> Iterator[Run]:
+        """A new run with its text, to save to; it takes its place at `out` (and that of an old run) when it is whole.
+
+        Args:
+            out: its folder. overwrite: whether it may take the place of a run.
+            tokenizer: a tokenizers.Tokenizer. stream, heldout: tokens to train on, and those that are kept back.
+
+        Raises:
+            ValueError: `out` holds something else, or cannot be written.
+        """
+        with new_folder(out, overwrite) as folder:
+            writers = {
+                "tokenizer.json": lambda p: tokenizer.save(str(p)),
+                "train.npy": _array_writer(stream),
+                "heldout.npy": _array_writer(heldout),
+            }
+            write_files(folder, writers)
+            yield cls(folder)
+
+    def save(self, config: dict, weights: dict[str, Tensor], checkpoint: dict, stream: np.ndarray) -> None:
+        """Writes the folder, or what has changed of it, all at once.
+
+        Args:
+            config: of the model, the path and the training, as dicts.
+            weights: what the run gives, by name. checkpoint: what its training goes on from.
+            stream: the tokens to train on, written once.
+
+        Raises:
+            ValueError: a weight is not finite, or a file cannot be written; what was there before stays.
+        """
+        from safetensors.torch import save_file
+
+        bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+        if bad:
+            raise ValueError(f"{bad[0]}: got numbers that are not finite, which are never saved")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = {"format": FORMAT, "tokenizer": (self.folder / "tokenizer.json").exists(), **config}
+        writers = {
+            "checkpoint.pt": lambda p: torch.save(checkpoint, p),
+            "model.safetensors": lambda p: save_file(weights, p),
+            "config.json": lambda p: p.write_text(json.dumps(config, indent=2) + "\n"),
+        }
+        if not (self.folder / "train.npy").exists():
+            writers["train.npy"] = _array_writer(stream)
+        write_files(self.folder, writers)
+
+    def open_log(self) -> IO[str]:
+        """log.jsonl, to append lines to."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return open(self.folder / "log.jsonl", "a")
+
+    # ---- read
+
+    def config(self) -> dict:
+        """config.json. ValueError where the folder is no run, is broken, or is of another version."""
+        path = self.folder / "config.json"
+        if not path.is_file():
+            raise ValueError(f"run: {self.folder} is no run folder: it has no config.json")
+        try:
+            config = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"run: {path} cannot be read: {error}") from None
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            found = config.get("format") if isinstance(config, dict) else None
             raise ValueError(
-                f"it holds an embedding of {found} and {len(blocks)} layers, config.json says {expected} and {shape.n_layer}"
+                f"run: {self.folder} has format {found!r}, allowed is {FORMAT}: train it again with this version"
             )
-        model = Denoiser(shape, path)
-        model.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-    with reading(run / "tokenizer.json") as file:
-        tokenizer = Tokenizer.from_file(str(file))
-    return model.eval(), path, tokenizer
+        return config
+
+    def model(self) -> tuple[Denoiser, NoisePath]:
+        """(model, path), the model in evaluation mode, with the averaged weights of a run with ema."""
+        from safetensors import safe_open
+
+        config = self.config()
+        with reading(self.folder / "config.json"):
+            path = NoisePath.from_dict(config["path"])
+            shape = DenoiserConfig(**config["model"])
+        with reading(self.folder / "model.safetensors") as file, safe_open(file, "pt") as stored:
+            rows = shape.vocab_size + (shape.input == "tokens")
+            found, expected = stored.get_slice("embedding").get_shape(), [rows, shape.n_embd]
+            blocks = {name.split(".")[1] for name in stored.keys() if name.startswith("blocks.")}  # noqa: SIM118
+            if found != expected or len(blocks) != shape.n_layer:  # before memory is taken for what config.json says
+                raise ValueError(
+                    f"it holds an embedding of {found} and {len(blocks)} layers, config.json says {expected} and "
+                    f"{shape.n_layer}"
+                )
+            model = Denoiser(shape, path)
+            model.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+        return model.eval(), path
+
+    def tokenizer(self) -> Any:
+        """The tokenizers.Tokenizer, or None of a run that was trained on tokens alone."""
+        if not self.config().get("tokenizer", True):
+            return None
+        from tokenizers import Tokenizer
+
+        with reading(self.folder / "tokenizer.json") as file:
+            return Tokenizer.from_file(str(file))
+
+    def streams(self) -> tuple[np.ndarray, np.ndarray]:
+        """(training, held-out) tokens, as memory maps."""
+        streams = []
+        for name in ("train.npy", "heldout.npy"):
+            with reading(self.folder / name) as file:
+                streams.append(np.load(file, mmap_mode="r"))
+        return streams[0], streams[1]
+
+    @contextmanager
+    def checkpoint(self, device: torch.device) -> Iterator[dict]:
+        """What training goes on from; an error while it is taken up is one of the file."""
+        with reading(self.folder / "checkpoint.pt") as path:
+            yield torch.load(path, map_location=device, weights_only=True)
+
+
+def _array_writer(array: np.ndarray) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:  # np.save adds .npy to a name
+            np.save(file, array)
+
+    return write
+
+
+def load_run(run: str | Path) -> tuple[Denoiser, NoisePath, Any]:
+    """(model, path, tokenizer) of a run folder: `Run.model` and `Run.tokenizer`."""
+    opened = Run(run)
+    return (*opened.model(), opened.tokenizer())

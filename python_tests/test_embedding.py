@@ -8,7 +8,7 @@ from test_ops import assert_close, targets_of
 
 from klflow_ext import ops, reference
 from klflow_ext.ops import embedding
-from klflow_ext.oracle import log_evidence
+from klflow_ext.path.logit import log_evidence
 
 SHAPES = [(60, 2), (60, 3), (40, 31), (9, 1000), (9, 2500), (3, 50257)]
 TIMES = [0.0, 0.02, 0.1, 0.2, 0.3, 0.5, 0.8, 0.99, 1.0]
@@ -155,7 +155,7 @@ def test_the_whole_posterior_in_low_precision(dtype, device):
 
 
 def test_the_whole_posterior_is_that_of_the_oracle(device):
-    """The closed form of oracle.log_evidence, from the float64 rows x_t of the same noise."""
+    """The closed form of path.logit.log_evidence, from the float64 rows x_t of the same noise."""
     rows, vocab = 30, 200
     target, t = targets_of(rows, vocab, device), torch.linspace(0.0, 0.6, rows, device=device)
     options = {"vocab_size": vocab, "log": True}

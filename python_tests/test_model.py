@@ -1,15 +1,14 @@
 """The Denoiser: inputs, ways to say the time, causal attention and its cache, self-conditioning, sizes, errors."""
 
 import dataclasses
-import types
 
 import pytest
 import torch
 
-from klflow_ext import Denoiser, DenoiserConfig, LogitPath
+from klflow_ext import Denoiser, DenoiserConfig, LogitPath, MaskPath
 
 V, L = 20, 6
-TOKEN_PATH = types.SimpleNamespace(vocab_size=V, reads="tokens")  # all that a Denoiser asks of a path of tokens
+TOKEN_PATH = MaskPath(V)
 INPUTS = ["simplex", "posterior", "tokens"]
 TIMES = ["token", "add", "adaln", "none"]
 

@@ -19,7 +19,7 @@ from klflow_ext import (
     UniformPath,
     ops,
 )
-from klflow_ext.path import IGNORE, KAPPA, Network, State, identification_accuracy
+from klflow_ext.path import IGNORE, KAPPA, Move, Network, SampleOptions, State, identification_accuracy
 from klflow_ext.path.noise import log_gamma
 
 V = 11
@@ -289,8 +289,14 @@ def test_the_state_of_sparse_noise_outlives_underflow():
     path, given = LogitPath(V, alpha=0.01), torch.zeros(2, 6, dtype=torch.bool)
     start = path.renoise(tokens(2, 6), 0.0, states(2), given)
     assert (start.x == 0).any() and start.log_x.isfinite().all()
-    move = SimpleNamespace(
-        t=0.0, t_next=0.9, temperature=1.0, given=given, known=tokens(2, 6), euler="exact", boosts=None
+    move = Move(
+        t=0.0,
+        t_next=0.9,
+        rng=states(2),
+        given=given,
+        known=tokens(2, 6),
+        temperature=1.0,
+        options=SampleOptions(boosts=None),
     )
     log_x = start.log_x.clone()
     end = path.step(start, SimpleNamespace(logits=torch.zeros(2, 6, V)), move)

@@ -21,14 +21,14 @@ from klflow_ext import (
     SpherePath,
     UniformPath,
     build_info,
-    graph,
     ops,
     register_sampler,
-    sample,
 )
-from klflow_ext.oracle import log_evidence
-from klflow_ext.path import Network, state
-from klflow_ext.sample import parse_holes
+from klflow_ext.data import parse_holes
+from klflow_ext.path import Network, SampleOptions, state
+from klflow_ext.path.logit import log_evidence
+from klflow_ext.sample import replay
+from klflow_ext.sample import sampler as sampler_module
 
 V, L = 4, 4
 
@@ -372,7 +372,7 @@ def test_draws_from_tiles_of_logits_are_those_of_all_logits(monkeypatch):
 
 def test_complete_history_and_registered_sampler():
     @register_sampler("nothing")
-    def nothing(state, logits, move):
+    def nothing(path, state, prediction, move):
         return state
 
     path = LogitPath(50)
@@ -393,7 +393,7 @@ def test_schedules_of_temperature_and_time():
     seen = []
 
     @register_sampler("watching")
-    def watching(state, prediction, move):
+    def watching(path, state, prediction, move):
         seen.append((move.temperature, move.t, move.t_next))
         return state
 
@@ -414,7 +414,7 @@ def test_schedules_of_temperature_and_time():
 def test_the_last_temperature_is_that_of_the_last_pass():
     sampler = Sampler(lambda x, t: torch.arange(50.0).expand(*x.shape[:2], -1), LogitPath(50))
     for steps in (1, 2, 5):
-        options = dict(steps=steps, top_k=None, final="draw")
+        options = dict(steps=steps, method="hybrid", top_k=None, final="draw")
         assert (sampler.sample((4, 9), temperature=(100.0, 0.01), **options).tokens == 49).all()
         assert not (sampler.sample((4, 9), temperature=(0.01, 100.0), **options).tokens == 49).all()
 
@@ -448,7 +448,7 @@ def test_self_conditioning_reads_the_pass_before():
             return self.found[-1]
 
     model = Remembering()
-    Sampler(model, MaskPath(50)).sample((2, 3), steps=4)
+    Sampler(model, MaskPath(50)).sample((2, 3), steps=4, method="basic")
     assert model.previous[0] is None and len(model.previous) == 4
     assert all(torch.equal(a, b) for a, b in zip(model.previous[1:], model.found, strict=False))
 
@@ -457,7 +457,10 @@ def test_final_argmax_or_draw():
     logits = torch.linspace(0, 1, 50)
     for path, default in ((LogitPath(50), "argmax"), (MaskPath(50), "draw")):
         sampler = Sampler(lambda x, t: logits.expand(*x.shape[:2], -1), path)
-        results = {final: sampler.sample((4, 9), steps=1, final=final).tokens for final in ("argmax", "draw", None)}
+        results = {
+            final: sampler.sample((4, 9), steps=1, method="basic", final=final).tokens
+            for final in ("argmax", "draw", None)
+        }
         assert (results["argmax"] == 49).all() and not (results["draw"] == 49).all()
         assert torch.equal(results[None], results[default])
 
@@ -477,7 +480,7 @@ def test_ragged_infill_is_each_sequence_alone(path):
     result = sampler.infill(tokens, given, steps=4, method="sampling", seed=3, return_history=True)
     assert [len(x) for x in result.tokens] == [4, 1, 4, 0, 2, 4] and result.nfe == 4 and len(result.history) == 4
     assert result.tokens[4].tolist() == [1, 2] and result.tokens[5][1:].tolist() == [4, 5, 6]
-    seeds = [sample._sequence_seed(3, i) for i in range(6)]
+    seeds = [sampler_module._sequence_seed(3, i) for i in range(6)]
     for i in (0, 1, 2, 5):
         alone = sampler.infill(
             torch.as_tensor(tokens[i])[None], torch.as_tensor(given[i])[None], steps=4, method="sampling",
@@ -503,7 +506,7 @@ def test_holes():
     for text in ("abc", "", "{?}", "{?x}", "{?-1}"):
         with pytest.raises(ValueError, match="text: got .* allowed is a text with a hole such as"):
             parse_holes(text, Letters())
-    with pytest.raises(ValueError, match=r"text: got the hole \{\?0\}, allowed are holes of at least 1 token"):
+    with pytest.raises(ValueError, match=r"text: got the hole \{\?0\}, allowed are holes of 1 to 1,000,000 tokens"):
         parse_holes("a{?0}{?2}", Letters())
     tokens, given = parse_holes("{?3}", Letters())  # a hole with nothing around it
     assert (tokens, given) == ([0, 0, 0], [False] * 3)
@@ -663,7 +666,7 @@ def small_denoiser(device="cpu", vocab=60, **config):
 
 
 class CallsAgain:
-    """In place of graph.Recorder: a replay is a call of the function. Counts what is recorded."""
+    """In place of replay.Recorder: a replay is a call of the function. Counts what is recorded."""
 
     def __init__(self, device):
         self.count = 0
@@ -677,7 +680,7 @@ class CallsAgain:
 @pytest.fixture
 def calling_again(monkeypatch):
     """Sampler(model, path, cuda_graph=True) with steps that are called again instead of replayed."""
-    monkeypatch.setattr(graph, "Recorder", CallsAgain)
+    monkeypatch.setattr(replay, "Recorder", CallsAgain)
     monkeypatch.setattr(Sampler, "_check_cuda_graph", lambda self: None)
     return lambda model, path: Sampler(model, path, cuda_graph=True)
 
@@ -752,9 +755,9 @@ class LooksAtNothing(TorchFunctionMode):
 @pytest.mark.parametrize("time", ["token", "add", "adaln", "none"])
 def test_a_recorded_step_looks_at_no_value(input, time):
     model, path = small_denoiser("meta", input=input, time=time, self_conditioning=True)
-    buffers = graph.Buffers.allocate((3, 7), model, torch.device("meta"))
+    buffers = replay.Buffers.allocate((3, 7), model, torch.device("meta"))
     with torch.no_grad(), LooksAtNothing():
-        sample._step_in_place(model, path, buffers, 5, 0.9, 0.7)
+        replay.sampling_step_in_place(model, path, buffers, SampleOptions(top_p=0.9), 5, 0.7)
 
 
 def test_bad_uses_of_cuda_graph(calling_again, monkeypatch):
@@ -772,7 +775,7 @@ def test_bad_uses_of_cuda_graph(calling_again, monkeypatch):
             Sampler(m, p, "cuda", cuda_graph=True)
     with pytest.raises(ValueError, match="cuda_graph: got True with device cpu, allowed with it is a CUDA device"):
         Sampler(model, path, cuda_graph=True)
-    monkeypatch.setattr(sample, "DEBUG_CHECK", True)
+    monkeypatch.setattr(sampler_module, "DEBUG_CHECK", True)
     with pytest.raises(ValueError, match="cuda_graph: got True with KLFLOW_CHECK=1"):
         Sampler(model, path, "cuda", cuda_graph=True)
 

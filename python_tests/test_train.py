@@ -25,11 +25,11 @@ from klflow_ext import (
     Trainer,
     data,
     evaluate,
-    train,
 )
 from klflow_ext.path import IGNORE
-from klflow_ext.run import FORMAT, load_run, read_config
+from klflow_ext.run import FORMAT, Run, load_run
 from klflow_ext.train import LossCurve
+from klflow_ext.train import trainer as trainer_module
 
 V = 40
 
@@ -74,7 +74,6 @@ def test_training_learns_and_resumes_bit_for_bit(tmp_path, input):
     first = trainer(30, tmp_path / "parts", input, given_share=0.2)
     for _ in range(13):
         first.train_step()
-    first.out.mkdir()
     first.save()
     second = trainer(30, tmp_path / "parts", input, given_share=0.2)
     second.load()
@@ -105,7 +104,6 @@ def test_the_average_is_what_a_run_gives(tmp_path):
         for name, p in run.model.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * p.detach()
     run.save()
-    data.train_tokenizer(["some text"], 257).save(str(tmp_path / "tokenizer.json"))
     loaded, averaged = load_run(tmp_path)[0], run.averaged_model()
     for name, p in run.model.named_parameters():
         torch.testing.assert_close(run.average[name], expected[name])
@@ -122,7 +120,7 @@ def test_the_average_is_what_a_run_gives(tmp_path):
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_slow_bfloat16_is_warned_of(monkeypatch, fast):
-    monkeypatch.setattr(train, "multiplies_bfloat16", lambda device: fast)
+    monkeypatch.setattr(trainer_module, "multiplies_bfloat16", lambda device: fast)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         trainer(1)
@@ -160,13 +158,15 @@ def test_a_batch_in_parts_is_the_batch(accumulate, sampling):
         assert gradient.any()
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
     if sampling == "learned":
-        torch.testing.assert_close(runs[1].curve.sums, runs[0].curve.sums, rtol=1e-5, atol=0)
+        torch.testing.assert_close(runs[1].batches.curve.sums, runs[0].batches.curve.sums, rtol=1e-5, atol=0)
         generator = np.random.default_rng((0, 0, 1))
-        runs[0].times(generator)
-        given, blank = runs[0].given_mask(generator)
+        runs[0].batches.times(generator)
+        given, blank = runs[0].batches.given_mask(generator)
         tokens = (~given).sum(1)
-        assert blank.any() and runs[0].curve.sums[1].sum() == tokens[~blank].sum()  # at t = 0, but not for its noise
-        assert 0 < runs[0].curve.sums[0].sum().item() < loss * tokens.sum().item()
+        assert (
+            blank.any() and runs[0].batches.curve.sums[1].sum() == tokens[~blank].sum()
+        )  # at t = 0, but not for its noise
+        assert 0 < runs[0].batches.curve.sums[0].sum().item() < loss * tokens.sum().item()
 
 
 def process_run(out):
@@ -194,7 +194,7 @@ def other_weights(*args, **options):
 test_train.small_model = other_weights
 run = test_train.process_run(folder / "two")
 assert (run.rank, run.processes) == (rank, 2)
-torch.save({"weights": run.model.state_dict(), "curve": run.curve.sums}, folder / f"{rank}.pt")
+torch.save({"weights": run.model.state_dict(), "curve": run.batches.curve.sums}, folder / f"{rank}.pt")
 from klflow_ext.train import leave_processes
 leave_processes()
 """
@@ -253,7 +253,7 @@ def test_resumes_bit_for_bit_with_everything_on(tmp_path, monkeypatch):
         assert torch.equal(value, second.model.state_dict()[name]), name
     assert whole.average.keys() == second.average.keys()
     assert all(torch.equal(value, second.average[name]) for name, value in whole.average.items())
-    assert torch.equal(whole.curve.sums, second.curve.sums) and whole.curve.sums.any()
+    assert torch.equal(whole.batches.curve.sums, second.batches.curve.sums) and whole.batches.curve.sums.any()
 
 
 def test_an_average_begins_with_a_resumed_run(tmp_path):
@@ -273,7 +273,7 @@ def test_a_causal_model_of_tokens_learns(accumulate, dtype):
         Denoiser(config, Autoregressive(V)), Autoregressive(V), (np.arange(5000) % 10).astype(np.int32),
         TrainConfig(steps=40, batch_size=8, length=16, accumulate=accumulate, dtype=dtype, ema=0.8),
     )  # fmt: skip
-    assert run.time_sampling == "uniform"
+    assert run.batches.time_sampling == "uniform"
     before = cyclic_next(run.averaged_model())
     run.fit(progress=False)
     assert before < 0.5 and cyclic_next(run.averaged_model()) > 0.95
@@ -282,8 +282,8 @@ def test_a_causal_model_of_tokens_learns(accumulate, dtype):
 @pytest.mark.parametrize("sampling", [None, "middle", "uniform", "learned"])
 def test_times(sampling):
     run = trainer(1, time_sampling=sampling, middle_share=0.8)
-    run.config = dataclasses.replace(run.config, batch_size=4000)
-    shares = run.times(np.random.default_rng(0)).sort().values / run.path.t_max
+    run.batches.config = dataclasses.replace(run.config, batch_size=4000)
+    shares = run.batches.times(np.random.default_rng(0)).sort().values / run.path.t_max
     middle = ((shares > 0.2) & (shares < 0.8)).float().mean().item()
     assert shares.min() >= 0 and shares.max() <= 1
     if sampling in ("uniform", "learned"):  # nothing is learned yet; one time in each cell
@@ -293,14 +293,14 @@ def test_times(sampling):
     path = LogitPath(V)
     path.t_max = 1.0
     others = Trainer(run.model, path, run.stream, TrainConfig(length=16, time_sampling=sampling))
-    assert others.time_sampling == (sampling or "uniform")
+    assert others.batches.time_sampling == (sampling or "uniform")
 
 
 def test_what_is_given_in_training():
     """Segments from their beginnings, scattered tokens, prefixes, holes; half of them with nothing else to be seen."""
     run = trainer(1, given_share=0.6)
-    run.config = dataclasses.replace(run.config, batch_size=8000, length=64)
-    given, blank = run.given_mask(np.random.default_rng(0))
+    run.batches.config = dataclasses.replace(run.config, batch_size=8000, length=64)
+    given, blank = run.batches.given_mask(np.random.default_rng(0))
     assert abs(given.any(1).float().mean() - 0.6) < 0.06  # segments and scattered masks may be empty by chance
     assert abs(blank.float().mean() - 0.3) < 0.02
     assert not given.all(1).any()
@@ -313,7 +313,7 @@ def test_what_is_given_in_training():
         first = (given[:, 1:size] <= given[:, : size - 1]).all(1)  # once free, free until the next segment
         periodic |= repeats & first
     assert 0.15 < periodic.float().mean() < 0.3
-    nothing = trainer(1, given_share=0.0).given_mask(np.random.default_rng(0))
+    nothing = trainer(1, given_share=0.0).batches.given_mask(np.random.default_rng(0))
     assert not nothing[0].any() and not nothing[1].any()
 
 
@@ -481,18 +481,18 @@ def test_bad_data(tmp_path, content, message):
 
 def test_bad_run_folders(tmp_path):
     with pytest.raises(ValueError, match="no run folder"):
-        read_config(tmp_path)
+        Run(tmp_path).config()
     (tmp_path / "config.json").write_text('{"format": 0}')
     with pytest.raises(ValueError, match=f"has format 0, allowed is {FORMAT}"):
-        read_config(tmp_path)
+        Run(tmp_path).config()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "checkpoint.pt"])
 @pytest.mark.parametrize("broken", [False, True])
 def test_incomplete_run_folders(tmp_path, name, broken):
     run = trainer(1, tmp_path)
-    run.fit(progress=False)
     data.train_tokenizer(["some text"], 257).save(str(tmp_path / "tokenizer.json"))
+    run.fit(progress=False)
     load_run(tmp_path), run.load()
     (tmp_path / name).unlink()
     if broken:

@@ -42,7 +42,9 @@ class Denoiser(Network):
             raise ValueError(
                 f"path: its vocab_size is {path.vocab_size}, allowed is that of config, {config.vocab_size}"
             )
-        allowed = ("tokens",) if path.reads == "tokens" else ("simplex", "posterior") if path.closed_form else ("simplex",)
+        allowed = (
+            ("tokens",) if path.reads == "tokens" else ("simplex", "posterior") if path.closed_form else ("simplex",)
+        )
         if config.input not in allowed:
             raise ValueError(f"input: got {config.input!r}, allowed is one of {allowed} for {path!r}")
         self.reads_posterior, self.self_conditions = config.input == "posterior", config.self_conditioning

@@ -132,9 +132,7 @@ class Path:
     def _cross_entropy(self, prediction: Prediction, state: State, label: Tensor, reduction: str) -> Tensor:
         return prediction.cross_entropy(label, ignore_index=IGNORE, reduction=reduction)
 
-    def noisy(
-        self, target: Tensor, t: Tensor, rng, *, given: Tensor | None = None, row_offset: int = 0
-    ) -> State:
+    def noisy(self, target: Tensor, t: Tensor, rng, *, given: Tensor | None = None, row_offset: int = 0) -> State:
         """The state that a network is trained on: `sample`, with the same arguments."""
         return State(self.sample(target, t, rng, given=given, row_offset=row_offset))
 

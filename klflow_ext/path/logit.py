@@ -162,9 +162,7 @@ class LogitPath(Path):
             log_x = torch.where(given[..., None], onehot, log_x)
         return (log_x if log else log_x.exp()).float()
 
-    def noisy(
-        self, target: Tensor, t: Tensor, rng, *, given: Tensor | None = None, row_offset: int = 0
-    ) -> State:
+    def noisy(self, target: Tensor, t: Tensor, rng, *, given: Tensor | None = None, row_offset: int = 0) -> State:
         """As `Path.noisy`; its rows are made only for a network that does not make them itself."""
         if not self.closed_form:
             return super().noisy(target, t, rng, given=given, row_offset=row_offset)

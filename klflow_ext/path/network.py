@@ -81,7 +81,9 @@ class Network(nn.Module):
     def _first_estimate(self, h: Tensor, times: Tensor, row_offset: int) -> Tensor:
         """What every other sequence is conditioned on in training: its own estimate, made without a gradient, the others on
         zeros (Chen et al. 2023, "Analog Bits")."""
-        chosen = slice((row_offset // h.shape[1]) % 2, None, 2)  # by number in the whole batch, of which h may be a part
+        chosen = slice(
+            (row_offset // h.shape[1]) % 2, None, 2
+        )  # by number in the whole batch, of which h may be a part
         with torch.no_grad():
             previous = torch.zeros_like(h)
             previous[chosen] = self.hidden(h[chosen], times[chosen]).to(h.dtype)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from klflow_ext.checks import LEAST, MOST, check_choice, check_int, check_scalar
 
 Temperature = float | tuple[float, float] | Callable[[float], float]
-FINALS = ("argmax", "draw")
-EULERS = ("exact", "paper")
+Final = Literal["argmax", "draw"]
+Euler = Literal["exact", "paper"]
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class SampleOptions:
     grid_power: float = 1.0
     """Of `Path.time_grid`, positive; below 1: more of the passes late."""
 
-    final: str | None = None
+    final: Final | None = None
     """How the last pass chooses: "argmax", or "draw" from its p. None: "draw" on a path of tokens, else "argmax". It, t_split
     and grid_power say nothing to segments."""
 
-    euler: str = "exact"
+    euler: Euler = "exact"
     """Rate of LogitPath's basic step: "exact" (1 - e^-h) or the paper's (h)."""
 
     boosts: int | None = 64
@@ -64,8 +65,8 @@ class SampleOptions:
 
         keep("steps", check_int("steps", self.steps, 1, 2**31, "an integer >= 1"))
         if self.final is not None:
-            check_choice("final", self.final, FINALS)
-        check_choice("euler", self.euler, EULERS)
+            check_choice("final", self.final, get_args(Final))
+        check_choice("euler", self.euler, get_args(Euler))
         if self.top_k is not None:
             keep("top_k", check_int("top_k", self.top_k, 1, 2**63, "None or an integer >= 1"))
         if self.boosts is not None:
@@ -80,7 +81,7 @@ class SampleOptions:
         """With what a path (its vocab_size, t_split, reads) says of the fields that are None: no None is left but boosts."""
         top_k = vocab_size if self.top_k is None else min(self.top_k, vocab_size)
         split = t_split if self.t_split is None else self.t_split
-        final = self.final or ("draw" if reads == "tokens" else "argmax")
+        final: Final = self.final or ("draw" if reads == "tokens" else "argmax")
         return replace(self, top_k=top_k, t_split=split, final=final)
 
     def temperatures(self, passes: int) -> list[float]:

@@ -41,7 +41,8 @@ def denoise(passes: Passes, options: SampleOptions, *, step: Step) -> Tensor:
 
 def _ask(passes: Passes, state: State, t: float, previous: Tensor | None) -> Prediction:
     prediction = passes.predict(state, t, passes.given, previous=previous)
-    passes.keep(lambda: passes.path.resolve(state, passes.best(prediction)))
+    if passes.keeps:
+        passes.keep(passes.path.resolve(state, passes.best(prediction)))
     return prediction
 
 

@@ -32,5 +32,6 @@ def left_to_right(passes: Passes, options: SampleOptions) -> Tensor:
         drawn = torch.where(given[:, i : i + 1], tokens[:, i : i + 1], drawn)
         tokens[:, i : i + 1] = drawn
         inputs[:, i + 1 : i + 2] = drawn[:, : inputs.shape[1] - i - 1]
-        passes.keep(tokens.clone)
+        if passes.keeps:
+            passes.keep(tokens)
     return tokens

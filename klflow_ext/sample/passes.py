@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ class Passes:
     Attributes:
         network, path: who is asked, and on which path.
         given: (B, L) bool. known: (B, L) int64, the given tokens, 0 elsewhere.
-        count: passes made. history: (B, L) tokens after each of them, if asked for.
+        count: passes made.
+        keeps: whether a way is to `keep` its tokens after each pass. history: those kept.
     """
 
     def __init__(
@@ -34,7 +34,8 @@ class Passes:
         return_history: bool = False,
     ):
         self.network, self.path, self.given, self.known = network, path, given, torch.where(given, tokens, 0)
-        self.count, self.history, self._keeps = 0, [], return_history
+        self.count, self.keeps = 0, return_history
+        self.history: list[Tensor] = []
         self._seeds = torch.tensor(seeds, dtype=torch.int64, device=given.device)[:, None]
         self._total, self._shows, self._start = 0, progress, time.perf_counter()
         self._latest: Prediction | None = None
@@ -79,10 +80,9 @@ class Passes:
         """(B, L): the likeliest tokens, for the history."""
         return prediction.draw(1, self.rng(0))
 
-    def keep(self, tokens: Callable[[], Tensor]) -> None:
-        """Puts tokens (B, L) into the history, if it is asked for; given ones as they are."""
-        if self._keeps:
-            self.history.append(torch.where(self.given, self.known, tokens()))
+    def keep(self, tokens: Tensor) -> None:
+        """Puts tokens (B, L) into the history; given ones as they are."""
+        self.history.append(torch.where(self.given, self.known, tokens))
 
     def note_bad(self, bad: Tensor) -> None:
         """bad (B,) bool: sequences whose logits said nothing in the latest pass."""

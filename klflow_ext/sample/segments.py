@@ -25,5 +25,6 @@ def segments(passes: Passes, options: SampleOptions) -> Tensor:
         places = (~now).long().argsort(dim=1, stable=True)[:, :most]
         drawn = prediction.at(places).draw(options.top_k, passes.rng(i + 1), temperatures[i], options.top_p)
         found = torch.where(now, found.scatter(1, places, drawn), found)
-        passes.keep(lambda now=now, shown=shown, prediction=prediction: torch.where(now | shown, found, passes.best(prediction)))
+        if passes.keeps:
+            passes.keep(torch.where(now | shown, found, passes.best(prediction)))
     return found

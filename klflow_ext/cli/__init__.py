@@ -1,0 +1,44 @@
+"""The command line: klflow info | demo | train | sample | complete | infill | eval. It prints; the package does the work."""
+
+from __future__ import annotations
+
+import sys
+
+from klflow_ext.cli.info import print_info
+from klflow_ext.cli.terminal import printable
+
+__all__ = ["main", "printable"]
+
+
+def main() -> None:
+    try:
+        import tyro
+    except ImportError:
+        if sys.argv[1:] == ["info"]:
+            print_info()
+            sys.exit()
+        sys.exit("klflow: this command needs the train extra: pip install 'klflow_ext[train]' (klflow info does not)")
+    from klflow_ext.cli.evaluate import Eval
+    from klflow_ext.cli.generate import Complete, Infill, Sample
+    from klflow_ext.cli.info import Info
+    from klflow_ext.cli.train import Demo, Train
+
+    commands = {
+        "info": Info,
+        "demo": Demo,
+        "train": Train,
+        "sample": Sample,
+        "complete": Complete,
+        "infill": Infill,
+        "eval": Eval,
+    }
+    for stream in (sys.stdout, sys.stderr):  # a console that is not UTF-8 shows escapes
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="klflow").run()
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        sys.exit(f"klflow: {error}")
+    except KeyboardInterrupt as interrupt:
+        print(f"klflow: stopped{'; ' * bool(interrupt.args)}{interrupt}", file=sys.stderr)
+        sys.exit(130)

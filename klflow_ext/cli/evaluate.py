@@ -1,0 +1,79 @@
+"""klflow eval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from klflow_ext import evaluate
+from klflow_ext.cli.terminal import choose_device
+from klflow_ext.run import Run
+from klflow_ext.sample import Sampler
+
+
+def print_losses(model, path, stream, held, length):
+    prior = evaluate.unigram_log_prior(np.asarray(stream), path.vocab_size)
+    print(
+        f"held-out loss, nats per token (unigram entropy {evaluate.unigram_entropy(held, path.vocab_size, prior):.3f}):"
+    )
+    losses = evaluate.loss_by_time(model, path, held, length)
+    print("  t    " + "  ".join(f"{t:6.3f}" for t in losses))
+    print("  loss " + "  ".join(f"{v:6.3f}" for v in losses.values()))
+
+
+@dataclass
+class Eval:
+    """Held-out loss by time of a run; with --judge, bits per byte of its samples under a llama2.c model."""
+
+    run_folder: tyro.conf.Positional[Path]
+    judge: Path | None = None
+    """Folder with stories260K.bin and tok512.bin."""
+    count: int = 32
+    length: int = 64
+    steps: int = 64
+    device: str | None = None
+
+    def run(self):
+        for name, least in (("count", 1), ("length", 2), ("steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is an integer >= {least}")
+        run = Run(self.run_folder)
+        (model, path), tokenizer = run.model(), run.tokenizer()
+        if self.length > model.config.max_length:
+            raise ValueError(
+                f"length: got {self.length}, allowed is at most the run's max_length, {model.config.max_length}"
+            )
+        device = choose_device(self.device)
+        model = model.to(device)
+        stream, held = run.streams()
+        # First, so that a wrong folder fails at once.
+        judge = None if self.judge is None else evaluate.Judge(self.judge)
+        print_losses(model, path, stream, held, self.length)
+        if judge is None:
+            return
+        generator = np.random.default_rng(0)
+        real = [held[i : i + self.length] for i in generator.integers(0, len(held) - self.length, self.count)]
+        unigram = generator.choice(stream, (self.count, self.length))
+        rows = {"real text": real, "unigram-sampled": unigram}
+        sampler = Sampler(model, path, device)
+        schemes = {
+            "basic": {"method": "basic"},
+            "sampling, top-k 20": {"method": "sampling", "top_k": 20},
+            "sampling, top-k 1": {"method": "sampling", "top_k": 1},
+            "hybrid, top-k 20": {"method": "hybrid", "top_k": 20},
+            "segments, top-k 20": {"method": "segments", "top_k": 20},
+        }
+        if path.way is not None:
+            schemes = {"left to right, top-k 20": {"top_k": 20}}
+        for name, options in schemes.items():
+            result = sampler.sample((self.count, self.length), steps=self.steps, **options)
+            rows[f"{name}, NFE {result.nfe}"] = result.tokens.cpu()
+        print(f"{self.count} texts of {self.length} tokens: bits per byte under the judge (token entropy, nats)")
+        for name, sequences in rows.items():
+            texts = [tokenizer.decode([int(i) for i in tokens]) for tokens in sequences]
+            print(
+                f"  {name:<34} {judge.bits_per_byte(texts):.2f} ({evaluate.token_entropy(sequences):.2f})", flush=True
+            )

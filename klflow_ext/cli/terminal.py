@@ -1,0 +1,38 @@
+"""What passes between a terminal and the commands: texts and the name of a device."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import torch
+
+from klflow_ext import build_info
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: control characters but line ends and tabs as escapes, so that they do nothing."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else repr(c)[1:-1] for c in text
+    )
+
+
+def given_text(name: str, text: str) -> str:
+    """An argument of the command line as text: bytes of UTF-8, whatever encoding this terminal claims."""
+    raw = text.encode("utf-8", "surrogateescape")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{name}: got {raw!r}, allowed is UTF-8") from None
+
+
+def choose_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() and build_info()["cuda"] else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("the kernels run on cpu and cuda")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device

@@ -1,0 +1,157 @@
+"""klflow demo and klflow train."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from klflow_ext.cli.evaluate import print_losses
+from klflow_ext.cli.terminal import choose_device, printable
+from klflow_ext.data import removed_lines
+from klflow_ext.run import Run
+from klflow_ext.sample import Sampler
+from klflow_ext.train import NetworkChoice, Prepared, TrainConfig, Trainer, leave_processes, prepare
+
+
+@dataclass(frozen=True)
+class Training(TrainConfig):
+    """How to train, by the clock."""
+
+    steps: int = 1_000_000
+    """Training steps, if they end before the seconds do."""
+    max_seconds: Annotated[float | None, tyro.conf.arg(name="seconds")] = 180.0
+    """Training time."""
+
+
+@dataclass
+class Settings:
+    """Text, model and training, shared by demo and train."""
+
+    data: Path | None = None
+    """UTF-8 text file; without it, the source of this Python's standard library."""
+    out: Path = Path("runs/demo")
+    """Run folder to write."""
+    overwrite: bool = False
+    """Replace a run that is there."""
+    tokenizer: Path | None = None
+    """A tokenizers file (tokenizer.json) instead of one trained here."""
+    vocab_size: int = 2048
+    """Of the tokenizer that is trained here."""
+    network: tyro.conf.OmitArgPrefixes[NetworkChoice] = field(default_factory=NetworkChoice)
+    train: tyro.conf.OmitArgPrefixes[Training] = field(default_factory=Training)
+    device: str | None = None
+    """cuda where torch sees a GPU and the kernels were built for it, else cpu."""
+
+    def prepare(self) -> Prepared:
+        names = {name: getattr(self.train, name) for name in TrainConfig.__dataclass_fields__}
+        return prepare(
+            self.data,
+            self.out,
+            train=TrainConfig(**names),
+            network=self.network,
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
+            overwrite=self.overwrite,
+            device=choose_device(self.device),
+            report=lambda line: print(line, flush=True),
+        )
+
+
+@dataclass
+class Demo(Settings):
+    """Train a small denoiser on real text for about three minutes, show its loss by time, sample, and fill a removed line."""
+
+    def run(self):
+        prepared = self.prepare()
+        trainer, tokenizer = prepared.trainer, prepared.tokenizer
+        trainer.fit()
+        model, path = trainer.averaged_model().eval(), trainer.path
+        length, seed = self.train.length, self.train.seed
+        print_losses(model, path, trainer.stream, prepared.heldout, length)
+        sampler = Sampler(model, path, trainer.device)
+        for method in ("basic", "sampling", "hybrid", "segments") if path.way is None else ("segments",):
+            result = sampler.sample((2, length), steps=32, method=method, seed=seed)
+            print(f"\n--- {path.way or method}, {result.nfe} passes, {result.seconds:.1f} s")
+            for tokens in result.tokens:
+                print(printable(tokenizer.decode(tokens.tolist(), skip_special_tokens=False)))
+                print("   .")
+        self.fill(sampler, tokenizer, prepared.held_texts)
+        print(
+            f"\nrun folder: {self.out}  (next: klflow sample {self.out}; klflow train --resume {self.out} "
+            "--more-seconds 60)"
+        )
+
+    def fill(self, sampler, tokenizer, held_texts):
+        """Removes the middle line of a piece of held-out text and lets the model write it again."""
+        for tokens, given, (before, line, after) in removed_lines(held_texts, tokenizer, self.train.length):
+            result = sampler.infill(tokens, given, steps=32, method="segments", seed=self.train.seed)
+            filled = tokenizer.decode(result.tokens[~given.to(result.tokens.device)].tolist())
+            print(f"\n--- a removed line, filled in ({result.nfe} tokens)\n{printable(f'{before}>>> {filled}{after}')}")
+            print(f"    (the line was: {printable(line.strip())})")
+            break
+
+
+@dataclass
+class Train(Settings):
+    """Train on a text file, or go on with a run (--resume RUN)."""
+
+    out: Path = Path("runs/train")
+    resume: Path | None = None
+    """A run folder: its run is finished as it was meant, with its own settings."""
+    more_steps: int = 0
+    """With --resume: steps that are added to the run."""
+    more_seconds: float = 0.0
+    """With --resume: seconds that are added to it."""
+
+    RESUMED = ("resume", "more_steps", "more_seconds", "device")  # what may stand beside --resume
+
+    def run(self):
+        trainer, held = self.go_on() if self.resume is not None else self.start()
+        trainer.fit()
+        print_losses(trainer.averaged_model().eval(), trainer.path, trainer.stream, held, trainer.config.length)
+        print(f"run folder: {trainer.run.folder}")
+        leave_processes()
+
+    def start(self):
+        for name in ("more_steps", "more_seconds"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is only with --resume")
+        prepared = self.prepare()
+        return prepared.trainer, prepared.heldout
+
+    def go_on(self):
+        given = {word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in sys.argv[2:]
+                 if word.startswith("--")}  # fmt: skip
+        foreign = sorted(given - set(self.RESUMED))
+        if foreign:
+            names = ", ".join("--" + name.replace("_", "-") for name in foreign)
+            raise ValueError(
+                f"resume: got {names} beside it, allowed are --more-steps, --more-seconds and --device: a run goes on with its "
+                "own settings"
+            )
+        if self.more_steps < 0 or not 0 <= self.more_seconds < float("inf"):
+            raise ValueError(
+                f"more_steps, more_seconds: got {self.more_steps}, {self.more_seconds}, allowed are numbers >= 0"
+            )
+        run = Run(self.resume)
+        config = TrainConfig(**run.config()["train"])
+        model, path = run.model()
+        stream, held = run.streams()
+        trainer = Trainer(model.train().to(choose_device(self.device)), path, stream, config, run)
+        trainer.load()
+        if self.more_steps:
+            trainer.config = replace(trainer.config, steps=trainer.step + self.more_steps, max_seconds=None)
+        if self.more_seconds:
+            steps = max(trainer.config.steps, trainer.step + self.more_steps if self.more_steps else 2**31)
+            trainer.config = replace(trainer.config, steps=steps, max_seconds=trainer.seconds + self.more_seconds)
+        if trainer.progress() >= 1:
+            raise ValueError(
+                f"resume: the run of {self.resume} is finished, at step {trainer.step} after {trainer.seconds:.0f} s; "
+                "--more-steps or --more-seconds add to it"
+            )
+        print(f"going on with {self.resume} from step {trainer.step}")
+        return trainer, held

@@ -1,0 +1,124 @@
+"""What step i sees: tokens, times, and which tokens are given. It depends on (seed, i) alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from klflow_ext import data
+from klflow_ext.path import IGNORE, Path
+from klflow_ext.train.config import TrainConfig
+
+
+def low_discrepancy(count: int, generator: np.random.Generator) -> np.ndarray:
+    """count points in [0, 1), one in each of count equal cells, in random order."""
+    return (generator.permutation(count) + generator.random()) / count % 1.0
+
+
+class LossCurve:
+    """A running estimate of the loss at times in [0, t_max], and times drawn where it falls fastest.
+
+    Their density is proportional to -d loss / d t, so that the loss falls by the same amount between any two neighbours:
+    the time warping of CDCD (Dieleman et al. 2022, arXiv 2211.15089), here from bins instead of a fitted curve. Bins count
+    free tokens, and forget with a factor of KEEP per measurement.
+    """
+
+    BINS, KEEP = 32, 0.99
+
+    def __init__(self, t_max: float):
+        self.t_max = t_max
+        self.sums = torch.zeros(2, self.BINS, dtype=torch.float64)  # loss, tokens
+
+    def measurement(self, t: Tensor, losses: Tensor, counts: Tensor) -> Tensor:
+        """(2, BINS): losses (B,) of sequences, summed over their counts (B,) of tokens, by their times (B,)."""
+        bins = (t.double() / self.t_max * self.BINS).long().clamp(0, self.BINS - 1)
+        return torch.zeros_like(self.sums).index_add(1, bins, torch.stack([losses.double(), counts.double()]))
+
+    def add(self, measurement: Tensor) -> None:
+        self.sums.mul_(self.KEEP).add_(measurement)
+
+    def density(self) -> np.ndarray:
+        """(BINS,) shares, sum 1: of the slope; uniform until every bin has been seen and the loss falls somewhere."""
+        loss, tokens = self.sums.numpy()
+        if not tokens.all():
+            return np.full(self.BINS, 1 / self.BINS)
+        means = loss / tokens
+        falls = np.maximum(means[:-1] - means[1:], 0)  # between the centres of neighbours
+        slopes = (np.concatenate([falls[:1], falls]) + np.concatenate([falls, falls[-1:]])) / 2
+        total = slopes.sum()
+        return slopes / total if total > 0 else np.full(self.BINS, 1 / self.BINS)
+
+    def times(self, u: np.ndarray, share: float) -> np.ndarray:
+        """Times of u in [0, 1), by the inverse of share x density + (1 - share) x uniform."""
+        shares = share * self.density() + (1 - share) / self.BINS
+        below = np.concatenate([[0.0], shares.cumsum()])
+        return np.interp(u, below / below[-1], np.linspace(0, self.t_max, self.BINS + 1))
+
+
+@dataclass
+class Batch:
+    """tokens (B, L) int64, t (B,) float32, given (B, L) bool; blank (B,): of these nothing but what is given is to be seen,
+    t = 0; counts (B,) of free tokens."""
+
+    tokens: Tensor
+    t: Tensor
+    given: Tensor
+    blank: Tensor
+    counts: Tensor
+
+
+class Batches:
+    """The batches of a token stream (any integers), as a config says.
+
+    Attributes:
+        time_sampling: how times are drawn. curve: where "learned" looks; the Trainer adds to it.
+    """
+
+    def __init__(self, stream: np.ndarray, path: Path, config: TrainConfig):
+        self.stream, self.path, self.config = stream, path, config
+        self.time_sampling = config.time_sampling or ("middle" if path.t_max < 1 else "uniform")
+        self.curve = LossCurve(path.t_max) if self.time_sampling == "learned" else None
+
+    def batch(self, step: int) -> Batch:
+        c = self.config
+        tokens = data.batch(self.stream, c.batch_size, c.length, c.seed, step)
+        generator = np.random.default_rng((c.seed, step, 1))
+        t = self.times(generator)
+        given, blank = self.given_mask(generator)
+        counts = ((tokens != IGNORE) & ~given).sum(1)
+        return Batch(tokens, t.masked_fill(blank, 0.0), given, blank, counts)
+
+    def times(self, generator: np.random.Generator) -> Tensor:
+        """(B,) times of a batch, as config.time_sampling says."""
+        c = self.config
+        u = low_discrepancy(c.batch_size, generator)
+        if self.curve is not None:
+            return torch.from_numpy(self.curve.times(u, c.middle_share)).float()
+        if self.time_sampling == "middle":
+            u = np.where(generator.random(c.batch_size) < c.middle_share, 0.2 + 0.6 * u, u)
+        return torch.from_numpy(self.path.time(u)).float()
+
+    def given_mask(self, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """given (B, L) and blank (B,), as config.given_share says; blank: nothing but what is given is to be seen, t = 0."""
+        b, length = self.config.batch_size, self.config.length
+        mask, positions = np.zeros((b, length), bool), np.arange(length)
+        chosen = generator.random(b) < self.config.given_share
+        for row in np.flatnonzero(chosen):
+            kind = generator.random()
+            if kind < 0.5:  # the first tokens of each segment, of a length from 4 to L, uniform in its logarithm
+                segment = round(4 * (length / 4) ** generator.random()) if length > 4 else length
+                mask[row] = positions % segment < generator.integers(0, segment)
+            elif kind < 0.75:
+                mask[row] = generator.random(length) < generator.random()
+                mask[row, generator.integers(length)] = False  # a batch of nothing but given tokens has no loss
+            elif kind < 0.875:
+                mask[row, : generator.integers(1, length)] = True
+            else:
+                size = generator.integers(1, length)
+                start = generator.integers(0, length - size + 1)
+                mask[row] = True
+                mask[row, start : start + size] = False
+        return torch.from_numpy(mask), torch.from_numpy(chosen & (generator.random(b) < 0.5))

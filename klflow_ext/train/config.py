@@ -1,0 +1,84 @@
+"""What a Trainer does, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from klflow_ext.checks import check_choice, check_field, check_flag
+
+Dtype = Literal["float32", "bfloat16"]
+TimeSampling = Literal["middle", "uniform", "learned"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a Trainer does.
+
+    Raises:
+        ValueError: a field is outside its range; the message names it.
+    """
+
+    steps: int = 1000
+    """Optimizer steps, at least 1."""
+    max_seconds: float | None = None
+    """Training time: stop earlier, the learning rate following the clock. None: no limit; an exact resume needs it."""
+    batch_size: int = 32
+    """Sequences of a step, of all processes together."""
+    length: int = 64
+    """Tokens of a sequence, at least 2."""
+    lr: float = 3e-3
+    """Highest learning rate, of AdamW and Muon."""
+    warmup: float = 0.02
+    """Share of the budget in which the learning rate rises."""
+    decay: float = 0.4
+    """Share of the budget, its end, in which it falls to 0."""
+    weight_decay: float = 0.01
+    """Of the hidden matrices."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    given_share: float = 0.6
+    """Share of sequences that see a part in the clear: the beginnings of equal segments (half of them; see `SampleOptions`),
+    scattered tokens (a quarter), a prefix, or all but one hole. Of half of them the rest is at t = 0."""
+    middle_share: float = 0.8
+    """Share of the times drawn as "middle" and "learned" say; the rest is uniform."""
+    seed: int = 0
+    """Of everything random, in [0, 2^63)."""
+    checkpoint_seconds: float = 60.0
+    """Between checkpoints."""
+    accumulate: int = 1
+    """Parts in which each process computes its share of a batch, to save memory; the gradient is that of the whole."""
+    time_sampling: TimeSampling | None = None
+    """How times are drawn, low-discrepancy over the batch. "uniform": from [0, t_max]. "middle": from the middle [.2, .8] t_max,
+    where the loss moves. "learned": where the loss is measured to fall fastest (`LossCurve`). None: "middle", or "uniform"
+    where t_max = 1."""
+    ema: float = 0.0
+    """Decay d of the average of the weights, in [0, 1), as d = min(ema, (1 + step) / (10 + step)); 0: none. The average is what
+    `load_run` and `Trainer.averaged_model` give."""
+    dtype: Dtype = "float32"
+    """Of the matrix products. "bfloat16" (autocast) keeps weights, their gradients, loss and sums in float32. On processors
+    without AVX-512 it is many times slower, and warned of."""
+    compile: bool = False
+    """torch.compile of the loss, in one graph."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("length", 2), ("accumulate", 1)):
+            check_field(name, getattr(self, name), least)
+        for name in ("warmup", "decay", "given_share", "middle_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is a number in [0, 1]")
+        for name in ("lr", "clip", "checkpoint_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is a positive number")
+        check_field("seed", self.seed, 0, "an integer in [0, 2^63)")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"max_seconds: got {self.max_seconds!r}, allowed is None or a positive number")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: got {self.ema!r}, allowed is a number in [0, 1)")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: got {self.accumulate}, allowed is a divisor of batch_size = {self.batch_size}"
+            )
+        check_choice("dtype", self.dtype, get_args(Dtype))
+        check_choice("time_sampling", self.time_sampling, (None, *get_args(TimeSampling)))
+        check_flag("compile", self.compile)

@@ -1,0 +1,148 @@
+"""From a text to a Trainer: tokenizer, streams, network, and a run folder that is whole from the start."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from klflow_ext import data
+from klflow_ext.evaluate import unigram_log_prior
+from klflow_ext.model import Denoiser, DenoiserConfig
+from klflow_ext.model.config import Input, Preset, Time
+from klflow_ext.path import Path as NoisePath
+from klflow_ext.run import Run, check_out
+from klflow_ext.train.config import TrainConfig
+from klflow_ext.train.trainer import Trainer
+
+TOKENIZER_SAMPLE = 4e6  # characters that a tokenizer is trained on; more hardly change it
+
+
+@dataclass(frozen=True)
+class NetworkChoice:
+    """Which network, on which path; what is None follows from the rest."""
+
+    preset: Preset = "demo"
+    """Shape of the network, of which the next three set parts."""
+    n_layer: int | None = None
+    """Blocks."""
+    n_head: int | None = None
+    """Heads of the attention."""
+    n_embd: int | None = None
+    """Width."""
+    path: Literal["logit", "mask", "uniform", "linear", "sphere", "autoregressive"] = "logit"
+    """From noise to text; all but logit are baselines."""
+    input: Input | None = None
+    """What the network reads: on the logit path posterior, or the paper's simplex."""
+    time: Time | None = None
+    """How the network is told the time."""
+
+    def make(self, vocab_size: int, length: int) -> tuple[NoisePath, DenoiserConfig]:
+        """(path, shape) for V tokens and sequences of `length`. Paths of tokens read tokens; the baselines on the simplex x_t.
+
+        Raises:
+            ValueError: the fields do not fit each other; the message names one.
+        """
+        path = NoisePath.from_dict({"kind": self.path, "vocab_size": vocab_size})
+        reads: Input = "tokens" if path.reads == "tokens" else "posterior" if path.closed_form else "simplex"
+        if self.input is not None:
+            if (self.input == "tokens") != (path.reads == "tokens"):
+                raise ValueError(f"input: got {self.input!r}, allowed on path {self.path} is {reads!r}")
+            reads = self.input
+        causal = path.way == "left_to_right"
+        shape = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd")}
+        config = DenoiserConfig.preset(
+            self.preset,
+            vocab_size,
+            input=reads,
+            time=self.time or ("none" if causal else "token"),
+            causal=causal,
+            max_length=max(DenoiserConfig.PRESETS[self.preset][3], length),
+            **{name: value for name, value in shape.items() if value is not None},
+        )
+        return path, config
+
+
+@dataclass
+class Prepared:
+    """trainer; tokenizer (tokenizers.Tokenizer); heldout, the tokens that are kept back, and held_texts, their documents."""
+
+    trainer: Trainer
+    tokenizer: Any
+    heldout: np.ndarray
+    held_texts: list[str]
+
+
+def prepare(
+    text: Path | None,
+    out: Path,
+    *,
+    train: TrainConfig,
+    network: NetworkChoice,
+    tokenizer: Path | None = None,
+    vocab_size: int = 2048,
+    overwrite: bool = False,
+    device: torch.device | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Prepared:
+    """Checks everything, then makes the tokenizer, encodes, and writes the run folder, which can be resumed from then on.
+
+    Args:
+        text: a UTF-8 file; None: the source of this Python's standard library (`data.documents`).
+        out: the run folder.
+        train, network: how, and what.
+        tokenizer: a tokenizers file; None: one of at most vocab_size tokens is trained on the text.
+        vocab_size: of that one, at least 257.
+        overwrite: whether a run in `out` is replaced.
+        device: where to train; None: the CPU.
+        report: called with a line on each thing that was made.
+
+    Raises:
+        ValueError: an argument is outside its range, or a file cannot be read or written; nothing has been written then.
+        ImportError: safetensors or tokenizers is missing.
+    """
+    import safetensors  # noqa: F401  (what is missing is missed before any work)
+    import tokenizers  # noqa: F401
+
+    network.make(vocab_size, train.length)
+    made = None
+    if tokenizer is not None:
+        made = data.load_tokenizer(tokenizer)
+    elif vocab_size < 257:
+        raise ValueError(f"vocab_size: got {vocab_size}, allowed is at least 257 (every byte and {data.END})")
+    train_texts, held_texts = data.documents(text)
+    check_out(out, overwrite)
+
+    start = time.perf_counter()
+    size = sum(map(len, train_texts))
+    making = "training a tokenizer" if made is None else "encoding"
+    report(f"text: {size / 1e6:.1f} M characters in {len(train_texts)} documents; {making} ...")
+    if made is None:
+        sample = train_texts if size < TOKENIZER_SAMPLE else train_texts[:: int(size // TOKENIZER_SAMPLE) + 1]
+        made = data.train_tokenizer(sample, vocab_size)
+    stream, heldout = data.encode(made, train_texts), data.encode(made, held_texts)
+    vocab_size = data.vocab_size_of(made)
+    if len(heldout) <= train.length:
+        raise ValueError(
+            f"length: got {train.length}, allowed is less than the {len(heldout)} tokens of held-out text (a twentieth of all)"
+        )
+    report(f"tokenizer: V = {vocab_size}, {len(stream):,} tokens, {time.perf_counter() - start:.0f} s")
+
+    torch.manual_seed(train.seed)
+    path, config = network.make(vocab_size, train.length)
+    model = Denoiser(config, path, unigram_log_prior(stream, vocab_size)).to(device)
+    trainer = Trainer(model, path, stream, train)
+    # Only now that nothing is left to be refused, and whole: it can be resumed from here on.
+    if trainer.rank == 0:
+        create = Run.create(out, overwrite=overwrite, tokenizer=made, stream=stream, heldout=heldout)
+        with create as trainer.run:
+            trainer.save()
+    trainer.run = Run(out)
+    count = sum(p.numel() for p in model.parameters())
+    report(f"model: {count / 1e6:.1f} M parameters, input {config.input}, on {trainer.device}; {path!r}")
+    return Prepared(trainer, made, heldout, held_texts)
