@@ -14,7 +14,7 @@ import torch  # noqa: F401  (libtorch must be loaded before the library that use
 __path__ = extend_path(__path__, __name__)
 
 try:
-    from . import _C
+    from . import _C  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(
         f"the compiled library klflow_ext._C cannot be loaded ({error}); install it with `pip install .` (torch >= 2.11)"

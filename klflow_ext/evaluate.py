@@ -37,7 +37,7 @@ def loss_by_time(
     device = next(model.parameters()).device
     tokens = data.batch(stream, sequences, length, seed=12345, step=0).to(device)
     losses = {}
-    for t in dict.fromkeys(path.time(share) for share in shares):
+    for t in dict.fromkeys(float(path.time(share)) for share in shares):
         if t < 1:
             times = torch.full((sequences,), t, dtype=torch.float32, device=device)
             losses[t] = path.loss(
@@ -88,7 +88,8 @@ class Judge:
         self.layers, self.heads, self.kv_heads, self.context = layers, heads, kv_heads, context
 
         raw, at = (Path(folder) / "tok512.bin").read_bytes(), 4
-        self.pieces, self.scores = {}, []
+        self.pieces: dict[bytes, int] = {}
+        self.scores: list[float] = []
         for token in range(vocab):
             score, size = struct.unpack_from("fi", raw, at)
             self.pieces.setdefault(raw[at + 8 : at + 8 + size], token)
@@ -131,7 +132,8 @@ class Judge:
             q, k = rotate(h @ self.wq[i].T), rotate(h @ self.wk[i].T)
             v = (h @ self.wv[i].T).reshape(length, self.kv_heads, size)
             k, v = (z.repeat_interleave(self.heads // self.kv_heads, 1) for z in (k, v))
-            y = F.scaled_dot_product_attention(*(z.transpose(0, 1)[None] for z in (q, k, v)), is_causal=True)
+            q, k, v = (z.transpose(0, 1)[None] for z in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + y[0].transpose(0, 1).reshape(length, -1) @ self.wo[i].T
             h = norm(x, self.norm_mlp[i])
             x = x + (F.silu(h @ self.w1[i].T) * (h @ self.w3[i].T)) @ self.w2[i].T

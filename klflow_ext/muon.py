@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class Muon(torch.optim.Optimizer):
         super().add_param_group({**param_group, "params": params})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; closure, if given, makes the loss and its gradients first. Returns that loss, or None."""
         loss = None
         if closure is not None:
@@ -86,7 +87,8 @@ class Muon(torch.optim.Optimizer):
         for p in matrices:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        gradients, momenta = [p.grad for p in matrices], [self.state[p]["momentum_buffer"] for p in matrices]
+        gradients = [p.grad for p in matrices if p.grad is not None]
+        momenta = [self.state[p]["momentum_buffer"] for p in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
         updates = orthogonalize(torch.stack(ahead)).to(matrices[0].dtype)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from klflow_ext.path import Autoregressive, LinearPath, LogitPath, MaskPath, Path, SpherePath, UniformPath
+from klflow_ext.path import Autoregressive, LinearPath, LogitPath, MaskPath, Path, UniformPath
 from klflow_ext.path.logit import log_evidence
 
 OUTSIDE = 1e6  # slope of a log-likelihood beyond its support, where steps of a solver may end: the nearest token wins
@@ -91,12 +91,12 @@ class ExactDenoiser:
     def _log_likelihood(self, x: Tensor, t: Tensor) -> Tensor:
         """(..., V) log p(x_t | k) of each position by itself, up to a constant a position."""
         path = self.path
-        if path.reads == "tokens":
+        if isinstance(path, (MaskPath, UniformPath)):
             return token_log_likelihood(x, path.kappa(t).to(x.device), path)
         x = x.double()
         if isinstance(path, LogitPath):
             return log_evidence(x.log(), t, path.c, path.alpha)
-        likelihood = {LinearPath: linear_log_likelihood, SpherePath: sphere_log_likelihood}[type(path)](x, t)
+        likelihood = (linear_log_likelihood if isinstance(path, LinearPath) else sphere_log_likelihood)(x, t)
         return torch.where(x.amax(-1, keepdim=True) == 1, x.log(), likelihood)
 
     def __call__(self, x: Tensor, t: Tensor | float) -> Tensor:

@@ -285,8 +285,8 @@ def noise_embedding(
         out = _posterior_rows(target, t, rng, log_prior.to(work), **options).exp() @ matrix
         out = out.reshape(*target.shape, width)
     else:
-        entries = noise_posterior(target, t, rng, log_prior.to(work), top=min(top, vocab), boost=boost, **options)
-        out = posterior_embedding(*entries, matrix, log_prior)
+        ids, q, rest = noise_posterior(target, t, rng, log_prior.to(work), top=min(top, vocab), boost=boost, **options)
+        out = posterior_embedding(ids, q, rest, matrix, log_prior)
     return out.to(weight.dtype)
 
 
@@ -411,7 +411,8 @@ def _draw(logits, k, rng, temperature, top_p, row_offset):
         first = torch.arange(k, device=z.device) == 0
         kept = torch.where((before < top_p) | (top_p == 1) | first, kept, -math.inf)
     log_p = kept.log_softmax(-1)
-    score = log_p - token_exponential(*z.shape, rng, row_offset, work, z.device).gather(1, order).log()
+    rows, vocab = z.shape
+    score = log_p - token_exponential(rows, vocab, rng, row_offset, work, z.device).gather(1, order).log()
     choice = log_p.argmax(-1) if k == 1 else score.argmax(-1)
     token = order.gather(1, choice[:, None])[:, 0]
     log_prob = log_p.gather(1, choice[:, None])[:, 0]

@@ -58,8 +58,8 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__
+    while (below := error.__cause__ or error.__context__) is not None:
+        error = below
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 

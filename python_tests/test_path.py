@@ -19,7 +19,7 @@ from klflow_ext import (
     UniformPath,
     ops,
 )
-from klflow_ext.path import IGNORE, KAPPA, Move, Network, SampleOptions, State, identification_accuracy
+from klflow_ext.path import IGNORE, KAPPA, Move, Network, ResolvedOptions, State, identification_accuracy
 from klflow_ext.path.noise import log_gamma
 
 V = 11
@@ -296,7 +296,7 @@ def test_the_state_of_sparse_noise_outlives_underflow():
         given=given,
         known=tokens(2, 6),
         temperature=1.0,
-        options=SampleOptions(boosts=None),
+        options=ResolvedOptions(boosts=None),
     )
     log_x = start.log_x.clone()
     end = path.step(start, SimpleNamespace(logits=torch.zeros(2, 6, V)), move)

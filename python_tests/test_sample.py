@@ -25,7 +25,7 @@ from klflow_ext import (
     register_sampler,
 )
 from klflow_ext.data import parse_holes
-from klflow_ext.path import Network, SampleOptions, state
+from klflow_ext.path import Network, ResolvedOptions, state
 from klflow_ext.path.logit import log_evidence
 from klflow_ext.sample import replay
 from klflow_ext.sample import sampler as sampler_module
@@ -681,7 +681,7 @@ class CallsAgain:
 def calling_again(monkeypatch):
     """Sampler(model, path, cuda_graph=True) with steps that are called again instead of replayed."""
     monkeypatch.setattr(replay, "Recorder", CallsAgain)
-    monkeypatch.setattr(Sampler, "_check_cuda_graph", lambda self: None)
+    monkeypatch.setattr(Sampler, "_recordable", lambda self: self.network)
     return lambda model, path: Sampler(model, path, cuda_graph=True)
 
 
@@ -757,7 +757,7 @@ def test_a_recorded_step_looks_at_no_value(input, time):
     model, path = small_denoiser("meta", input=input, time=time, self_conditioning=True)
     buffers = replay.Buffers.allocate((3, 7), model, torch.device("meta"))
     with torch.no_grad(), LooksAtNothing():
-        replay.sampling_step_in_place(model, path, buffers, SampleOptions(top_p=0.9), 5, 0.7)
+        replay.sampling_step_in_place(model, path, buffers, ResolvedOptions(top_p=0.9), 5, 0.7)
 
 
 def test_bad_uses_of_cuda_graph(calling_again, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from klflow_ext.cli.info import print_info
 from klflow_ext.cli.terminal import printable
@@ -23,7 +25,7 @@ def main() -> None:
     from klflow_ext.cli.info import Info
     from klflow_ext.cli.train import Demo, Train
 
-    commands = {
+    commands: dict[str, Callable[..., Any]] = {
         "info": Info,
         "demo": Demo,
         "train": Train,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -57,9 +59,9 @@ class Eval:
         generator = np.random.default_rng(0)
         real = [held[i : i + self.length] for i in generator.integers(0, len(held) - self.length, self.count)]
         unigram = generator.choice(stream, (self.count, self.length))
-        rows = {"real text": real, "unigram-sampled": unigram}
+        rows: dict[str, Iterable] = {"real text": real, "unigram-sampled": unigram}
         sampler = Sampler(model, path, device)
-        schemes = {
+        schemes: dict[str, dict[str, Any]] = {
             "basic": {"method": "basic"},
             "sampling, top-k 20": {"method": "sampling", "top_k": 20},
             "sampling, top-k 1": {"method": "sampling", "top_k": 1},
@@ -70,7 +72,7 @@ class Eval:
             schemes = {"left to right, top-k 20": {"top_k": 20}}
         for name, options in schemes.items():
             result = sampler.sample((self.count, self.length), steps=self.steps, **options)
-            rows[f"{name}, NFE {result.nfe}"] = result.tokens.cpu()
+            rows[f"{name}, NFE {result.nfe}"] = [tokens.tolist() for tokens in result.tokens]
         print(f"{self.count} texts of {self.length} tokens: bits per byte under the judge (token entropy, nats)")
         for name, sequences in rows.items():
             texts = [tokenizer.decode([int(i) for i in tokens]) for tokens in sequences]

@@ -110,7 +110,7 @@ class Train(Settings):
     RESUMED = ("resume", "more_steps", "more_seconds", "device")  # what may stand beside --resume
 
     def run(self):
-        trainer, held = self.go_on() if self.resume is not None else self.start()
+        trainer, held = self.go_on(self.resume) if self.resume is not None else self.start()
         trainer.fit()
         print_losses(trainer.averaged_model().eval(), trainer.path, trainer.stream, held, trainer.config.length)
         print(f"run folder: {trainer.run.folder}")
@@ -123,7 +123,7 @@ class Train(Settings):
         prepared = self.prepare()
         return prepared.trainer, prepared.heldout
 
-    def go_on(self):
+    def go_on(self, folder: Path):
         given = {word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in sys.argv[2:]
                  if word.startswith("--")}  # fmt: skip
         foreign = sorted(given - set(self.RESUMED))
@@ -137,7 +137,7 @@ class Train(Settings):
             raise ValueError(
                 f"more_steps, more_seconds: got {self.more_steps}, {self.more_seconds}, allowed are numbers >= 0"
             )
-        run = Run(self.resume)
+        run = Run(folder)
         config = TrainConfig(**run.config()["train"])
         model, path = run.model()
         stream, held = run.streams()
@@ -150,8 +150,8 @@ class Train(Settings):
             trainer.config = replace(trainer.config, steps=steps, max_seconds=trainer.seconds + self.more_seconds)
         if trainer.progress() >= 1:
             raise ValueError(
-                f"resume: the run of {self.resume} is finished, at step {trainer.step} after {trainer.seconds:.0f} s; "
+                f"resume: the run of {folder} is finished, at step {trainer.step} after {trainer.seconds:.0f} s; "
                 "--more-steps or --more-seconds add to it"
             )
-        print(f"going on with {self.resume} from step {trainer.step}")
+        print(f"going on with {folder} from step {trainer.step}")
         return trainer, held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,10 @@ class Denoiser(Network):
     Parameters are of torch's default dtype, but float32 where that is float64. `.bfloat16()` and `.half()` cast them alone.
     """
 
+    log_prior: Tensor
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: DenoiserConfig, path: Path, log_prior: Tensor | None = None):
         super().__init__()
         if path.vocab_size != config.vocab_size:
@@ -51,7 +56,10 @@ class Denoiser(Network):
         self.makes_noise = path.closed_form
         self.caches, self.causal, self.max_length = config.causal, config.causal, config.max_length
         self.config = config
-        self.c, self.beta = (path.c, path.beta) if isinstance(path, LogitPath) and path.closed_form else (None, None)
+        self.c: float | None = None
+        self.beta: float | None = None
+        if isinstance(path, LogitPath) and path.closed_form:
+            self.c, self.beta = path.c, path.beta
         d = config.n_embd
         self.embedding = nn.Parameter(torch.randn(config.vocab_size + (config.input == "tokens"), d))
         if config.time != "none":
@@ -107,6 +115,7 @@ class Denoiser(Network):
         x (B, L, V), t (B,) or (B, L). A row that is certain already (a given one) stays as it is.
         """
         t = t.reshape(len(x), -1).clamp_max(1 - 1e-6)  # at t = 1 a row is one-hot, whatever divides its logarithm
+        assert self.c is not None, "only the posterior input asks for it"
         evidence = log_evidence(x.log(), t, self.c)
         return (self.log_prior + evidence).softmax(-1)
 
@@ -129,12 +138,11 @@ class Denoiser(Network):
             return F.embedding(x, self.embedding)
         if self.config.input == "posterior":
             x, t = x.float(), self._times(t, *x.shape[:2])
-            if not self._is_sparse:
+            top, beta = self.config.top, self.beta
+            if not self._is_sparse or top is None or beta is None:
                 return self.posterior(x, t).to(self.embedding.dtype) @ self.embedding
-            entries = ops.token_posterior(
-                x.log(), t.reshape(len(t), -1), self.log_prior, top=self.config.top, beta=self.beta
-            )
-            return ops.posterior_embedding(*entries, self.embedding, self.log_prior)
+            ids, q, rest = ops.token_posterior(x.log(), t.reshape(len(t), -1), self.log_prior, top=top, beta=beta)
+            return ops.posterior_embedding(ids, q, rest, self.embedding, self.log_prior)
         return self._centred(x.to(self.embedding.dtype) @ self.embedding)
 
     def embed_noise(
@@ -151,7 +159,7 @@ class Denoiser(Network):
         if config.input == "tokens" or self.beta is None:
             raise ValueError(f"input: got {config.input!r}, allowed in embed_noise are rows of a LogitPath")
         t = self._times(t, *target.shape[:2])
-        options = {"beta": self.beta, "given": given, "row_offset": row_offset}
+        options: dict[str, Any] = {"beta": self.beta, "given": given, "row_offset": row_offset}
         t = t.reshape(len(t), -1)
         if config.input == "posterior":
             top = config.top if self._is_sparse else None if boost is None else config.vocab_size

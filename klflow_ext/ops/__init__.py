@@ -15,11 +15,11 @@ numbered along L (+ row_offset): its noise does not depend on the batch. Convent
 """
 
 from klflow_ext.ops.embedding import noise_embedding, posterior_embedding
+from klflow_ext.ops.interpolate import logit_interpolate, noise_interpolate
 from klflow_ext.ops.linear import linear_cross_entropy
 from klflow_ext.ops.loss import cross_entropy, cross_entropy_grad
-from klflow_ext.ops.path import logit_interpolate, noise_interpolate
 from klflow_ext.ops.posterior import merge_boosts, noise_posterior, token_posterior
-from klflow_ext.ops.sample import euler_step, topk_renoise, topk_sample
+from klflow_ext.ops.steps import euler_step, topk_renoise, topk_sample
 
 __all__ = [
     "noise_interpolate", "logit_interpolate", "noise_posterior", "token_posterior", "posterior_embedding",

@@ -9,6 +9,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from klflow_ext.checks import LEAST, MOST, check_int, check_scalar, fail
 
+Scalar = float | torch.Tensor  # numbers that broadcast to the rows
+Rng = int | torch.Generator | torch.Tensor  # see klflow_ext.ops
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
 DEBUG_CHECK = os.environ.get("KLFLOW_CHECK") == "1"  # also check values on CUDA, which synchronises

@@ -6,6 +6,8 @@ from torch import Tensor
 from klflow_ext.ops.arguments import (
     FLOATS,
     INTEGERS,
+    Rng,
+    Scalar,
     boost_rows,
     check_int,
     check_log_prior,
@@ -27,8 +29,18 @@ TILE = {"cpu": (512, 2048), "cuda": (2048, 4096)}
 
 
 def noise_embedding(
-    target, t, weight, rng, *, beta=0.01, given=None, row_offset=0, log_prior=None, top=512, boost=None
-):
+    target: Tensor,
+    t: Scalar,
+    weight: Tensor,
+    rng: Rng,
+    *,
+    beta: float = 0.01,
+    given: Tensor | None = None,
+    row_offset: int = 0,
+    log_prior: Tensor | None = None,
+    top: int | None = 512,
+    boost: Tensor | None = None,
+) -> Tensor:
     """Noisy rows as embeddings, x_t @ weight, or their posteriors, q @ weight; x_t and q are never built.
 
     Without log_prior: x_t of `noise_interpolate(target, t, rng)` times the weight. With it: q of `noise_posterior`, either
@@ -60,11 +72,18 @@ def noise_embedding(
     if log_prior is None or top is None:
         out = _embed_dense(noise, weight, log_prior, options)
     else:
-        out = _embed(*largest_entries(noise, options, log_prior, min(top, vocab), boost), weight, log_prior)
+        ids, q, rest = largest_entries(noise, options, log_prior, min(top, vocab), boost)
+        out = _embed(ids, q, rest, weight, log_prior)
     return out.reshape(*(target.shape if boost is None else target.shape[:-1]), width)
 
 
-def posterior_embedding(ids, q, rest, weight, log_prior):
+def posterior_embedding(
+    ids: Tensor,
+    q: Tensor,
+    rest: Tensor,
+    weight: Tensor,
+    log_prior: Tensor,
+) -> Tensor:
     """Sparse posteriors as embeddings: their entries, gathered, and the mean of the other tokens for the rest of the mass.
 
     sum_i q_i weight[ids_i] + rest (sum_{j not in ids} prior_j weight_j) / (1 - prior[ids].sum()), prior = softmax(log_prior):
@@ -251,7 +270,7 @@ def _embed_dense(noise, weight, log_prior, options):
 
 def _mean(prior, weight):
     """prior @ weight in float32: gather_rows of all tokens, in groups that it handles in parallel."""
-    vocab, width, device = *weight.shape, weight.device
+    (vocab, width), device = weight.shape, weight.device
     groups = (vocab + 511) // 512
     ids = torch.arange(groups * 512, dtype=torch.int32, device=device).clamp_(max=vocab - 1).view(groups, 512)
     share = torch.zeros(groups * 512, dtype=torch.float32, device=device)

@@ -1,8 +1,10 @@
 """The loss from hidden states: the output layer and its cross-entropy, a chunk of rows at a time."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from klflow_ext.ops.arguments import (
     FLOATS,
@@ -25,9 +27,21 @@ BLOCK = 8192  # columns of a 16-bit product
 
 
 def linear_cross_entropy(
-    hidden, weight, target, *, bias=None, class_weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
-    softcap=None, row_weight=None, reduction="mean", return_lse=False, chunk_rows=None,
-):  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+    return_lse: bool = False,
+    chunk_rows: int | None = None,
+) -> Any:
     """cross_entropy(hidden @ weight.T + bias, target) without the logits: those of a chunk of rows exist at a time.
 
     Where the result is one number, its gradients are made in the forward pass, from the same logits; the backward pass
@@ -49,7 +63,8 @@ def linear_cross_entropy(
     if hidden.dim() < 1:
         fail(ValueError, "hidden", "shape ()", "(*rows, D)")
     *shape, width = hidden.shape
-    device, dtypes = hidden.device, (hidden.dtype,)
+    device = hidden.device
+    dtypes: tuple[torch.dtype, ...] = (hidden.dtype,)
     if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
         hidden, dtypes = hidden.to(torch.get_autocast_dtype(device.type)), FLOATS
     check_tensor("weight", weight, dtypes, device)
@@ -71,9 +86,10 @@ def linear_cross_entropy(
         chunk_rows = max(1, -(-rows // max(1, -(-rows // most))))  # chunks of one size
     else:
         chunk_rows = check_int("chunk_rows", chunk_rows, 1, 2**30, "None or an integer in [1, 2^30]")
+    lse: Any = None
     if is_transformed(flat, weight, bias, tokens, *options[:2]):
-        result = _with_logits(flat, weight, bias, tokens, *options, reduction=reduction, return_lse=return_lse)
-        loss, lse = result if return_lse else (result, None)
+        result: Any = _with_logits(flat, weight, bias, tokens, *options, reduction=reduction, return_lse=True)
+        loss, lse = result
         loss = loss.reshape(shape) if reduction == "none" else loss
         return (loss, lse.reshape(shape)) if return_lse else loss
     arguments = (flat, weight, bias, tokens, *options, chunk_rows)
@@ -109,12 +125,12 @@ def _with_logits(
 # ---- chunks. Below, `options` are those of the cross-entropy operators with chunk_rows behind them.
 
 
-def _chunks(hidden, weight, bias, target, class_weight, row_weight, *scalars):
+def _chunks(hidden, weight, bias, target, class_weight, row_weight, *scalars_and_size):
     """(slice of rows, logits, target, options) of every chunk, all logits in one buffer; autocast leaves `out` products be.
 
     Its rows start at multiples of 128 bytes or more: for odd V the product alone is then 1.4 times faster (MKL, float32).
     """
-    *scalars, chunk_rows = scalars
+    *scalars, chunk_rows = scalars_and_size
     rows, vocab = hidden.shape[0], weight.shape[0]
     buffer = hidden.new_empty(min(chunk_rows, rows), -(-vocab // 64) * 64)
     buffer[:, vocab:] = 0  # oneDNN's 16-bit products of an odd V read one column more and multiply it by zero
@@ -182,8 +198,8 @@ def _forward(hidden, weight, bias, target, *options):
     return loss, lse
 
 
-def _forward_grad(hidden, weight, bias, target, *options):
-    *options, want_hidden, want_weight, want_bias = options
+def _forward_grad(hidden, weight, bias, target, *options_and_wants):
+    *options, want_hidden, want_weight, want_bias = options_and_wants
     _check_target(target, weight, options[2])
     weight, bias = _as_hidden(hidden, weight, bias)
     gradients = _Gradients(hidden, weight, (want_hidden, want_weight, want_bias))
@@ -195,8 +211,8 @@ def _forward_grad(hidden, weight, bias, target, *options):
     return loss.sum(), lse, *gradients.sums
 
 
-def _backward(lse, dloss, dlse, hidden, weight, bias, target, *options):
-    *options, want_hidden, want_weight, want_bias = options
+def _backward(lse, dloss, dlse, hidden, weight, bias, target, *options_and_wants):
+    *options, want_hidden, want_weight, want_bias = options_and_wants
     weight, bias = _as_hidden(hidden, weight, bias)
     gradients = _Gradients(hidden, weight, (want_hidden, want_weight, want_bias))
     for part, logits, tokens, chunk in _chunks(hidden, weight, bias, target, *options):
@@ -276,12 +292,12 @@ def _differentiable_gradients(ctx, dloss, dlse):
     """The gradients in operations that can be differentiated again; dloss: of the rows."""
     hidden, weight, bias, *others, lse = ctx.saved_tensors
 
-    def rows(hidden, weight, *bias):
-        bias = bias[0] if bias else None
+    def rows(hidden, weight, *biases):
+        bias = biases[0] if biases else None
         options = (*others, *ctx.scalars[:-1])
         return _with_logits(hidden, weight, bias, *options, reduction="none", return_lse=True)
 
-    _, pull_back = torch.func.vjp(rows, hidden, weight, *(() if bias is None else (bias,)))
+    pull_back: Any = torch.func.vjp(rows, hidden, weight, *(() if bias is None else (bias,)))[1]
     gradients = pull_back(tuple(torch.zeros_like(lse) if d is None else d for d in (dloss, dlse)))
     wanted = ctx.needs_input_grad
     found = [g if w else None for g, w in zip((*gradients, None), wanted, strict=False)]

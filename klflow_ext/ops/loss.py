@@ -1,8 +1,10 @@
 """The loss: fused log-softmax cross-entropy over large vocabularies."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from klflow_ext import reference
 from klflow_ext.ops.arguments import (
@@ -10,6 +12,7 @@ from klflow_ext.ops.arguments import (
     INTEGERS,
     LEAST,
     MOST,
+    Scalar,
     as_rows,
     check_int,
     check_overlap,
@@ -102,9 +105,19 @@ def _new_rows(flat):
 
 
 def cross_entropy(
-    logits, target, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, row_weight=None,
-    reduction="mean", return_lse=False, inplace_backward=False,
-):  # fmt: skip
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+    return_lse: bool = False,
+    inplace_backward: bool = False,
+) -> Any:
     """Fused log-softmax cross-entropy over large vocabularies; log-probabilities are never built.
 
     loss_n = row_weight_n (sum_j q_nj w_j (lse_n - z_nj) + z_loss lse_n^2), z = softcap tanh(logits / softcap),
@@ -166,9 +179,18 @@ def _expected_upstream(flat, divisor):
 
 
 def cross_entropy_grad(
-    logits, target, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, row_weight=None,
-    dloss=None, out=None,
-):  # fmt: skip
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    row_weight: Tensor | None = None,
+    dloss: Scalar | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, lse and the gradient of the logits from one read of them, without autograd; options as in `cross_entropy`.
 
     dloss: upstream gradient per row, broadcasts to rows; None: that of the mean, so that grad = d mean(loss) / d logits.
@@ -283,11 +305,11 @@ class _CrossEntropy(torch.autograd.Function):
         return *_tangents(tangent, logits, target, weight, row_weight, lse, *ctx.options), None
 
     @staticmethod
-    def vmap(info, in_dims, logits, target, weight, row_weight, *scalars):
+    def vmap(info, in_dims, logits, target, weight, row_weight, *scalars_and_wants):
         """The batch goes before the rows."""
         if in_dims[2] is not None:
             raise ValueError("weight: got a batch of them under vmap, allowed is the same for all")
-        *scalars, _ = scalars
+        *scalars, _ = scalars_and_wants
         rows = zip((logits, target, row_weight), (*in_dims[:2], in_dims[3]), strict=True)
         logits, target, row_weight = (fold_batch(x, dim, info.batch_size) for x, dim in rows)
         loss, lse, _ = _CrossEntropy.apply(logits, target, weight, row_weight, *scalars, None)
@@ -299,15 +321,16 @@ def _plain_gradient(ctx, dloss, dlse):
     logits, target, weight, row_weight, lse = ctx.saved_tensors
 
     def rows(x):
-        return reference.loss_rows(x, target, weight, *_reference_options(ctx.options), row_weight)[:2]
+        ignore_index, label_smoothing, z_loss, softcap = _reference_options(ctx.options)
+        return reference.loss_rows(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, row_weight)[:2]
 
-    _, pull_back = torch.func.vjp(rows, logits)
+    pull_back: Any = torch.func.vjp(rows, logits)[1]
     return pull_back(tuple(torch.zeros_like(lse) if d is None else d for d in (dloss, dlse)))[0]
 
 
 def _reference_options(options):
-    *options, softcap = options
-    return *options, softcap or None
+    *others, softcap = options
+    return *others, softcap or None
 
 
 def _tangents(tangent, logits, target, weight, row_weight, lse, ignore_index, label_smoothing, z_loss, softcap):

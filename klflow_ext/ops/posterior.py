@@ -3,10 +3,13 @@
 import math
 
 import torch
+from torch import Tensor
 
 from klflow_ext.ops.arguments import (
     FLOATS,
     INTEGERS,
+    Rng,
+    Scalar,
     as_rows,
     boost_rows,
     check_beta,
@@ -48,7 +51,18 @@ def all_entries(noise, options, log_prior, log, out):
     _klflow.noise_tile(target, t, rng, given, log_prior, stats, beta, row_offset, vocab, 0, log, None, out)
 
 
-def noise_posterior(target, t, rng, log_prior, *, top=512, beta=0.01, given=None, row_offset=0, boost=None):
+def noise_posterior(
+    target: Tensor,
+    t: Scalar,
+    rng: Rng,
+    log_prior: Tensor,
+    *,
+    top: int = 512,
+    beta: float = 0.01,
+    given: Tensor | None = None,
+    row_offset: int = 0,
+    boost: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The largest entries of each token's posterior given its own noisy row x_t, straight from in-kernel noise.
 
     q = softmax(log_prior + e), e_j = -V log(1 - (1 - e^-s) u_j), u = softmax(m), m = log x_t / (1 - t), s = c t / (1 - t):
@@ -84,7 +98,14 @@ def noise_posterior(target, t, rng, log_prior, *, top=512, beta=0.01, given=None
     return ids.reshape(*shape, top), q.reshape(*shape, top), rest.reshape(shape)
 
 
-def token_posterior(log_x, t, log_prior, *, top=512, beta=0.01):
+def token_posterior(
+    log_x: Tensor,
+    t: Scalar,
+    log_prior: Tensor,
+    *,
+    top: int = 512,
+    beta: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The largest entries of each token's posterior given its own noisy row, from a dense state log_x = log x_t.
 
     q of `noise_posterior`, u = softmax(log_x / (1 - t)). A row with one entry above -inf (a given one), and any row at
@@ -114,7 +135,13 @@ def token_posterior(log_x, t, log_prior, *, top=512, beta=0.01):
     return ids.reshape(*shape, top), q.reshape(*shape, top), rest.reshape(shape)
 
 
-def merge_boosts(ids, boost, new_ids, new_boost, keep):
+def merge_boosts(
+    ids: Tensor,
+    boost: Tensor,
+    new_ids: Tensor,
+    new_boost: Tensor,
+    keep: int,
+) -> tuple[Tensor, Tensor]:
     """Adds two sparse rows, boost at ids and new_boost at new_ids, and keeps the `keep` largest sums.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ class Path:
 
     Attributes:
         kind: name in a dict. reads: what `sample` makes and a model reads, "rows" (..., V) on the simplex or "tokens" (...).
-        closed_form: whether the posterior of a token given its own row has one, that of `ops.noise_posterior`.
+        closed_form: whether the posterior of a token given its own row has one, that of `ops.noise_posterior`. Then `c` and
+            `beta` are there.
         way: the one way through a text that this path allows (`klflow_ext.sample.ways`), or None.
 
     Raises:
@@ -38,7 +39,6 @@ class Path:
     kind: ClassVar[str]
     reads: ClassVar[str] = "rows"
     way: ClassVar[str | None] = None
-    closed_form: bool = False
     fields: ClassVar[tuple[str, ...]] = ("vocab_size", "t_max", "t_split")  # the arguments, all of them attributes
     _kinds: ClassVar[dict[str, type[Path]]] = {}
 
@@ -56,9 +56,13 @@ class Path:
         self.t_max = float(t_max)
         self.t_split = self.t_max / 4 if t_split is None else float(t_split)
 
+    @property
+    def closed_form(self) -> bool:
+        return False
+
     # ---- times
 
-    def time(self, u: Tensor | float) -> Tensor | float:
+    def time(self, u: Any) -> Any:
         """Training times of u in [0, 1): u t_max."""
         return u * self.t_max
 
@@ -138,7 +142,7 @@ class Path:
 
     # ---- sampling
 
-    def renoise(self, tokens: Tensor, t: float, rng: Tensor, given: Tensor) -> State:
+    def renoise(self, tokens: Tensor, t: float | Tensor, rng: Tensor, given: Tensor) -> State:
         """The state at time t of sequences whose tokens (B, L) are known or guessed, with fresh noise; rng (B, 2)."""
         return State(self.sample(tokens, t, rng, given=given))
 

@@ -45,6 +45,10 @@ class _DiscretePath(Path):
             shown |= given
         return torch.where(shown, target, self._noise(words)).long()
 
+    def _noise(self, words: Tensor) -> Tensor:
+        """Ids (...) of noise, from the random words (..., 4) of each position."""
+        raise NotImplementedError
+
     def _jumps(self, move: Move) -> Tensor:
         """(B, L): which positions jump, each with probability (kappa(t') - kappa(t)) / (1 - kappa(t))."""
         now, then = self.kappa(move.t), self.kappa(move.t_next)

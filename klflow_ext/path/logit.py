@@ -194,6 +194,7 @@ class LogitPath(Path):
         if log_x is None and state.is_made:
             log_x = state.x.log()
         elif log_x is None:
+            assert state.tokens is not None
             log_x = self.sample(state.tokens, state.t, state.rng, given=move.given, log=True)
         out = state.x if state.is_made else torch.empty_like(log_x)
         log_x, x = ops.euler_step(
@@ -203,11 +204,11 @@ class LogitPath(Path):
         return State(x, log_x)
 
     def _sparse_step(self, state: State, prediction: Prediction, move: Move) -> State:
-        tokens, boost = state.tokens, state.boost
+        tokens, boost, most = state.tokens, state.boost, move.options.boosts
+        assert tokens is not None and most is not None
         if boost is None:
             tokens = tokens[..., None]
-            boost = torch.full(tokens.shape, self.odds(state.t), dtype=torch.float32, device=tokens.device)
-        most = move.options.boosts
+            boost = torch.full(tokens.shape, float(self.odds(state.t)), dtype=torch.float32, device=tokens.device)
         ids, p = prediction.largest(min(most, self.vocab_size), move.temperature)
         rise = self.odds(move.t_next) - self.odds(move.t)
         tokens, boost = ops.merge_boosts(tokens, boost, ids, rise * p, most)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from klflow_ext.checks import LEAST, MOST, check_choice, check_int, check_scalar
@@ -77,13 +77,6 @@ class SampleOptions:
         power = check_scalar("grid_power", self.grid_power, 0, math.inf, "a positive number", True, True)
         keep("grid_power", power)
 
-    def resolved(self, vocab_size: int, t_split: float, reads: str) -> SampleOptions:
-        """With what a path (its vocab_size, t_split, reads) says of the fields that are None: no None is left but boosts."""
-        top_k = vocab_size if self.top_k is None else min(self.top_k, vocab_size)
-        split = t_split if self.t_split is None else self.t_split
-        final: Final = self.final or ("draw" if reads == "tokens" else "argmax")
-        return replace(self, top_k=top_k, t_split=split, final=final)
-
     def temperatures(self, passes: int) -> list[float]:
         """The temperature of each pass: the schedule at i / (passes - 1), at 1 for a single pass."""
         schedule = self.temperature
@@ -94,6 +87,32 @@ class SampleOptions:
             first, last = (_temperature(value) for value in pair)
             schedule = lambda progress: first + (last - first) * progress  # noqa: E731
         return [_temperature(schedule(i / (passes - 1) if passes > 1 else 1.0)) for i in range(passes)]
+
+
+@dataclass(frozen=True)
+class ResolvedOptions(SampleOptions):
+    """SampleOptions with what a path and a network say of the fields that were None. boosts: None for a dense state."""
+
+    top_k: int = 20
+    t_split: float = 0.0
+    final: Final = "argmax"
+
+    @classmethod
+    def of(
+        cls, options: SampleOptions, *, vocab_size: int, t_split: float, reads: str, sparse: bool
+    ) -> ResolvedOptions:
+        """For a path of this vocab_size, t_split and reads; sparse: whether the network takes boosts."""
+        found = {field.name: getattr(options, field.name) for field in fields(SampleOptions)}
+        found["top_k"] = vocab_size if options.top_k is None else min(options.top_k, vocab_size)
+        found["t_split"] = t_split if options.t_split is None else options.t_split
+        found["final"] = options.final or ("draw" if reads == "tokens" else "argmax")
+        found["boosts"] = options.boosts if sparse else None
+        return cls(**found)
+
+    @property
+    def last_top_k(self) -> int:
+        """top_k of the last pass."""
+        return 1 if self.final == "argmax" else self.top_k
 
 
 def _temperature(value: float) -> float:

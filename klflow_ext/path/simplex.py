@@ -14,6 +14,16 @@ from klflow_ext.path.state import Move, Prediction, State
 
 
 class _SimplexPath(Path):
+    @staticmethod
+    def _interpolate(x0: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """x_t (..., V) in the memory of x0; target, t (..., 1)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _towards(x: Tensor, p: Tensor, share: float) -> Tensor:
+        """x moved along the marginal ODE of p, by share = (t' - t) / (1 - t)."""
+        raise NotImplementedError
+
     def sample(
         self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, row_offset: int = 0
     ) -> Tensor:
@@ -27,7 +37,7 @@ class _SimplexPath(Path):
 
     def step(self, state: State, prediction: Prediction, move: Move) -> State:
         p = torch.softmax(prediction.logits / move.temperature, -1)
-        x = self._towards(state.x, p, (move.t_next - move.t) / (1 - move.t))
+        x = self._towards(state.x, p, float((move.t_next - move.t) / (1 - move.t)))
         return State(torch.where(move.given[..., None], state.x, x))
 
 

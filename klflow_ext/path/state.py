@@ -10,7 +10,7 @@ from torch import Tensor
 
 from klflow_ext import ops
 from klflow_ext.ops.linear import LOGIT_BYTES
-from klflow_ext.path.options import SampleOptions
+from klflow_ext.path.options import ResolvedOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Move:
     given: Tensor
     known: Tensor
     temperature: float
-    options: SampleOptions
+    options: ResolvedOptions
 
     def draw(self, prediction: Prediction) -> Tensor:
         """(B, L) tokens drawn from the prediction by top_k, top_p and this move's temperature; known ones where given."""
@@ -118,19 +118,25 @@ class Prediction:
     @property
     def logits(self) -> Tensor:
         """(B, L, V) float32."""
-        self._logits = (self._of(self.hidden) if self._logits is None else self._logits).float()
+        self._logits = (self._of(self._head()[0]) if self._logits is None else self._logits).float()
         self._note(~self._logits.amax(-1).isfinite())  # a NaN is the maximum, too
         return self._logits
 
+    def _head(self) -> tuple[Tensor, Tensor]:
+        """(hidden, weight)."""
+        assert self.hidden is not None and self.weight is not None, "either logits or these are there"
+        return self.hidden, self.weight
+
     def _of(self, hidden: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        return torch.nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias)
+        weight, bias = self._head()[1], None if self.bias is None else self.bias.to(hidden.dtype)
+        return torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
 
     def cross_entropy(self, label: Tensor, **options) -> Tensor:
         """-log p(label), label (B, L); options as in `ops.cross_entropy`. Gradients flow to the network."""
-        if self.is_dense:
+        if self._logits is not None:
             return ops.cross_entropy(self._logits, label, **options)
-        return ops.linear_cross_entropy(self.hidden, self.weight, label, bias=self.bias, **options)
+        hidden, weight = self._head()
+        return ops.linear_cross_entropy(hidden, weight, label, bias=self.bias, **options)
 
     def last(self) -> Prediction:
         """What it says of the last position of each sequence."""
@@ -141,15 +147,17 @@ class Prediction:
         return self._part(lambda x: x.gather(1, places[..., None].expand(-1, -1, x.shape[-1])))
 
     def _part(self, choose: Callable[[Tensor], Tensor]) -> Prediction:
-        if self.is_dense:
+        if self._logits is not None:
             return Prediction(choose(self._logits), whole=self)
-        return Prediction(None, choose(self.hidden), self.weight, self.bias, whole=self)
+        return Prediction(None, choose(self._head()[0]), self.weight, self.bias, whole=self)
 
     def draw(self, k: int, rng: Tensor, temperature: float = 1.0, top_p: float = 1.0, row_offset: int = 0) -> Tensor:
         """(B, L) tokens of `ops.topk_sample`, rng (B, 2); 0 where the logits say nothing (see `bad`)."""
-        options = {"temperature": temperature, "top_p": top_p, "row_offset": row_offset}
-        parts = [ops.topk_sample(logits, k, rng[part], **options)[0] for part, logits in self._parts()]
-        tokens = torch.cat(parts)
+        drawn = [
+            ops.topk_sample(logits, k, rng[part], temperature=temperature, top_p=top_p, row_offset=row_offset)[0]
+            for part, logits in self._parts()
+        ]
+        tokens = torch.cat(drawn)
         self._note(tokens < 0)
         return tokens.clamp_(min=0)
 
@@ -161,17 +169,18 @@ class Prediction:
             values, columns = logits.topk(k)
             ids.append(columns)
             shares.append((values - logits.logsumexp(-1, keepdim=True)).exp())
-        ids, p = torch.cat(ids), torch.cat(shares)
+        p = torch.cat(shares)
         self._note(p.isnan().any(-1))
-        return ids, p.nan_to_num_(0.0)
+        return torch.cat(ids), p.nan_to_num_(0.0)
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
         """The logits of some sequences after another, and which they are."""
-        if self.is_dense:
+        if self._logits is not None:
             self._logits = self._logits.float()
             yield slice(None), self._logits
             return
-        b, length, _ = self.hidden.shape
-        some = max(1, LOGIT_BYTES // (4 * length * self.weight.shape[0]))
+        hidden, weight = self._head()
+        b, length, _ = hidden.shape
+        some = max(1, LOGIT_BYTES // (4 * length * weight.shape[0]))
         for i in range(0, b, some):
-            yield slice(i, i + some), self._of(self.hidden[i : i + some])
+            yield slice(i, i + some), self._of(hidden[i : i + some])

@@ -7,14 +7,14 @@ from functools import partial
 
 from torch import Tensor
 
-from klflow_ext.path import Move, Path, Prediction, SampleOptions, State
+from klflow_ext.path import Move, Path, Prediction, ResolvedOptions, State
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.ways import register_way
 
 Step = Callable[[Path, State, Prediction, Move], State]
 
 
-def denoise(passes: Passes, options: SampleOptions, *, step: Step) -> Tensor:
+def denoise(passes: Passes, options: ResolvedOptions, *, step: Step) -> Tensor:
     """steps - 1 moves from t = 0 over the time grid, a pass at each of its times; the last pass gives the tokens."""
     path, given, steps = passes.path, passes.given, options.steps
     temperatures = options.temperatures(steps)
@@ -35,8 +35,7 @@ def denoise(passes: Passes, options: SampleOptions, *, step: Step) -> Tensor:
         )
         state = step(path, state, prediction, move)
     prediction = _ask(passes, state, grid[-1], previous)
-    k = 1 if options.final == "argmax" else options.top_k
-    return path.resolve(state, prediction.draw(k, passes.rng(steps), temperatures[-1], options.top_p))
+    return path.resolve(state, prediction.draw(options.last_top_k, passes.rng(steps), temperatures[-1], options.top_p))
 
 
 def _ask(passes: Passes, state: State, t: float, previous: Tensor | None) -> Prediction:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from klflow_ext.path import SampleOptions, State
+from klflow_ext.path import Network, ResolvedOptions, State
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.ways import register_way
 
 
 @register_way("left_to_right", of_path=True)
-def left_to_right(passes: Passes, options: SampleOptions) -> Tensor:
+def left_to_right(passes: Passes, options: ResolvedOptions) -> Tensor:
     """A pass over the prefix that all sequences are given, then one for each position, to the last that is free in any.
 
     A given token takes the place of the draw, whatever the network says; positions before it do not see it. A network with a
@@ -19,16 +19,15 @@ def left_to_right(passes: Passes, options: SampleOptions) -> Tensor:
     """
     network, given, tokens = passes.network, passes.given, passes.known.clone()
     temperatures = options.temperatures(tokens.shape[1])
-    k = 1 if options.final == "argmax" else options.top_k
     free = (~given).any(0).nonzero()
     first, last = int(free[0]), int(free[-1])
     passes.expect(last - first + 1)
     inputs = torch.cat([torch.full_like(tokens[:, :1], passes.path.vocab_size), tokens[:, :-1]], 1)
-    cache = network.cache(len(tokens)) if network.caches else None
+    cache = network.cache(len(tokens)) if isinstance(network, Network) and network.caches else None
     for i in range(first, last + 1):
         held = 0 if cache is None else cache.length
         prediction = passes.predict(State(inputs[:, held : i + 1]), 0.0, given, cache=cache).last()
-        drawn = prediction.draw(k, passes.rng(0), temperatures[i], options.top_p, row_offset=i)
+        drawn = prediction.draw(options.last_top_k, passes.rng(0), temperatures[i], options.top_p, row_offset=i)
         drawn = torch.where(given[:, i : i + 1], tokens[:, i : i + 1], drawn)
         tokens[:, i : i + 1] = drawn
         inputs[:, i + 1 : i + 2] = drawn[:, : inputs.shape[1] - i - 1]

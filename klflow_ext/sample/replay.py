@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from klflow_ext.path import Network, Path, SampleOptions
+from klflow_ext.path import Network, Path, ResolvedOptions
 from klflow_ext.sample.passes import Passes
 
 
@@ -83,16 +83,18 @@ class Recorder:
 
 
 def sampling_step_in_place(
-    network: Network, path: Path, b: Buffers, options: SampleOptions, k: int, temperature: float
+    network: Network, path: Path, b: Buffers, options: ResolvedOptions, k: int, temperature: float
 ) -> None:
     """A pass and the sampling step after it, from buffers into them, without a look at their values."""
     times = path.model_times(b.t, b.given, network.times_by_position)
     prediction = network.predict(path.renoise(b.tokens, b.t, b.rng, b.given), times, previous=b.previous)
     if b.previous is not None:
+        assert prediction.hidden is not None
         b.previous.copy_(prediction.hidden)
     b.rng[:, 1] += 1  # the state's noise has been made: from the draw's seeds the next one will be
     drawn = prediction.draw(k, b.rng, temperature, options.top_p)
     b.tokens.copy_(torch.where(b.given, b.known, drawn))
+    assert prediction.bad is not None, "a draw looks"
     b.bad |= prediction.bad
 
 
@@ -105,12 +107,12 @@ class Replays:
         self.buffers: dict[tuple, Buffers] = {}
         self.replays: dict[tuple, Callable[[], None]] = {}
 
-    def __call__(self, passes: Passes, options: SampleOptions) -> Tensor:
+    def __call__(self, passes: Passes, options: ResolvedOptions) -> Tensor:
         """`denoise` by `sampling_step`. The last pass is a step, too, of which only the draw counts."""
         steps = options.steps
-        top_ks = [options.top_k] * (steps - 1) + [1 if options.final == "argmax" else options.top_k]
+        top_ks = [options.top_k] * (steps - 1) + [options.last_top_k]
         knobs = list(zip(top_ks, options.temperatures(steps), strict=True))
-        buffers, replays = self._prepare(tuple(passes.given.shape), options, knobs)
+        buffers, replays = self._prepare((len(passes.given), passes.given.shape[1]), options, knobs)
         buffers.start(passes.given, passes.known, passes.rng(0))
         grid = self.path.time_grid(steps - 1, options.grid_power).tolist()
         passes.expect(steps)
@@ -122,7 +124,7 @@ class Replays:
         return buffers.tokens
 
     def _prepare(
-        self, shape: tuple[int, int], options: SampleOptions, knobs: Sequence[tuple[int, float]]
+        self, shape: tuple[int, int], options: ResolvedOptions, knobs: Sequence[tuple[int, float]]
     ) -> tuple[Buffers, list[Callable[[], None]]]:
         """The buffers of (B, L), to be filled after this, and the replay for each of the knobs."""
         weights = [x.data_ptr() for x in (*self.network.parameters(), *self.network.buffers())]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from klflow_ext.checks import check_int
 from klflow_ext.ops.arguments import DEBUG_CHECK
-from klflow_ext.path import Autoregressive, Path, SampleOptions, as_network
-from klflow_ext.path.network import Model, evaluating
+from klflow_ext.path import Autoregressive, Path, ResolvedOptions, SampleOptions, as_network
+from klflow_ext.path.network import Model, Network, evaluating
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.replay import Replays
 from klflow_ext.sample.ways import Way, way_of
@@ -32,7 +32,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class _Request:
-    options: SampleOptions
+    options: ResolvedOptions
     progress: bool
     return_history: bool
 
@@ -45,7 +45,7 @@ def _sequence_seed(seed: int, i: int) -> int:
     return (z ^ z >> 31) >> 1
 
 
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+def _seeds(seed: Any, count: int) -> list[int]:
     if isinstance(seed, (str, bool)) or not hasattr(seed, "__len__") or getattr(seed, "ndim", 1) == 0:
         seed = check_int("seed", seed, -(2**63), 2**64 - 1, "an integer that fits in 64 bits, or one for each sequence")
         return [_sequence_seed(seed, i) for i in range(count)]
@@ -95,18 +95,19 @@ class Sampler:
             raise ValueError("model: got one whose config.causal is False, allowed is a causal one on this path")
         self._replays: Replays | None = None
         if cuda_graph:
-            self._check_cuda_graph()
-            self._replays = Replays(self.network, path, self.device)
+            self._replays = Replays(self._recordable(), path, self.device)
 
-    def _check_cuda_graph(self) -> None:
-        if not self.path.closed_form or not self.network.makes_noise:
+    def _recordable(self) -> Network:
+        """The network, if its steps can be recorded."""
+        network = self.network
+        if not self.path.closed_form or not network.makes_noise or not isinstance(network, Network):
             got, allowed = f"a {type(self.model).__name__} on {self.path!r}", "a Denoiser on a LogitPath with alpha = 1"
         elif self.device.type != "cuda":
             got, allowed = f"device {self.device}", "a CUDA device"
         elif DEBUG_CHECK:
             got, allowed = "KLFLOW_CHECK=1, whose checks synchronise", "0"
         else:
-            return
+            return network
         raise ValueError(f"cuda_graph: got True with {got}, allowed with it is {allowed}")
 
     def sample(self, shape: tuple[int, int], options: SampleOptions | None = None, **more: Any) -> Samples:
@@ -183,15 +184,21 @@ class Sampler:
             )
         return self._infill(tokens, given, _seeds(seed, len(tokens)), way, request)
 
-    def _options(self, options: SampleOptions | None, changes: dict[str, Any]) -> SampleOptions:
+    def _options(self, options: SampleOptions | None, changes: dict[str, Any]) -> ResolvedOptions:
         """What was asked for, with all that the path and the network say of it."""
         known = [field.name for field in fields(SampleOptions)]
         for name in changes:
             if name not in known:
                 raise TypeError(f"{name}: got {changes[name]!r}, allowed are {', '.join(known)}")
         options = replace(SampleOptions() if options is None else options, **changes)
-        options = options.resolved(self.path.vocab_size, self.path.t_split, self.path.reads)
-        return options if self.network.reads_posterior else replace(options, boosts=None)
+        path = self.path
+        return ResolvedOptions.of(
+            options,
+            vocab_size=path.vocab_size,
+            t_split=path.t_split,
+            reads=path.reads,
+            sparse=self.network.reads_posterior,
+        )
 
     def _infill_ragged(self, tokens, given, seeds: list[int], way: Way, request: _Request) -> Samples:
         if len(given) != len(tokens):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from klflow_ext.path import SampleOptions
+from klflow_ext.path import ResolvedOptions
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.ways import register_way
 
 
 @register_way("segments")
-def segments(passes: Passes, options: SampleOptions) -> Tensor:
+def segments(passes: Passes, options: ResolvedOptions) -> Tensor:
     """Pass i draws the free positions whose number is i modulo the number of passes."""
     free = ~passes.given
     count = min(options.steps, int(free.sum(1).max()))

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from klflow_ext.path import Path, SampleOptions
+from klflow_ext.path import Path, ResolvedOptions
 from klflow_ext.sample.passes import Passes
 
-Way = Callable[[Passes, SampleOptions], Tensor]
+Way = Callable[[Passes, ResolvedOptions], Tensor]
 _ways: dict[str, Way] = {}
 _ways_of_paths: dict[str, Way] = {}
 

@@ -99,7 +99,7 @@ class Batches:
             return torch.from_numpy(self.curve.times(u, c.middle_share)).float()
         if self.time_sampling == "middle":
             u = np.where(generator.random(c.batch_size) < c.middle_share, 0.2 + 0.6 * u, u)
-        return torch.from_numpy(self.path.time(u)).float()
+        return self.path.time(torch.from_numpy(u)).float()
 
     def given_mask(self, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
         """given (B, L) and blank (B,), as config.given_share says; blank: nothing but what is given is to be seen, t = 0."""

@@ -197,6 +197,7 @@ class Trainer:
             torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.model.parameters()], 1 - decay)
         if losses is not None:
             noisy, curve = ~batch.blank, self.batches.curve
+            assert curve is not None
             curve.add(curve.measurement(batch.t[noisy], losses[noisy], batch.counts[noisy]))
         self.step += 1
         return loss
@@ -313,6 +314,11 @@ class Trainer:
 
     # ---- files
 
+    def _folder(self) -> Run:
+        if self.run is None:
+            raise ValueError("out: got None, allowed is a run folder where files are written or read")
+        return self.run
+
     def save(self) -> None:
         """Writes the run folder: what `load_run` gives, and what `load` goes on from.
 
@@ -335,11 +341,11 @@ class Trainer:
             "path": self.path.to_dict(),
             "train": asdict(self.config),
         }
-        self.run.save(config, weights, state, self.stream)
+        self._folder().save(config, weights, state, self.stream)
 
     def load(self) -> None:
         """Takes up the checkpoint of the run folder. An average or a loss curve that it lacks starts anew from there."""
-        with self.run.checkpoint(self.device) as state:
+        with self._folder().checkpoint(self.device) as state:
             self.model.load_state_dict(state["model"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)

@@ -3,11 +3,14 @@
 import math
 
 import torch
+from torch import Tensor
 
 from klflow_ext import reference
 from klflow_ext.ops.arguments import (
     FLOATS,
     INTEGERS,
+    Rng,
+    Scalar,
     as_rows,
     check_beta,
     check_int,
@@ -31,9 +34,20 @@ _klflow = torch.ops.klflow
 
 
 def noise_interpolate(
-    target, t, rng, *, vocab_size, beta=0.01, given=None, row_offset=0, dtype=None, log=False, out=None,
-    output="simplex", log_prior=None,
-):  # fmt: skip
+    target: Tensor,
+    t: Scalar,
+    rng: Rng,
+    *,
+    vocab_size: int,
+    beta: float = 0.01,
+    given: Tensor | None = None,
+    row_offset: int = 0,
+    dtype: torch.dtype | None = None,
+    log: bool = False,
+    out: Tensor | None = None,
+    output: str = "simplex",
+    log_prior: Tensor | None = None,
+) -> Tensor:
     """Noisy rows x_t on the KL geodesic from fresh Dirichlet(1) noise to the smoothed target, noise made in the kernel.
 
     x_t[j] is proportional to E_j^(1 - t) exp(t c [j = target]), E_j = -log U_j i.i.d. Exp(1) (DESIGN: KL geodesic; the
@@ -77,7 +91,15 @@ def noise_interpolate(
     return result
 
 
-def logit_interpolate(log_x0, log_x1, t, *, beta=0.01, log=False, out=None):
+def logit_interpolate(
+    log_x0: Tensor,
+    log_x1: Tensor,
+    t: Scalar,
+    *,
+    beta: float = 0.01,
+    log: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
     """Points of the KL geodesic between given end points: softmax((1 - t) log_x0 + t log_x1).
 
     Args:

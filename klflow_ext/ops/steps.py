@@ -3,9 +3,12 @@
 import math
 
 import torch
+from torch import Tensor
 
 from klflow_ext.ops.arguments import (
     FLOATS,
+    Rng,
+    Scalar,
     as_rows,
     check_beta,
     check_int,
@@ -42,7 +45,15 @@ def _topk_arguments(logits, k, rng, temperature, top_p, row_offset):
     )  # fmt: skip
 
 
-def topk_sample(logits, k, rng, *, temperature=1.0, top_p=1.0, row_offset=0):
+def topk_sample(
+    logits: Tensor,
+    k: int,
+    rng: Rng,
+    *,
+    temperature: Scalar = 1.0,
+    top_p: Scalar = 1.0,
+    row_offset: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Draws a token per row from the softmax of its k largest logits / temperature.
 
     Ties go to the lowest index; k = 1 is argmax. top_p keeps, of those k, the smallest most likely set with mass >= top_p.
@@ -63,20 +74,20 @@ def topk_sample(logits, k, rng, *, temperature=1.0, top_p=1.0, row_offset=0):
 
 
 def topk_renoise(
-    logits,
-    k,
-    t_next,
-    rng,
+    logits: Tensor,
+    k: int,
+    t_next: Scalar,
+    rng: Rng,
     *,
-    temperature=1.0,
-    top_p=1.0,
-    beta=0.01,
-    given=None,
-    known=None,
-    row_offset=0,
-    dtype=None,
-    out=None,
-):
+    temperature: Scalar = 1.0,
+    top_p: Scalar = 1.0,
+    beta: float = 0.01,
+    given: Tensor | None = None,
+    known: Tensor | None = None,
+    row_offset: int = 0,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """One step of the paper's sampling scheme: `topk_sample`, then fresh noise moved to t_next towards the drawn token.
 
     x_next = noise_interpolate(token, t_next, rng): the fused form of Algorithm 2 of arXiv 2411.16821.
@@ -100,8 +111,18 @@ def topk_renoise(
 
 
 def euler_step(
-    log_x, logits, rate, *, temperature=1.0, beta=0.01, given=None, known=None, dtype=None, inplace=False, out=None
-):
+    log_x: Tensor,
+    logits: Tensor,
+    rate: Scalar,
+    *,
+    temperature: Scalar = 1.0,
+    beta: float = 0.01,
+    given: Tensor | None = None,
+    known: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    inplace: bool = False,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """One step of the basic sampler: the marginal ODE dl/dtau = c p - l along the KL geodesic (Corollary 3.3).
 
     p = softmax(logits / temperature), l = (1 - rate) log_x + rate c p; returns log softmax(l) and softmax(l).
