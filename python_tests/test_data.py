@@ -2,16 +2,29 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
+from chains import Counting
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from klflow_ext import data
-from klflow_ext.sample import parse_holes
+from klflow_ext import (
+    LogitPath,
+    Sampler,
+    data,
+)
+from klflow_ext.data import parse_holes
 
 DOCUMENTS = [f"Document {i}.\n" + "It was the best of times, it was the worst of times.\n" * 60 for i in range(100)]
+
+
 BLANK = "\n\n".join(DOCUMENTS)
+
+
 MARKED = f"\n{data.END}\n".join(d.rstrip() for d in DOCUMENTS)
+
+
 TEXTS = {
     "blank lines": (BLANK, 100),
     "blank lines, CRLF": (BLANK.replace("\n", "\r\n"), 100),
@@ -147,3 +160,60 @@ def test_text_that_a_tokenizer_changes():
 def test_holes_of_impossible_sizes(hole):
     with pytest.raises(ValueError, match="text: got the hole"):
         parse_holes("a{?" + hole + "}", bytes_tokenizer())
+
+
+class Letters:
+    """A tokenizer of single characters, a = 1 and so on; it would put a 0 before a whole text."""
+
+    def encode(self, text, add_special_tokens=True):
+        return SimpleNamespace(ids=[0] * add_special_tokens + [ord(letter) % 32 for letter in text])
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(chr(96 + i) for i in ids if i or not skip_special_tokens)
+
+
+def test_holes():
+    tokens, given = parse_holes("ab{?2}c{?1}{?1}", Letters())
+    assert tokens == [1, 2, 0, 0, 3, 0, 0] and given == [True, True, False, False, True, False, False]
+    for text in ("abc", "", "{?}", "{?x}", "{?-1}"):
+        with pytest.raises(ValueError, match="text: got .* allowed is a text with a hole such as"):
+            parse_holes(text, Letters())
+    with pytest.raises(ValueError, match=r"text: got the hole \{\?0\}, allowed are holes of 1 to 1,000,000 tokens"):
+        parse_holes("a{?0}{?2}", Letters())
+    tokens, given = parse_holes("{?3}", Letters())  # a hole with nothing around it
+    assert (tokens, given) == ([0, 0, 0], [False] * 3)
+    assert len(Sampler(Counting(50), LogitPath(50)).infill([tokens], [given], steps=2).tokens[0]) == 3
+
+
+def test_tokenizer_round_trip_and_documents(tmp_path):
+    text = "\n<|endoftext|>\n".join(f"Story {i}: the café naïve ☃ {i * i}\n" * 5 for i in range(40))
+    (tmp_path / "t.txt").write_text(text)
+    train, held = data.documents(tmp_path / "t.txt")
+    assert len(train) == 38 and len(held) == 2
+    tokenizer = data.train_tokenizer(train, 400)
+    stream = data.encode(tokenizer, train)
+    assert tokenizer.decode(stream.tolist(), skip_special_tokens=False).split(data.END)[:-1] == train
+    assert torch.equal(data.batch(stream, 4, 8, 1, 2), data.batch(stream, 4, 8, 1, 2))
+
+
+def test_removed_lines():
+    tokenizer = data.train_tokenizer(["some text"], 257)  # a token a byte
+    text = "\n".join(["a = 1", "", "b = 2", "", "c = 3", "d", "call(e)", "f", "g", "h", "i"])
+    long = "\n".join(["x" * 40] * 3 + ["call(e)"] + ["y"] * 3)
+    (found,) = data.removed_lines([long, "a\n" * 6, text], tokenizer, 60)
+    tokens, given, (before, line, after) = found
+    assert (before, line, after) == ("b = 2\nc = 3\nd\n", "call(e)", "\nf\ng\nh")
+    assert tokenizer.decode(tokens[0].tolist()) == before + line + after
+    assert tokenizer.decode(tokens[~given].tolist()) == line and given.shape == tokens.shape == (1, 27)
+
+
+@pytest.mark.parametrize(
+    "content,message", [(None, "cannot be read"), (b"", "is empty"), (b"ab\xff", "not UTF-8: byte 0xff at offset 2"),
+                        (b"short", "at least 20 are needed")]
+)  # fmt: skip
+def test_bad_data(tmp_path, content, message):
+    path = tmp_path / "x.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        data.documents(path)

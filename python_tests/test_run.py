@@ -13,11 +13,21 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from runs import trainer
 
-from klflow_ext import Denoiser, DenoiserConfig, LogitPath, TrainConfig, Trainer
-from klflow_ext.run import check_out, load_run, new_folder, write_files
+from klflow_ext import (
+    Denoiser,
+    DenoiserConfig,
+    LogitPath,
+    TrainConfig,
+    Trainer,
+    data,
+)
+from klflow_ext.run import FORMAT, Run, check_out, load_run, new_folder, write_files
 
 V = 64
+
+
 STREAM = np.random.default_rng(0).integers(0, V, 5000).astype(np.int32)
 
 
@@ -189,6 +199,8 @@ def test_a_config_that_lies_takes_no_memory(tmp_path):
 
 
 TEXT = "\n\n".join(f"the cat {i} sat on the mat and the dog ran home again " * 40 for i in range(60))
+
+
 SMALL = "--vocab-size 300 --n-layer 1 --n-head 2 --n-embd 32 --batch-size 4 --length 16".split()
 
 
@@ -246,3 +258,25 @@ def test_info_needs_no_extra(tmp_path):
     assert done.returncode == 0 and "CPU kernels" in done.stdout, done.stderr
     done = klflow("sample", "x", env=env)
     assert done.returncode == 1 and "needs the train extra" in done.stderr
+
+
+def test_bad_run_folders(tmp_path):
+    with pytest.raises(ValueError, match="no run folder"):
+        Run(tmp_path).config()
+    (tmp_path / "config.json").write_text('{"format": 0}')
+    with pytest.raises(ValueError, match=f"has format 0, allowed is {FORMAT}"):
+        Run(tmp_path).config()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "checkpoint.pt"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_incomplete_run_folders(tmp_path, name, broken):
+    run = trainer(1, tmp_path)
+    data.train_tokenizer(["some text"], 257).save(str(tmp_path / "tokenizer.json"))
+    run.fit(progress=False)
+    load_run(tmp_path), run.load()
+    (tmp_path / name).unlink()
+    if broken:
+        (tmp_path / name).write_bytes(b"junk")
+    with pytest.raises(ValueError, match=f"{name} cannot be read" if broken else f"it has no {name}"):
+        load_run(tmp_path), run.load()

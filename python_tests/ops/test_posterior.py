@@ -7,8 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_embedding import case_of, prior_of, to64, weight_of
-from test_ops import assert_close, logits_of, targets_of
+from cases import assert_close, case_of, logits_of, prior_of, targets_of, to64, weight_of
 
 from klflow_ext import ops, reference
 from klflow_ext.ops import embedding

@@ -4,40 +4,13 @@ import math
 
 import pytest
 import torch
-from test_ops import assert_close, targets_of
+from cases import assert_close, case_of, prior_of, targets_of, to64, weight_of
 
 from klflow_ext import ops, reference
 from klflow_ext.ops import embedding
 from klflow_ext.path.logit import log_evidence
 
 SHAPES = [(60, 2), (60, 3), (40, 31), (9, 1000), (9, 2500), (3, 50257)]
-TIMES = [0.0, 0.02, 0.1, 0.2, 0.3, 0.5, 0.8, 0.99, 1.0]
-
-
-def prior_of(vocab, device="cpu", never=False):
-    """Log-frequencies like those of a text, some tokens never occurring if asked; sums to 1."""
-    generator = torch.Generator().manual_seed(vocab)
-    weights = 1 / (torch.randperm(vocab, generator=generator) + 2.0)
-    if never and vocab > 3:
-        weights[1::7] = 0.0
-    return (weights / weights.sum()).log().to(device)
-
-
-def case_of(rows, vocab, device):
-    """Targets, times, rng, given flags; the times include the ends, and every fifth row is given."""
-    target = targets_of(rows, vocab, device)
-    t = torch.tensor(TIMES, device=device).repeat(rows // len(TIMES) + 1)[:rows]
-    return target, t, torch.tensor([123456789012345, 17], device=device), torch.arange(rows, device=device) % 5 == 2
-
-
-def weight_of(vocab, width, device="cpu", dtype=torch.float32, seed=0):
-    return torch.randn(vocab, width, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
-
-
-def to64(value):
-    if not isinstance(value, torch.Tensor):
-        return value
-    return (value.double() if value.is_floating_point() else value).detach().cpu()
 
 
 def dense_of(ids, q, vocab):

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from test_ops import logits_of, targets_of
+from cases import logits_of, targets_of
 
 from klflow_ext import ops, reference
 

@@ -1,0 +1,114 @@
+"""The command line: what it prints, and what it refuses before any work."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from klflow_ext import (
+    data,
+)
+
+
+@pytest.fixture
+def klflow(monkeypatch, capsys, tmp_path):
+    """klflow(*arguments): the command line in this process, in tmp_path; what it returned and printed."""
+    from klflow_ext import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["klflow", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        message = code if isinstance(code, str) else ""
+        return SimpleNamespace(returncode=int(bool(code)), stdout=printed.out, stderr=printed.err + message)
+
+    return run
+
+
+def test_command_line_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "klflow_ext", "info"], capture_output=True, text=True)
+    assert done.returncode == 0 and "CPU kernels" in done.stdout, done.stderr
+    done = subprocess.run([sys.executable, "-m", "klflow_ext", "sample", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 1 and "no run folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_command_line(klflow, tmp_path):
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(f"one two three {i} four\n" * 20 for i in range(60)))
+    run = tmp_path / "run"
+    small = ["--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--vocab-size", "300", "--length", "16"]
+    done = klflow("train", "--data", str(tmp_path / "t.txt"), "--out", str(run), "--steps", "3", *small)
+    assert done.returncode == 0, done.stderr
+    assert "unigram entropy" in done.stdout
+    done = klflow("train", "--resume", str(run), "--more-steps", "2")
+    assert done.returncode == 0 and "from step 3" in done.stdout, done.stderr
+    for command in (
+        ["sample", str(run), "--steps", "3", "--length", "8", "--count", "2"],
+        ["complete", str(run), "--steps", "3", "--length", "8", "--prompt", "one two"],
+        ["infill", str(run), "--steps", "3", "--text", "one {?5} three"],
+    ):
+        done = klflow(*command)
+        assert done.returncode == 0 and "3 passes" in done.stdout, done.stderr
+    for command, message in (
+        (["sample", str(tmp_path)], "no run folder"),
+        (["train", "--data", str(tmp_path / "none.txt")], "cannot be read"),
+        (["infill", str(run), "--text", "no hole"], "text: got 'no hole'"),
+        (["sample", str(run), "--method", "fast"], "method: got 'fast', allowed is one of ['basic', 'hybrid', "),
+        (["sample", str(run), "--temperature", "1", "0"], "temperature: got 0"),
+        (["sample", str(run), "--device", "nothing"], "device: nothing cannot be used"),
+        (["train", "--path", "mask", "--input", "simplex"], "input: got 'simplex', allowed on path mask is 'tokens'"),
+        (["train", "--tokenizer", str(tmp_path / "t.txt")], "t.txt cannot be read"),
+        (["train", "--ema", "1"], "ema: got 1.0"),
+        (["sample", str(run), "--length", "999"], "length: got 999"),
+        (["train", "--vocab-size", "100"], "vocab_size: got 100"),
+        (["train", "--out", str(tmp_path / "t.txt")], "t.txt is a file, allowed is a folder"),
+        (["eval", str(run), "--judge", str(tmp_path)], "has no stories260K.bin"),
+        (
+            ["train", "--data", str(tmp_path / "t.txt"), "--out", str(run)],
+            "run holds a run already; --overwrite replaces",
+        ),
+        (
+            ["train", "--data", str(tmp_path / "t.txt"), "--out", str(run), "--overwrite", "--length", "99999"],
+            "length: got 99999, allowed is less than the",
+        ),
+        (["train", "--resume", str(run), "--steps", "5", "--lr=1e-9"], "resume: got --lr, --steps beside it"),
+        (["train", "--resume", str(run)], "is finished, at step 5"),
+        (["train", "--more-steps", "3"], "more_steps: got 3, allowed is only with --resume"),
+        (["sample", str(run), "--count", "-1"], "count: got -1"),
+        (["sample", str(run), "--device", "meta"], "device: meta cannot be used"),
+        (["train", "--n-layer", "0"], "n_layer: got 0"),
+        (["eval", str(run), "--count", "0"], "count: got 0"),
+        (["eval", str(run), "--length", "0"], "length: got 0"),
+        (["complete", str(run), "--prompt", "caf\udce9"], "prompt: got b'caf\\xe9', allowed is UTF-8"),
+        (["infill", str(run), "--text", "a{?99999999999999999999}b"], "text: got the hole {?99999999999999999999}"),
+    ):
+        before = {file.name: file.read_bytes() for file in run.iterdir()}
+        done = klflow(*command)
+        assert done.returncode != 0 and message in done.stderr, command
+        assert {file.name: file.read_bytes() for file in run.iterdir()} == before, command
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("path", ["mask", "uniform", "linear", "sphere", "autoregressive"])
+def test_command_line_of_the_baselines(klflow, tmp_path, path):
+    """Every baseline is one word; a tokenizer file serves another run."""
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(f"one two three {i} four\n" * 20 for i in range(60)))
+
+    tokenizer = data.train_tokenizer(["one two three four"], 300)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    run = tmp_path / "run"
+    done = klflow(
+        "train", "--path", path, "--data", str(tmp_path / "t.txt"), "--out", str(run), "--steps", "2", "--length", "16",
+        "--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--tokenizer", str(tmp_path / "tokenizer.json"),
+        "--dtype", "bfloat16", "--ema", "0.9",
+    )  # fmt: skip
+    assert done.returncode == 0 and "unigram entropy" in done.stdout, done.stderr
+    done = klflow("complete", str(run), "--steps", "3", "--length", "8", "--prompt", "one two")
+    assert done.returncode == 0 and done.stdout.startswith("one two"), done.stderr
