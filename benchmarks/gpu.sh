@@ -27,8 +27,7 @@ python -c 'import torch; assert torch.cuda.is_available(), "this torch sees no C
 step build python -m pip install --no-build-isolation --no-deps --force-reinstall .
 step info python -m klflow_ext info
 if wants tests; then
-  step tests python -m pytest python_tests/test_ops.py python_tests/test_noise.py python_tests/test_embedding.py \
-    python_tests/test_linear.py python_tests/test_sample.py -k cuda
+  step tests python -m pytest python_tests/ops python_tests/path python_tests/sample -k cuda
 fi
 if wants kernels; then
   step benchmark python benchmarks/kernels.py --device cuda --seconds 0.3 --json "$out/cuda.json" --plot "$out/cuda.png"
@@ -56,8 +55,8 @@ fi
 if wants sanitizer; then
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck; do
-      step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 python -m pytest python_tests/test_ops.py \
-        python_tests/test_embedding.py -k "cuda and (9-31 or 77-7 or 9-2500) and not opcheck and not compile" -x
+      step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 python -m pytest python_tests/ops \
+        -k "cuda and (9-31 or 77-7 or 9-2500) and not opcheck and not compile" -x
     done
   else
     echo "skipped compute-sanitizer: not installed"

@@ -42,7 +42,7 @@ from klflow_ext import (
     load_run,
 )
 from klflow_ext.muon import multiplies_bfloat16
-from klflow_ext.run import write_file
+from klflow_ext.run import Run, write_file
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "method"
@@ -118,9 +118,10 @@ def train(arguments) -> None:
         **{"given_share": 0.0, **train_options},
     )  # fmt: skip
     out = arguments.runs / label(arguments)
-    trainer = Trainer(model, path, stream, config, out)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / "tokenizer.json"))
+    trainer = Trainer(model, path, stream, config)
+    with Run.create(out, overwrite=True, tokenizer=tokenizer, stream=stream, heldout=held) as trainer.run:
+        trainer.save()
+    trainer.run = Run(out)
     curve, begin, seconds = [], time.perf_counter(), 0.0
     while trainer.progress() < 1:
         begin = time.perf_counter()
@@ -206,7 +207,7 @@ def fill(arguments) -> None:
     """What is missing of held-out texts, written anew in 16 passes."""
     sampler, tokenizer = load_sampler(arguments)
     tokens, given = zip(*[(t[0], g[0]) for t, g in holes(arguments, tokenizer)], strict=True)
-    method = "segments" if isinstance(sampler.path, LogitPath) else None
+    method = "segments" if isinstance(sampler.path, LogitPath) else "basic"
     seeds, rows = [arguments.seed + i for i in range(len(tokens))], []
     result = sampler.infill(tokens, given, steps=16, top_k=10, method=method, seed=seeds)
     for filled, was, shown in zip(result.tokens, tokens, given, strict=True):

@@ -7,6 +7,7 @@
 
 from importlib import import_module
 from pkgutil import extend_path
+from typing import TYPE_CHECKING
 
 import torch  # noqa: F401  (libtorch must be loaded before the library that uses it)
 
@@ -24,11 +25,35 @@ from . import ops  # noqa: E402
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:  # what the names below are; they are imported when they are first asked for
+    from klflow_ext.model import Denoiser, DenoiserConfig
+    from klflow_ext.oracle import ExactDenoiser
+    from klflow_ext.path import (
+        Autoregressive,
+        LinearPath,
+        LogitPath,
+        MaskPath,
+        Network,
+        Path,
+        SampleOptions,
+        SpherePath,
+        UniformPath,
+    )
+    from klflow_ext.run import Run, load_run
+    from klflow_ext.sample import Sampler, register_sampler, register_way
+    from klflow_ext.train import TrainConfig, Trainer
+
 _LAZY = {
-    "Path": "path", "LogitPath": "path", "LinearPath": "path", "SpherePath": "path", "MaskPath": "path",
-    "UniformPath": "path", "Network": "path", "SampleOptions": "path", "Autoregressive": "path", "ExactDenoiser": "oracle", "Denoiser": "model", "DenoiserConfig": "model",
-    "Trainer": "train", "TrainConfig": "train", "Run": "run", "load_run": "run", "Sampler": "sample", "register_sampler": "sample",
+    "path": (
+        "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive", "Network", "SampleOptions",
+    ),
+    "oracle": ("ExactDenoiser",),
+    "model": ("Denoiser", "DenoiserConfig"),
+    "run": ("Run", "load_run"),
+    "train": ("Trainer", "TrainConfig"),
+    "sample": ("Sampler", "register_sampler", "register_way"),
 }  # fmt: skip
+_WHERE = {name: module for module, names in _LAZY.items() for name in names}
 _MODULES = (
     "reference",
     "path",
@@ -43,7 +68,11 @@ _MODULES = (
     "checks",
     "muon",
 )
-__all__ = ["build_info", "ops", *_LAZY]
+__all__ = [
+    "build_info", "ops", "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive",
+    "Network", "SampleOptions", "ExactDenoiser", "Denoiser", "DenoiserConfig", "Run", "load_run", "Trainer", "TrainConfig",
+    "Sampler", "register_sampler", "register_way",
+]  # fmt: skip
 
 
 def build_info() -> dict:
@@ -51,9 +80,9 @@ def build_info() -> dict:
     return dict(_C.build_info())
 
 
-def __getattr__(name):
-    if name in _LAZY:
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+def __getattr__(name: str):
+    if name in _WHERE:
+        return getattr(import_module(f".{_WHERE[name]}", __name__), name)
     if name in _MODULES:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

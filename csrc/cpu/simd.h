@@ -280,7 +280,7 @@ KLFLOW_INLINE bool any(vi mask) {
 }
 
 // ---- exp2 and log2. Coefficients are minimax fits; the measured error of exp2v is at most 2 ulp, that of log2_chains
-// at most 2.5e-7 of its value (python_tests/test_cpu_math.py).
+// at most 2.5e-7 of its value (python_tests/csrc/test_cpu_math.py).
 KLFLOW_INLINE vf round_even(vf x) {
 #if defined(__AVX512F__)
   return reinterpret_cast<vf>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x), 8));
