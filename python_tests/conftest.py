@@ -1,3 +1,4 @@
+import fcntl
 import os
 from pathlib import Path
 
@@ -11,15 +12,34 @@ from klflow_ext import _C, build_info
 BACKENDS = ["cpu", "simt"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
+def pytest_collection_modifyitems(items):
+    """Marks as `quick` what neither compiles nor runs for long: `pytest -m quick` is for the work on the package."""
+    for item in items:
+        compiles = {"simt_library", "cpu_library", "isa"} & set(item.fixturenames) or "/csrc/" in str(item.path)
+        simt_run = hasattr(item, "callspec") and item.callspec.params.get("device") == "simt"
+        if not (compiles or simt_run or item.get_closest_marker("slow")):
+            item.add_marker(pytest.mark.quick)
+
+
+def once(tmp_path_factory, name, build):
+    """build(folder), in a folder that the processes of pytest-xdist share, by one of them after the other: ninja builds once."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build(base / name)
+
+
 @pytest.fixture(scope="session")
 def simt_library(tmp_path_factory):
-    return simt.kernels(tmp_path_factory.mktemp("simt"))
+    return once(tmp_path_factory, "simt", simt.kernels)
 
 
 @pytest.fixture(scope="session")
 def cpu_library(tmp_path_factory):
     """What runs in the tests of "cpu" with KLFLOW_CPU_SANITIZE=1."""
-    return simt.sanitized_cpu_kernels(tmp_path_factory.mktemp("cpu"), build_info()["cpu_capability"])
+    isa = build_info()["cpu_capability"]
+    return once(tmp_path_factory, f"cpu-{isa}", lambda folder: simt.sanitized_cpu_kernels(folder, isa))
 
 
 @pytest.fixture(params=BACKENDS)
