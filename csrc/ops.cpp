@@ -24,6 +24,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/geodesic.h"
 #include "common/params.h"
 #include "common/philox.h"
 #include "cpu/dispatch.h"
@@ -109,14 +110,9 @@ Given given_of(const OptionalTensor& flags, const OptionalTensor& known, int64_t
   return given;
 }
 
-float gap(double beta, int64_t vocab) {  // c = log(V / beta - V + 1)
+float checked_gap(double beta, int64_t vocab) {
   check(beta > 0.0 && beta < 1.0, "beta: ", beta, " is not in (0, 1)");
-  return static_cast<float>(std::log(vocab / beta - vocab + 1.0));
-}
-
-int64_t token_at(const Tokens& tokens, int64_t row, int64_t slot = 0) {
-  const int64_t i = row * tokens.stride + slot;
-  return tokens.is_int32 ? static_cast<const int32_t*>(tokens.data)[i] : static_cast<const int64_t*>(tokens.data)[i];
+  return gap_of(beta, vocab);
 }
 
 // On the CPU a bad target is an error before any work (Python's IndexError); on CUDA a check would synchronise, so the
@@ -124,8 +120,8 @@ int64_t token_at(const Tokens& tokens, int64_t row, int64_t slot = 0) {
 void check_targets(const Tokens& target, int64_t rows, int64_t vocab, const char* name, const Given* only,
                    const int64_t* ignore_index) {
   for (int64_t row = 0; row < rows; ++row) {
-    if (only != nullptr && !only->flags[row * only->stride]) continue;
-    const int64_t value = token_at(target, row);
+    if (only != nullptr && !only->at(row)) continue;
+    const int64_t value = target.at(row);
     if ((value >= 0 && value < vocab) || (ignore_index != nullptr && value == *ignore_index)) continue;
     std::ostringstream message;
     message << name << ": row " << row << " holds " << value << ", allowed is 0 to V - 1 = " << vocab - 1;
@@ -201,7 +197,7 @@ void noise_interpolate(Tensor target, Tensor t, Tensor rng, OptionalTensor given
   p.t = scalars_of(t, rows, "t");
   p.rng = rng_of(rng, rows, row_offset);
   p.given = given_of(given, std::nullopt, rows);
-  p.c = gap(beta, vocab);
+  p.c = checked_gap(beta, vocab);
   p.log = log;
   p.out = rows_of(out, rows, vocab, "out");
   if (rows == 0) return;
@@ -224,7 +220,7 @@ void logit_interpolate_out(Tensor log_x0, Tensor log_x1, Tensor t, double beta, 
     if (log_x1.is_cpu()) check_targets(p.target, rows, vocab, "log_x1", nullptr, nullptr);
   }
   p.t = scalars_of(t, rows, "t");
-  p.c = gap(beta, vocab);
+  p.c = checked_gap(beta, vocab);
   p.log = log;
   p.out = rows_of(out, rows, vocab, "out");
   if (rows > 0) KLFLOW_RUN(logit_interpolate, p, out);
@@ -291,9 +287,9 @@ std::tuple<Tensor, Tensor> cross_entropy_total(Tensor logits, Tensor target, Opt
   double sum = 0.0, divisor = 0.0;
   for (int64_t row = 0; row < p.rows; ++row) {
     sum += rows[row];
-    double share = p.row_weight.data != nullptr ? p.row_weight.data[row * p.row_weight.stride] : 1.0;
+    double share = p.row_weight.at(row, 1.0f);
     if (p.target.data != nullptr) {
-      const int64_t token = token_at(p.target, row);
+      const int64_t token = p.target.at(row);
       if (token == ignore_index) continue;
       if (p.weight != nullptr) share *= p.weight[token];
     }
@@ -333,7 +329,7 @@ void cross_entropy_backward(Tensor logits, Tensor target, Tensor lse, OptionalTe
 Scalars scalars_within(const Tensor& t, int64_t rows, const char* name, double low, double high) {
   const Scalars scalars = scalars_of(t, rows, name);
   for (int64_t row = 0; t.is_cpu() && row < (scalars.stride == 0 ? std::min<int64_t>(rows, 1) : rows); ++row) {
-    const float value = scalars.data[row * scalars.stride];
+    const float value = scalars.at(row);
     check(value >= low && value <= high, name, ": got ", value, ", allowed is a number in [", low, ", ", high, "]");
   }
   return scalars;
@@ -376,7 +372,7 @@ void topk_renoise(Tensor logits, int64_t k, Tensor t_next, Tensor rng, Tensor te
   TopkRenoiseParams p{};
   p.sample = topk_params(logits, k, rng, temperature, top_p, given, known, row_offset, token);
   p.t_next = scalars_of(t_next, p.sample.rows, "t_next");
-  p.c = gap(beta, p.sample.vocab);
+  p.c = checked_gap(beta, p.sample.vocab);
   p.out = rows_of(out, p.sample.rows, p.sample.vocab, "out");
   if (p.sample.rows > 0) KLFLOW_RUN(topk_renoise, p, logits);
 }
@@ -391,7 +387,7 @@ void euler_step(Tensor log_x, Tensor logits, Tensor rate, Tensor temperature, do
   p.log_x = rows_of(log_x, p.rows, p.vocab, "log_x");
   p.rate = scalars_of(rate, p.rows, "rate");
   p.temperature = temperature_of(temperature, p.rows);
-  p.c = gap(beta, p.vocab);
+  p.c = checked_gap(beta, p.vocab);
   p.given = given_of(given, known, p.rows);
   check(p.given.flags == nullptr || p.given.known.data != nullptr || p.rows == 0, "known: needed where given is");
   if (logits.is_cpu() && p.given.flags != nullptr)
@@ -426,7 +422,7 @@ void noise_tile(Tensor target, Tensor t, Tensor rng, OptionalTensor given, Optio
   p.t = scalars_of(t, p.rows, "t");
   p.rng = rng_of(rng, p.rows, row_offset);
   p.given = given_of(given, std::nullopt, p.rows);
-  p.c = gap(beta, vocab);
+  p.c = checked_gap(beta, vocab);
   check(log_prior.has_value() == stats.has_value() && log_prior.has_value() != sum.has_value(),
         "needed are either log_prior and stats, or sum");
   check(!log || log_prior.has_value(), "log: allowed with log_prior only");
@@ -454,7 +450,7 @@ PosteriorParams posterior_params(const Tensor& t, const Tensor& log_prior, doubl
   p.top = ids.size(1);
   check(p.top <= p.vocab, "ids: more columns than V = ", p.vocab);
   p.t = scalars_of(t, p.rows, "t");
-  p.c = gap(beta, p.vocab);
+  p.c = checked_gap(beta, p.vocab);
   p.log_prior = log_prior_of(log_prior, p.vocab);
   p.ids = matrix_of<int32_t>(ids, p.rows, p.top, ScalarType::Int, "ids");
   p.q = matrix_of<float>(q, p.rows, p.top, ScalarType::Float, "q");
@@ -466,8 +462,8 @@ PosteriorParams posterior_params(const Tensor& t, const Tensor& log_prior, doubl
 void check_slots(const PosteriorParams& p) {
   for (int64_t row = 0; row < p.rows; ++row)
     for (int64_t slot = 0; slot < p.slots; ++slot) {
-      const int64_t value = token_at(p.target, row, slot);
-      const bool given = slot == 0 && p.given.flags != nullptr && p.given.flags[row * p.given.stride];
+      const int64_t value = p.target.at(row, slot);
+      const bool given = slot == 0 && p.given.at(row);
       if (value >= (given ? 0 : -1) && value < p.vocab) continue;
       std::ostringstream message;
       message << "target: row " << row << " holds " << value << ", allowed is 0 to V - 1 = " << p.vocab - 1
