@@ -28,9 +28,8 @@
 #include "common/params.h"
 #include "common/philox.h"
 #include "cpu/dispatch.h"
-#include "cuda/backend.h"
+#include "cuda/ops.h"
 #ifdef KLFLOW_WITH_CUDA
-#include "cuda/launch.h"
 #include "cuda/torch_stream.h"
 #endif
 

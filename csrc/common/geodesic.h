@@ -14,8 +14,8 @@
 
 namespace klflow {
 
-// From this gain on (and at t = 1) a target's row is onehot(target): every other token's posterior is below the
-// smallest float32.
+// From this gain on (in float32: beyond it), and at t = 1, a target's row is onehot(target): every other token's
+// posterior is below the smallest float32.
 constexpr float kMostGain = 80.0f;
 constexpr float kMostBoost = 60.0f;   // boosts beyond +-60 count as +-60
 constexpr float kMostNoise = 22.9f;   // the largest E
