@@ -1,4 +1,4 @@
-// What each op is given, on every backend: raw pointers, strides and scalars, already checked by ops.cpp.
+// What each op is given, on every backend: raw pointers, strides and scalars, already checked by csrc/ops.
 // Rows are positions (batch x length, flattened). Row strides are in elements; the simplex axis has stride 1.
 // A null pointer is an absent argument. Structs are plain data, so tests can fill them from ctypes.
 #pragma once
