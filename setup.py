@@ -21,6 +21,15 @@ ARCHES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # what is compiled for unless TORCH_CU
 OLDEST_ARCH = 8.0  # Ampere
 UNIT_GIGABYTES = 1.5  # of memory that a compiler needs: limits how many run at once
 TORCH_TARGET = "0x020b000000000000"  # the oldest torch that the library runs under: 2.11
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]  # of every C++ unit
+KERNEL_FLAGS = [  # of the CPU kernels. -ffp-contract=fast is GCC's default: products and sums fuse where there is FMA
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fschedule-insns",  # the kernels are long chains side by side: worth 10 % on noise
+    "-fsched-pressure",
+]
 ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -121,16 +130,12 @@ class NinjaBuild(build_ext):
         includes = [f"-I{ROOT / 'csrc'}"] + [
             f"-isystem {p}" for p in [pybind11.get_include(), *include_paths(), sysconfig.get_paths()["include"]]
         ]
-        common = [
-            "-std=c++20",
-            "-O3",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wno-psabi",
+        torch_flags = [  # of the units that see torch's headers
+            *CXX_FLAGS,
             "-DNDEBUG",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
             f'-DKLFLOW_TORCH_VERSION=\\"{torch.__version__}\\"',
+            *includes,
         ]
         nvcc, reason = find_nvcc()
         objects, lines = [], []
@@ -140,33 +145,12 @@ class NinjaBuild(build_ext):
             lines.append(f"build {work / name}: {rule} {source}\n  flags = {' '.join(flags)}\n")
             objects.append(str(work / name))
 
-        # -ffp-contract=fast is GCC's default: products and sums fuse where the instruction set has FMA.
         isas = ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             if source.name == "dispatch.cpp":
                 continue
             for isa, flags in isas.items():
-                unit(
-                    source,
-                    "cxx",
-                    [
-                        "-std=c++20",
-                        "-O3",
-                        "-fPIC",
-                        "-fvisibility=hidden",
-                        "-Wall",
-                        "-Wno-psabi",
-                        "-Wno-uninitialized",
-                        "-Wno-maybe-uninitialized",
-                        "-fno-math-errno",
-                        "-fno-trapping-math",
-                        "-fschedule-insns",  # the kernels are long chains side by side: worth 10 % on noise
-                        "-fsched-pressure",
-                        f"-DKLFLOW_ISA={isa}",
-                        *flags,
-                    ],
-                    f".{isa}",
-                )
+                unit(source, "cxx", [*CXX_FLAGS, *KERNEL_FLAGS, f"-DKLFLOW_ISA={isa}", *flags], f".{isa}")
         libraries = []
         cuda_flags = []
         arches = []
@@ -187,8 +171,9 @@ class NinjaBuild(build_ext):
         else:
             print(f"without CUDA kernels: {reason}", flush=True)
             cuda_flags = [f'-DKLFLOW_CUDA_REASON=\\"{reason}\\"'.replace(" ", "\\ ").replace(";", "\\;")]
-        unit(ROOT / "csrc" / "ops.cpp", "cxx", [*common, *cuda_flags, *includes])
-        unit(ROOT / "csrc" / "cpu" / "dispatch.cpp", "cxx", [*common, *includes])
+        for source in sorted((ROOT / "csrc" / "ops").glob("*.cpp")):
+            unit(source, "cxx", [*torch_flags, *cuda_flags])
+        unit(ROOT / "csrc" / "cpu" / "dispatch.cpp", "cxx", torch_flags)
         # nvcc as the linker finds its own static CUDA runtime, wherever the toolkit lives. --no-as-needed keeps libtorch.so,
         # empty in a torch without CUDA, among the libraries whose CUDA functions the loader binds in one that has them.
         link = f"{cxx} -shared -Wl,--no-as-needed"
@@ -203,10 +188,13 @@ class NinjaBuild(build_ext):
             + "".join(lines)
             + f"build {target}: link {' '.join(objects)}\n"
         )
-        command = [sys.executable, "-m", "ninja", "-C", str(work), "-j", jobs()]
+        ninja = [sys.executable, "-m", "ninja", "-C", str(work)]
+        commands = subprocess.run([*ninja, "-t", "compdb", "cxx", "nvcc"], capture_output=True, text=True, check=True)
+        folder = work.parent if work.parent == ROOT / "build" else work  # build/, where clangd and clang-tidy look
+        (folder / "compile_commands.json").write_text(commands.stdout)
         cuda = f"{names} with {nvcc}" if arches else f"off: {reason}"
         print(f"building {target.name}: {len(objects)} units, CUDA {cuda}", flush=True)
-        subprocess.run(command, check=True)
+        subprocess.run([*ninja, "-j", jobs()], check=True)
 
 
 setup(ext_modules=[Extension("klflow_ext._C", sources=[])], cmdclass={"build_ext": NinjaBuild})

@@ -2,7 +2,7 @@
 // tests can run them under sanitizers with nothing else rebuilt.
 #include "cpu/dispatch.h"
 #include "cpu/row.h"
-#include "cuda/backend.h"
+#include "cuda/ops.h"
 
 namespace {
 
@@ -17,8 +17,8 @@ const char* run(const Params& p, void*) {
 #define KLFLOW_EXPORT extern "C" __attribute__((visibility("default")))
 
 KLFLOW_EXPORT const klflow::Backend* klflow_backend() {
-#define KLFLOW_ENTRY(op, Params) run<klflow::Params, klflow::KLFLOW_ISA::op>,
-  static const klflow::Backend backend{KLFLOW_CPU_OPS(KLFLOW_ENTRY)};
+#define KLFLOW_ENTRY(op, Params) .op = run<klflow::Params, klflow::KLFLOW_ISA::op>,
+  static const klflow::Backend backend{KLFLOW_OPS(KLFLOW_ENTRY)};
   return &backend;
 }
 // Reads the last n elements of a row as the kernels do, n being for the caller to get wrong.

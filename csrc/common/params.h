@@ -1,9 +1,11 @@
-// What each op is given, on every backend: raw pointers, strides and scalars, already checked by ops.cpp.
+// What each op is given, on every backend: raw pointers, strides and scalars, already checked by csrc/ops.
 // Rows are positions (batch x length, flattened). Row strides are in elements; the simplex axis has stride 1.
 // A null pointer is an absent argument. Structs are plain data, so tests can fill them from ctypes.
 #pragma once
 
 #include <cstdint>
+
+#include "host_device.h"
 
 namespace klflow {
 
@@ -23,12 +25,19 @@ struct Tokens {
   int64_t stride;
   int32_t is_int32;
   int32_t unused;
+
+  KLFLOW_HD int64_t at(int64_t row, int64_t slot = 0) const {
+    const int64_t i = row * stride + slot;
+    return is_int32 ? static_cast<const int32_t*>(data)[i] : static_cast<const int64_t*>(data)[i];
+  }
 };
 
 // One float32 per row; stride 0 broadcasts.
 struct Scalars {
   const float* data;
   int64_t stride;
+
+  KLFLOW_HD float at(int64_t row, float absent = 0.0f) const { return data != nullptr ? data[row * stride] : absent; }
 };
 
 // The noise state of each row, int64: (seed, step) with stride 0 for all rows or with stride 2 for each row, whose row
@@ -37,6 +46,15 @@ struct Rng {
   const int64_t* data;
   int64_t stride;
   int64_t row_offset;  // added to the row of the call
+
+  struct State {
+    uint64_t seed;
+    int64_t step, row;
+  };
+  KLFLOW_HD State at(int64_t row) const {
+    const int64_t* state = data + row * stride;
+    return {static_cast<uint64_t>(state[0]), state[1], stride == 3 ? state[2] : row + row_offset};
+  }
 };
 
 // Rows that are known at every t: flags (bool) and their tokens. flags == null: no row is given.
@@ -44,6 +62,8 @@ struct Given {
   const uint8_t* flags;
   int64_t stride;
   Tokens known;
+
+  KLFLOW_HD bool at(int64_t row) const { return flags != nullptr && flags[row * stride]; }
 };
 
 // x_t = softmax((1 - t) log x_0 + t log x_1), x_0 ~ Dirichlet(1) from the noise contract. c = log(V / beta - V + 1).

@@ -5,11 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define KLFLOW_HD __host__ __device__ __forceinline__
-#else
-#define KLFLOW_HD inline
-#endif
+#include "host_device.h"
 
 namespace klflow {
 

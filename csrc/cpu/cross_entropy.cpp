@@ -38,9 +38,9 @@ class RowLoss {
   explicit RowLoss(const CrossEntropyParams& p) : p_(p), uniform_(p.label_smoothing / static_cast<float>(p.vocab)) {}
 
   void run(int64_t row) {
-    const int64_t token = kTarget == Target::kSoft ? -1 : token_at(p_.target, row);
+    const int64_t token = kTarget == Target::kSoft ? -1 : p_.target.at(row);
     const bool ignored = kTarget != Target::kSoft && token == p_.ignore_index;
-    const float dlse = scalar_at(p_.dlse, row, 0.0f);
+    const float dlse = p_.dlse.at(row);
     const bool wanted = p_.dloss.data != nullptr, zero = ignored && dlse == 0.0f, keep = wanted && !zero;
     if (p_.loss == nullptr && !keep) return fill_row(row_of<T>(p_.grad, row), p_.vocab, 0.0f);
 
@@ -65,7 +65,7 @@ class RowLoss {
     }
 
     const double lse = sum.lse();
-    const float row_weight = scalar_at(p_.row_weight, row, 1.0f);
+    const float row_weight = p_.row_weight.at(row, 1.0f);
     const float own_weight =
         kTarget == Target::kSoft || ignored ? 0.0f : (1.0f - p_.label_smoothing) * class_weight(token);
     if (p_.loss != nullptr) {
@@ -78,7 +78,7 @@ class RowLoss {
     if (!keep) return fill_row(row_of<T>(p_.grad, row), p_.vocab, 0.0f);
 
     // grad_j = (a p_j - scale q_j w_j) dz_j / dlogits_j, p_j = kept_j factor(shift of its block).
-    const float scale = ignored ? 0.0f : scalar_at(p_.dloss, row, 0.0f) * row_weight;
+    const float scale = ignored ? 0.0f : p_.dloss.at(row) * row_weight;
     const float a = scale * static_cast<float>(qw + own_weight + (ignored ? 0.0 : 2.0 * p_.z_loss * lse)) + dlse;
     T* grad = row_of<T>(p_.grad, row);
     for (int64_t start = 0; start < p_.vocab; start += kBlock) {
@@ -97,9 +97,6 @@ class RowLoss {
   }
 
  private:
-  static float scalar_at(const Scalars& scalars, int64_t row, float absent) {
-    return scalars.data != nullptr ? scalars.data[row * scalars.stride] : absent;
-  }
   float class_weight(int64_t token) const { return p_.weight != nullptr ? p_.weight[token] : 1.0f; }
 
   float z_at(const T& logit) const {

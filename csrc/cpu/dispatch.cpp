@@ -87,6 +87,6 @@ const char* capability_reason() { return choice().reason.c_str(); }
     const auto run = KLFLOW_CHOOSE(op);                                                                \
     parallel_rows(rows_of(p), columns_of(p), [&](int64_t begin, int64_t end) { run(p, begin, end); }); \
   }
-KLFLOW_CPU_OPS(KLFLOW_DEFINE)
+KLFLOW_OPS(KLFLOW_DEFINE)
 
 }  // namespace klflow::cpu

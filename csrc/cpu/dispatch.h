@@ -2,39 +2,27 @@
 // of rows; dispatch.cpp splits the rows over torch's threads.
 #pragma once
 
-#include "../common/params.h"
+#include "../common/ops.h"
 
 namespace klflow {
 
-#define KLFLOW_CPU_OPS(X)                      \
-  X(noise_interpolate, NoiseInterpolateParams) \
-  X(logit_interpolate, LogitInterpolateParams) \
-  X(cross_entropy, CrossEntropyParams)         \
-  X(topk_sample, TopkSampleParams)             \
-  X(topk_renoise, TopkRenoiseParams)           \
-  X(euler_step, EulerStepParams)               \
-  X(noise_tile, NoiseTileParams)               \
-  X(posterior, PosteriorParams)                \
-  X(gather_rows, GatherRowsParams)             \
-  X(scatter_rows, ScatterRowsParams)
-
 #define KLFLOW_DECLARE(op, Params) void op(const Params& p, int64_t begin, int64_t end);
 namespace baseline {
-KLFLOW_CPU_OPS(KLFLOW_DECLARE)
+KLFLOW_OPS(KLFLOW_DECLARE)
 }
 #if defined(__x86_64__)
 namespace avx2 {
-KLFLOW_CPU_OPS(KLFLOW_DECLARE)
+KLFLOW_OPS(KLFLOW_DECLARE)
 }
 namespace avx512 {
-KLFLOW_CPU_OPS(KLFLOW_DECLARE)
+KLFLOW_OPS(KLFLOW_DECLARE)
 }
 #endif
 #undef KLFLOW_DECLARE
 
 namespace cpu {
 #define KLFLOW_DECLARE(op, Params) void op(const Params& p);
-KLFLOW_CPU_OPS(KLFLOW_DECLARE)
+KLFLOW_OPS(KLFLOW_DECLARE)
 #undef KLFLOW_DECLARE
 
 // What an op's range counts.

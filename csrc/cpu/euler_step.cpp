@@ -13,16 +13,16 @@ void step_row(const EulerStepParams& p, int64_t row, bool streamed) {
   const S* state = row_of<S>(p.log_x, row);
   S* state_next = row_of<S>(p.log_x_next, row);
   X* x_next = row_of<X>(p.x_next, row);
-  if (p.given.flags != nullptr && p.given.flags[row * p.given.stride]) {
-    const int64_t token = token_at(p.given.known, row);
+  if (p.given.at(row)) {
+    const int64_t token = p.given.known.at(row);
     store_onehot(state_next, p.vocab, token, true);
     store_onehot(x_next, p.vocab, token, false);
     return;
   }
   // In scratch rows: exp(logits - shift), then l over it; exp(l - shift); and the shifts of the blocks.
   float *l = scratch_row(p.vocab), *e = scratch_row(p.vocab, 1), *shifts = scratch_row(p.vocab, 2);
-  const float rate = p.rate.data[row * p.rate.stride];
-  StreamingSum logits_sum(1.0f / p.temperature.data[row * p.temperature.stride]);
+  const float rate = p.rate.at(row);
+  StreamingSum logits_sum(1.0f / p.temperature.at(row));
   for (int64_t start = 0; start < p.vocab; start += kBlock) {
     const int64_t n = std::min(kBlock, p.vocab - start);
     logits_sum.add(logits + start, n, l + start);

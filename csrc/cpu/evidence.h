@@ -2,60 +2,43 @@
 // units of ln 2 throughout (it comes from log2), which cancels in E_j / S.
 #pragma once
 
+#include "../common/geodesic.h"
 #include "row.h"
 
 namespace klflow::KLFLOW_ISA {
 
-constexpr float kSeries = 0.015625f;  // 2^-6: largest w for which four terms of -log(1 - w) are within 2e-8
+constexpr float kMostUnits = 33.1f;  // no E is above: kMostNoise in units of ln 2
 
-// s = c t / (1 - t), the log-ratio that moves u towards the target. From 80 on (and at t = 1) the row is
-// onehot(target): every other token's posterior is below the smallest float32.
-struct Pull {
-  Pull(float t, float c) : s(static_cast<double>(c) * t / (1.0 - t)), certain(!(s < 80.0)) {}
-  double s;
-  bool certain;
-};
+// Whether the row of a target is onehot(target).
+inline bool is_certain(double gain) { return !(gain < kMostGain); }
 
 // The sum of the noise, here in units of ln 2, in the stats of a row; shift is the same z again only from the same sum.
 inline float stats_of_noise(double noise) { return static_cast<float>(noise * kLn2); }
 inline double noise_of_stats(float noise) { return noise / kLn2; }
 
 struct Evidence {
-  double slope;      // (1 - e^-s) / S
-  float w, v_w;      // slope and V slope in float32: E to w and to the first term of e
-  bool needs_log1p;  // some w may be too large for the series
+  double share;
+  float to_w, to_v_w;  // share and V share in float32: E to w and to the first term of e
+  bool needs_log1p;    // some w may be too large for the series
   int64_t vocab;
 
-  // largest: no E is above; that of the noise by default, 33 ln 2.
-  Evidence(double s, double sum, int64_t vocab, float largest = 33.1f)
-      : slope(-std::expm1(-s) / sum),
-        w(static_cast<float>(slope)),
-        v_w(static_cast<float>(slope * vocab)),
-        needs_log1p(slope * largest > kSeries),
+  // largest: no E is above.
+  Evidence(double gain, double sum, int64_t vocab, float largest = kMostUnits)
+      : share(share_of(gain, sum)),
+        to_w(static_cast<float>(share)),
+        to_v_w(static_cast<float>(share * vocab)),
+        needs_log1p(share * largest > kSeries),
         vocab(vocab) {}
 
-  // e = -V log(1 - slope E) = V (w + w^2 / 2 + w^3 / 3 + ...).
-  KLFLOW_INLINE vf operator()(vf e) const {
-    const vf x = e * w;
-    vf p = x * 0.25f + 0.33333334f;
-    p = p * x + 0.5f;
-    p = p * x + 1.0f;
-    return (e * v_w) * p;
-  }
+  KLFLOW_INLINE vf operator()(vf noise) const { return (noise * to_v_w) * evidence_series(noise * to_w); }
   // The same for any w, one lane at a time.
-  float log1p(float e) const { return static_cast<float>(-vocab * std::log1p(-slope * e)); }
+  float log1p(float noise) const { return static_cast<float>(-vocab * std::log1p(-share * noise)); }
 };
 
-// S = base + raised, split so that base / S = 1 - (1 - e^-s) u_k without cancellation.
-struct Split {
-  double base, raised;
-  double sum() const { return base + raised; }
-  // Of noise whose E_k, `own`, is boosted; base: the others, and e^(boost - s) own (without boosts: all the noise).
-  static Split of_noise(double base, double own, double boost, double s) {
-    return {base, -std::expm1(-s) * std::exp(boost) * own};
-  }
-  float own_evidence(int64_t vocab) const { return static_cast<float>(vocab * std::log1p(raised / base)); }  // e_k
-};
+// e_k in float32.
+inline float own_evidence(const Split<double>& split, int64_t vocab) {
+  return static_cast<float>(split.own_evidence(static_cast<double>(vocab)));
+}
 
 // z = log_prior + e over n columns of E; the target's own is for the caller to put right.
 KLFLOW_INLINE void evidence_block(const Evidence& evidence, const float* e, const float* log_prior, int64_t n,
@@ -63,9 +46,9 @@ KLFLOW_INLINE void evidence_block(const Evidence& evidence, const float* e, cons
   for_vectors(n, [&](int64_t i, int m) {
     const vf noise = load_n(e + i, m, 0.0f);
     vf v = evidence(noise);
-    if (evidence.needs_log1p && any(noise * evidence.w > kSeries)) {
+    if (evidence.needs_log1p && any(noise * evidence.to_w > kSeries)) {
       for (int lane = 0; lane < kLanes; ++lane)
-        if (noise[lane] * evidence.w > kSeries) v[lane] = evidence.log1p(noise[lane]);
+        if (noise[lane] * evidence.to_w > kSeries) v[lane] = evidence.log1p(noise[lane]);
     }
     store_n(z + i, load_n(log_prior + i, m, 0.0f) + v, m);
   });

@@ -12,10 +12,10 @@ void interpolate_row(const LogitInterpolateParams& p, int64_t row, bool streamed
   float* y = scratch_row(p.vocab);          // log: l, else exp(l - shift) of each block
   float* shifts = scratch_row(p.vocab, 1);  // of the blocks
   float block[kBlock + kLanes];             // l, where y is not
-  const float t = p.t.data[row * p.t.stride];
+  const float t = p.t.at(row);
   const In* a = row_of<In>(p.log_x0, row);
   const In* b = p.log_x1.data != nullptr ? row_of<In>(p.log_x1, row) : nullptr;
-  const int64_t token = b != nullptr ? -1 : token_at(p.target, row);
+  const int64_t token = b != nullptr ? -1 : p.target.at(row);
   Out* out = row_of<Out>(p.out, row);
   // A weight of exactly 0 drops its end point, so that 0 * -inf is no NaN: x_0 at t = 0, x_1 at t = 1.
   const bool with_a = t != 1.0f, with_b = b != nullptr && t != 0.0f;

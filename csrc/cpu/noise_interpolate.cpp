@@ -12,12 +12,12 @@ void noise_interpolate(const NoiseInterpolateParams& p, int64_t begin, int64_t e
     NoiseRows<T> noise(p.rows, p.vocab, p.c, p.log);
     for (int64_t row = begin; row < end; ++row) {
       T* out = row_of<T>(p.out, row);
-      const int64_t token = token_at(p.target, row);
-      if (p.given.flags != nullptr && p.given.flags[row * p.given.stride]) {
+      const int64_t token = p.target.at(row);
+      if (p.given.at(row)) {
         store_onehot(out, p.vocab, token, p.log);
         continue;
       }
-      noise.add(philox_key(p.rng, row, kSimplexNoise), token, p.t.data[row * p.t.stride], out);
+      noise.add(philox_key(p.rng, row, kSimplexNoise), token, p.t.at(row), out);
     }
   });
 }

@@ -15,7 +15,7 @@ float exponential(const PhiloxKey& key, int64_t column) {
 }
 
 // q_j = exp(z_j - shift) / total over the tile, or log q_j.
-void posterior_tile(const NoiseTileParams& p, int64_t row, const PhiloxKey& key, int64_t token, double s, float* q) {
+void posterior_tile(const NoiseTileParams& p, int64_t row, const PhiloxKey& key, int64_t token, double gain, float* q) {
   const float* stats = p.stats + 3 * row;
   const float shift = stats[1], scale = 1.0f / stats[2];
   const double noise = noise_of_stats(stats[0]), own = exponential(key, token);
@@ -24,10 +24,10 @@ void posterior_tile(const NoiseTileParams& p, int64_t row, const PhiloxKey& key,
     exponentials(key, p.column + i, v);
     for (int j = 0; j < 2 * kChains; ++j) store(q + i + j * kLanes, v[j]);
   }
-  const Split split = Split::of_noise(noise, own, s, s);
-  evidence_block(Evidence(s, split.sum(), p.vocab), q, p.log_prior + p.column, p.columns, q);
+  const Split<double> split = split_of_noise(noise, own, gain, gain);
+  evidence_block(Evidence(gain, split.sum(), p.vocab), q, p.log_prior + p.column, p.columns, q);
   if (token >= p.column && token < p.column + p.columns)
-    q[token - p.column] = p.log_prior[token] + split.own_evidence(p.vocab);
+    q[token - p.column] = p.log_prior[token] + own_evidence(split, p.vocab);
   const float log_total = std::log(stats[2]);
   for_vectors(p.columns, [&](int64_t i, int m) {
     const vf z = load_n(q + i, m, -kInf) - shift;
@@ -42,11 +42,11 @@ void noise_tile(const NoiseTileParams& p, int64_t begin, int64_t end) {
     using T = element<decltype(type)>;
     for (int64_t row = begin; row < end; ++row) {
       T* out = row_of<T>(p.out, row);
-      const int64_t token = token_at(p.target, row);
+      const int64_t token = p.target.at(row);
       const bool mine = token >= p.column && token < p.column + p.columns;
-      const float t = p.t.data[row * p.t.stride];
-      const Pull pull(t, p.c);
-      if ((p.given.flags != nullptr && p.given.flags[row * p.given.stride]) || (p.sum == nullptr && pull.certain)) {
+      const float t = p.t.at(row);
+      const double gain = gain_of<double>(t, p.c);
+      if (p.given.at(row) || (p.sum == nullptr && is_certain(gain))) {
         fill_row(out, p.columns, p.log ? -kInf : 0.0f);
         if (mine) out[token - p.column] = from_float<T>(p.log ? 0.0f : 1.0f);
         if (p.sum != nullptr && mine) p.sum[row] += 1.0;
@@ -55,7 +55,7 @@ void noise_tile(const NoiseTileParams& p, int64_t begin, int64_t end) {
       const PhiloxKey key = philox_key(p.rng, row, kSimplexNoise);
       float* y = scratch_row(p.columns);
       if (p.sum == nullptr) {
-        posterior_tile(p, row, key, token, pull.s, y);
+        posterior_tile(p, row, key, token, gain, y);
       } else {
         double sum = noise_row<false, false>(key, p.column, p.columns, 1.0f - t, y, [](int64_t) {});
         if (mine) {

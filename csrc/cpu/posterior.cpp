@@ -188,27 +188,25 @@ double exponential_row(const PhiloxKey& key, int64_t vocab, float* e) {
 struct Row {
   float* e;
   int64_t own;  // the target, the largest boosted column, column or entry; -1: none is large
-  Split split;
-  float largest = 33.1f;
+  Split<double> split;
+  float largest = kMostUnits;
   double noise = 0.0;    // the sum of the noise of a target's row
   bool certain = false;  // the row is onehot(own)
 };
 
-constexpr double kMostBoost = 60.0;
-
-Row row_of_noise(const PosteriorParams& p, int64_t row, const Pull& pull) {
+Row row_of_noise(const PosteriorParams& p, int64_t row, double gain) {
   float* e = scratch_row(p.vocab);
-  const int64_t target = token_at(p.target, row);
-  if ((p.boost == nullptr && pull.certain) || (p.given.flags != nullptr && p.given.flags[row * p.given.stride])) {
+  const int64_t target = p.target.at(row);
+  if ((p.boost == nullptr && is_certain(gain)) || p.given.at(row)) {
     return {e, target, {}, 0.0f, 0.0, true};
   }
   double noise = exponential_row(philox_key(p.rng, row, kSimplexNoise), p.vocab, e);
   // 1 - w of any column may be small: the sum must then be exact.
-  auto needs_exact = [&](const Split& split) { return Evidence(pull.s, split.sum(), p.vocab).needs_log1p; };
+  auto needs_exact = [&](const Split<double>& split) { return Evidence(gain, split.sum(), p.vocab).needs_log1p; };
   if (p.boost == nullptr) {
-    if (needs_exact(Split::of_noise(noise, e[target], pull.s, pull.s))) noise = exact_sum(e, p.vocab);
+    if (needs_exact(split_of_noise<double>(noise, e[target], gain, gain))) noise = exact_sum(e, p.vocab);
     if (p.stats != nullptr) noise = noise_of_stats(stats_of_noise(noise));  // as who reads the stats will have it
-    return {e, target, Split::of_noise(noise, e[target], pull.s, pull.s), 33.1f, noise};
+    return {e, target, split_of_noise<double>(noise, e[target], gain, gain), kMostUnits, noise};
   }
   // The boosted columns are taken out, the others summed, and what the boosts make of the columns is added: taken from
   // a sum over all columns, the noise of columns with negative boosts would leave nothing but its rounding.
@@ -216,7 +214,7 @@ Row row_of_noise(const PosteriorParams& p, int64_t row, const Pull& pull) {
   int64_t own = -1, own_slot = -1;
   double own_noise = 0.0, own_boost = 0.0;
   for (int64_t slot = 0; slot < p.slots; ++slot) {
-    const int64_t column = token_at(p.target, row, slot);
+    const int64_t column = p.target.at(row, slot);
     if (column < 0) continue;
     const double boost = std::clamp<double>(p.boost[row * p.slots + slot], -kMostBoost, kMostBoost);
     raised[slot] = static_cast<float>(e[column] * std::exp(boost));
@@ -225,16 +223,16 @@ Row row_of_noise(const PosteriorParams& p, int64_t row, const Pull& pull) {
   }
   auto each_other = [&](auto&& f) {
     for (int64_t slot = 0; slot < p.slots; ++slot)
-      if (slot != own_slot && token_at(p.target, row, slot) >= 0) f(e[token_at(p.target, row, slot)], raised[slot]);
+      if (slot != own_slot && p.target.at(row, slot) >= 0) f(e[p.target.at(row, slot)], raised[slot]);
   };
   if (own >= 0) e[own] = 0.0f;
   each_other([](float& noise_of_column, float) { noise_of_column = 0.0f; });
   auto split_of = [&](double unboosted) {
-    double base = unboosted + std::exp(own_boost - pull.s) * own_noise;
+    double base = unboosted + std::exp(own_boost - gain) * own_noise;
     each_other([&](float, float value) { base += value; });
-    return Split::of_noise(base, own_noise, own_boost, pull.s);
+    return split_of_noise<double>(base, own_noise, own_boost, gain);
   };
-  Split split = split_of(sum_row(e, p.vocab, [](int64_t, int64_t) {}));
+  Split<double> split = split_of(sum_row(e, p.vocab, [](int64_t, int64_t) {}));
   if (needs_exact(split)) {
     const int64_t column = std::max_element(e, e + p.vocab) - e;
     if (own < 0 || e[column] > raised[own_slot]) {  // the largest of all has no boost
@@ -253,7 +251,7 @@ Row row_of_noise(const PosteriorParams& p, int64_t row, const Pull& pull) {
 
 // E of a dense state, in units of its largest.
 template <class T>
-Row row_of_state(const PosteriorParams& p, int64_t row, const Pull& pull, float t) {
+Row row_of_state(const PosteriorParams& p, int64_t row, double gain, float t) {
   float* e = scratch_row(p.vocab);
   const T* log_x = row_of<T>(p.log_x, row);
   vf best = splat(-kInf);
@@ -281,8 +279,8 @@ Row row_of_state(const PosteriorParams& p, int64_t row, const Pull& pull, float 
       return v;
     });
   }
-  const double stay = std::exp(-pull.s);
-  return {e, own, {std::max(rest + stay, 1e-37), -std::expm1(-pull.s)}, 1.0f};  // 1e-37: e_k is then 85 V
+  const double stay = std::exp(-gain);
+  return {e, own, {std::max(rest + stay, 1e-37), lift_of(gain)}, 1.0f};  // 1e-37: e_k is then 85 V
 }
 
 // A row without E: onehot(token), or NaN.
@@ -304,13 +302,13 @@ void store_plain(const PosteriorParams& p, int64_t row, int64_t token, bool vali
   p.stats[3 * row + 2] = valid ? 1.0f : kNaN;
 }
 
-void store_row(const PosteriorParams& p, int64_t row, const Row& made, double s, Selection& selection) {
+void store_row(const PosteriorParams& p, int64_t row, const Row& made, double gain, Selection& selection) {
   if (made.certain || !(made.split.sum() < kInf)) {
     store_plain(p, row, made.own, made.certain);
     return;
   }
-  const Evidence evidence(s, made.split.sum(), p.vocab, made.largest);
-  const float own = made.own < 0 ? -kInf : p.log_prior[made.own] + made.split.own_evidence(p.vocab);
+  const Evidence evidence(gain, made.split.sum(), p.vocab, made.largest);
+  const float own = made.own < 0 ? -kInf : p.log_prior[made.own] + own_evidence(made.split, p.vocab);
   float z[kBlock], shift = own;
   double total = 0.0;
   selection.clear();
@@ -354,15 +352,15 @@ void posterior(const PosteriorParams& p, int64_t begin, int64_t end) {
   Selection selection(p.top, p.vocab);
   for_dtype(p.log_x.dtype, [&](auto* type) {
     for (int64_t row = begin; row < end; ++row) {
-      const float t = p.t.data[row * p.t.stride];
+      const float t = p.t.at(row);
       if (!(t >= 0.0f && t <= 1.0f)) {
         store_plain(p, row, 0, false);
         continue;
       }
-      const Pull pull(t, p.c);
+      const double gain = gain_of<double>(t, p.c);
       const Row made =
-          p.log_x.data == nullptr ? row_of_noise(p, row, pull) : row_of_state<element<decltype(type)>>(p, row, pull, t);
-      store_row(p, row, made, pull.s, selection);
+          p.log_x.data == nullptr ? row_of_noise(p, row, gain) : row_of_state<element<decltype(type)>>(p, row, gain, t);
+      store_row(p, row, made, gain, selection);
     }
   });
 }

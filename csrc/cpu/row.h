@@ -22,7 +22,7 @@ KLFLOW_INLINE const float* block_of(const T* row, int64_t begin, int64_t n, floa
   return buffer;
 }
 
-// Calls f(offset, n) on whole vectors, then f_tail on what is left.
+// Calls f(offset, kLanes) on whole vectors, then f(offset, n) on the n columns that are left.
 template <class F>
 KLFLOW_INLINE void for_vectors(int64_t n, F&& f) {
   int64_t i = 0;
@@ -181,16 +181,9 @@ double noise_row(const PhiloxKey& key, int64_t first, int64_t n, float one_minus
 }
 
 inline PhiloxKey philox_key(const Rng& rng, int64_t row, uint32_t stream) {
-  const int64_t* pair = rng.data + row * rng.stride;
-  const uint64_t seed = static_cast<uint64_t>(pair[0]);
-  const int64_t number = rng.stride == 3 ? pair[2] : row + rng.row_offset;
-  return {static_cast<uint32_t>(seed) | static_cast<uint64_t>(key_of_row(seed, number)) << 32,
-          static_cast<uint32_t>(number), static_cast<uint32_t>(pair[1]), stream};
-}
-
-inline int64_t token_at(const Tokens& tokens, int64_t row, int64_t slot = 0) {
-  const int64_t i = row * tokens.stride + slot;
-  return tokens.is_int32 ? static_cast<const int32_t*>(tokens.data)[i] : static_cast<const int64_t*>(tokens.data)[i];
+  const Rng::State state = rng.at(row);
+  return {static_cast<uint32_t>(state.seed) | static_cast<uint64_t>(key_of_row(state.seed, state.row)) << 32,
+          static_cast<uint32_t>(state.row), static_cast<uint32_t>(state.step), stream};
 }
 
 template <class T>

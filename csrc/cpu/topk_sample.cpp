@@ -152,13 +152,13 @@ class Draw {
   // The drawn token of a row, -1 where there is none; its log-probability in log_prob.
   __attribute__((noinline)) int64_t run(int64_t row, float& log_prob) {
     log_prob = kNaN;
-    if (p_.given.flags != nullptr && p_.given.flags[row * p_.given.stride]) {
+    if (p_.given.at(row)) {
       log_prob = 0.0f;
-      return token_at(p_.given.known, row);
+      return p_.given.known.at(row);
     }
     row_ = row_of<T>(p_.logits, row);
-    temperature_ = p_.temperature.data[row * p_.temperature.stride];
-    top_p_ = p_.top_p.data[row * p_.top_p.stride];
+    temperature_ = p_.temperature.at(row);
+    top_p_ = p_.top_p.at(row);
     place_scratch();
     if (!select()) return -1;
     log_prob = 0.0f;
@@ -483,10 +483,10 @@ void topk_renoise(const TopkRenoiseParams& p, int64_t begin, int64_t end) {
         Out* out = row_of<Out>(p.out, row);
         if (token < 0)
           fill_row(out, s.vocab, kNaN);
-        else if (s.given.flags != nullptr && s.given.flags[row * s.given.stride])
+        else if (s.given.at(row))
           store_onehot(out, s.vocab, token, false);
         else
-          noise.add(philox_key(s.rng, row, kSimplexNoise), token, p.t_next.data[row * p.t_next.stride], out);
+          noise.add(philox_key(s.rng, row, kSimplexNoise), token, p.t_next.at(row), out);
       }
     });
   });

@@ -1,7 +1,7 @@
 #include "cross_entropy.cuh"
 
 #include "launch.cuh"
-#include "launch.h"
+#include "ops.h"
 
 namespace klflow::cuda {
 

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropy
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const Slice slice = slice_of(p.vocab);  // `column` below is of the slice, j of the row
     const bool soft = !kPlain && p.target.data == nullptr;
-    const int64_t token = soft ? -1 : token_at(p.target, row);
+    const int64_t token = soft ? -1 : p.target.at(row);
     const bool ignored = !soft && token == p.ignore_index;
     const bool valid = soft || ignored || (token >= 0 && token < p.vocab);
     const bool hard = !soft && !ignored && valid;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropy
     const float own_weight = hard ? (1.0f - p.label_smoothing) * class_weight(token) : 0.0f;
     // Read before any barrier of the sums, so before an in-place gradient overwrites it.
     const float own_z = own_weight != 0.0f ? capped(load(p.logits, row, token)) : 0.0f;
-    const float row_weight = scalar_at(p.row_weight, row, 1.0f);
+    const float row_weight = p.row_weight.at(row, 1.0f);
 
     ExpSum sum = empty_sum();
     double qw = 0.0, qwz = 0.0;
@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropy
       p.lse[row] = static_cast<float>(lse);
     }
     if (p.dloss.data == nullptr) continue;
-    const float scale = ignored ? 0.0f : valid ? scalar_at(p.dloss, row, 0.0f) * row_weight : not_a_number();
-    const float dlse = scalar_at(p.dlse, row, 0.0f), lse = all.shift + logf(all.total);
+    const float scale = ignored ? 0.0f : valid ? p.dloss.at(row) * row_weight : not_a_number();
+    const float dlse = p.dlse.at(row), lse = all.shift + logf(all.total);
     const float a = ignored ? dlse : scale * static_cast<float>(qw + own_weight + 2.0 * p.z_loss * lse) + dlse;
     const float share = a / all.total;  // a p_j = share exp(z_j - shift)
     const bool zero = ignored && dlse == 0.0f;

@@ -1,7 +1,7 @@
 #include "euler_step.cuh"
 
 #include "launch.cuh"
-#include "launch.h"
+#include "ops.h"
 
 namespace klflow::cuda {
 

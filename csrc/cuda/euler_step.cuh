@@ -11,14 +11,14 @@ template <class L, class S, class X>
 __global__ void __launch_bounds__(kThreads, 2) euler_step_kernel(EulerStepParams p, bool keep) {
   float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kPartialBytes) : nullptr;
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
-    if (is_given(p.given, row)) {
-      const int64_t token = token_at(p.given.known, row);
+    if (p.given.at(row)) {
+      const int64_t token = p.given.known.at(row);
       store_onehot(p.log_x_next, row, p.vocab, token, true);
       store_onehot(p.x_next, row, p.vocab, token, false);
       continue;
     }
-    const float inverse = 1.0f / scalar_at(p.temperature, row, 1.0f);
-    const float rate = scalar_at(p.rate, row, 0.0f), stay = 1.0f - rate;
+    const float inverse = 1.0f / p.temperature.at(row, 1.0f);
+    const float rate = p.rate.at(row), stay = 1.0f - rate;
     const Slice slice = slice_of(p.vocab);  // columns below are of the slice
     const L* logits = row_of<L>(p.logits, row) + slice.begin;
     const S* state = row_of<S>(p.log_x, row) + slice.begin;

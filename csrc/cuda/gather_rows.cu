@@ -1,7 +1,7 @@
 #include "gather_rows.cuh"
 
 #include "launch.cuh"
-#include "launch.h"
+#include "ops.h"
 
 namespace klflow::cuda {
 

@@ -11,9 +11,9 @@ template <class In, class Out>
 __global__ void __launch_bounds__(kThreads, 2) logit_interpolate_kernel(LogitInterpolateParams p, bool keep) {
   float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kPartialBytes) : nullptr;
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
-    const float t = scalar_at(p.t, row, 0.0f);
+    const float t = p.t.at(row);
     const bool dense = p.log_x1.data != nullptr;
-    const int64_t token = dense ? -1 : token_at(p.target, row);
+    const int64_t token = dense ? -1 : p.target.at(row);
     const float poison = dense || (token >= 0 && token < p.vocab) ? 0.0f : not_a_number();
     const Slice slice = slice_of(p.vocab);  // columns below are of the slice
     const int own_column = static_cast<int>(token) - slice.begin;

@@ -46,12 +46,12 @@ __global__ void __launch_bounds__(kThreads, 2) noise_tile_kernel(NoiseTileParams
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp; row < p.rows;
        row += static_cast<int64_t>(gridDim.x) * kWarps) {
     Out* out = row_of<Out>(p.out, row);
-    const int64_t token = token_at(p.target, row);
+    const int64_t token = p.target.at(row);
     const int own = static_cast<int>(token) - first;  // the token's column of the tile
-    const float t = scalar_at(p.t, row, 0.0f);
+    const float t = p.t.at(row);
     const bool valid = token >= 0 && token < p.vocab && t >= 0.0f && t <= 1.0f;
     const float gain = gain_of(t, p.c);
-    if (!valid || is_given(p.given, row) || (kPosterior && !(gain <= kMostGain))) {
+    if (!valid || p.given.at(row) || (kPosterior && !(gain <= kMostGain))) {
       store_tile_row(out, p.columns, lane, [&](int column, float (&v)[kVector]) {
 #pragma unroll
         for (int i = 0; i < kVector; ++i)

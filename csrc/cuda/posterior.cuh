@@ -155,8 +155,6 @@ struct StateSource {
   using Type = T;
 };
 
-constexpr float kMostBoost = 60.0f;
-
 // The largest of the boosted columns; value is +infinity where a slot holds no token or no number.
 struct Boosted {
   float value, noise, boost;
@@ -173,7 +171,7 @@ __device__ __forceinline__ Boosted larger(const Boosted& a, const Boosted& b) {
 template <class F>
 __device__ __forceinline__ void each_slot(const PosteriorParams& p, int64_t row, const NoiseKey& key, F&& f) {
   for (int slot = static_cast<int>(threadIdx.x); slot < p.slots; slot += kThreads) {
-    const int64_t column = token_at(p.target, row, slot);
+    const int64_t column = p.target.at(row, slot);
     if (column == -1) continue;
     const float boost = p.boost[row * p.slots + slot];
     if (column < 0 || column >= p.vocab || !(boost == boost))
@@ -219,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
     float* kept = kScratch ? p.scratch + unhoisted(static_cast<int>(blockIdx.x)) * scratch_columns(p.vocab)
                            : reinterpret_cast<float*>(shared_memory() + kPosteriorBytes);
     const int first = unhoisted(kQuad * static_cast<int>(threadIdx.x));
-    const float t = scalar_at(p.t, row, 0.0f), gain = gain_of(t, p.c);
+    const float t = p.t.at(row), gain = gain_of(t, p.c);
     int token = -1;  // the column whose evidence has no cancellation: the target, the largest boosted or entry
     bool valid = t >= 0.0f && t <= 1.0f, certain = false;
     NoiseKey key{};
@@ -246,9 +244,9 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
       valid = valid && peak.value > -infinity() && peak.value < infinity();
       certain = t == 1.0f || peak.entries == 1;
     } else {
-      const int64_t target = token_at(p.target, row);
+      const int64_t target = p.target.at(row);
       token = target >= 0 && target < p.vocab ? static_cast<int>(target) : -1;
-      certain = is_given(p.given, row) || (!Source::kBoosted && !(gain <= kMostGain));
+      certain = p.given.at(row) || (!Source::kBoosted && !(gain <= kMostGain));
       if (!Source::kBoosted || certain) valid = valid && token >= 0;
     }
     if (!valid || certain) {
@@ -359,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
     sum = row_sum(sum);
     if constexpr (Source::kBoosted) {
       const float own_raised = own_noise * expf(own_boost);
-      if (-expm1f(-gain) * kMostNoise > kSeries * (sum + own_raised)) {  // the largest of all may have no boost
+      if (lift_of(gain) * kMostNoise > kSeries * (sum + own_raised)) {  // the largest of all may have no boost
         if (threadIdx.x == 0 && own_column >= 0 && own_column < size) kept[own_column] = own_raised;
         __syncthreads();
         Boosted most{-infinity(), 0.0f, 0.0f, -1};
@@ -382,9 +380,9 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
       sum = static_cast<float>(sum);  // as who reads the stats will have it: shift is then the same z again
       if (is_leader()) p.stats[3 * row] = static_cast<float>(sum);
     }
-    Split split;
+    Split<float> split;
     if constexpr (Source::kDense)
-      split = {fmaxf(static_cast<float>(sum) + expf(-gain), 1e-37f), -expm1f(-gain)};  // 1e-37: e_k is then 85 V
+      split = {fmaxf(static_cast<float>(sum) + expf(-gain), 1e-37f), lift_of(gain)};  // 1e-37: e_k is then 85 V
     else
       split = split_of_noise(sum, own_noise, own_boost, gain);
     const Evidence evidence(split, gain, p.vocab);

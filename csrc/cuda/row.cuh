@@ -52,16 +52,6 @@ __device__ __forceinline__ void store(const Rows& rows, int64_t row, int64_t col
   else
     static_cast<__half*>(rows.data)[i] = __float2half_rn(x);
 }
-__device__ __forceinline__ int64_t token_at(const Tokens& tokens, int64_t row, int64_t slot = 0) {
-  const int64_t i = row * tokens.stride + slot;
-  return tokens.is_int32 ? static_cast<const int32_t*>(tokens.data)[i] : static_cast<const int64_t*>(tokens.data)[i];
-}
-__device__ __forceinline__ bool is_given(const Given& given, int64_t row) {
-  return given.flags != nullptr && given.flags[row * given.stride];
-}
-__device__ __forceinline__ float scalar_at(const Scalars& scalars, int64_t row, float absent) {
-  return scalars.data != nullptr ? scalars.data[row * scalars.stride] : absent;
-}
 
 // ---- vectors of 8 columns (numbered by int: V < 2^31), read and written 16 bytes at a time whatever the row's
 // alignment
@@ -280,11 +270,9 @@ struct NoiseKey {
   uint32_t k0, k1, row, step;
 };
 __device__ __forceinline__ NoiseKey noise_key(const Rng& rng, int64_t row) {
-  const int64_t* pair = rng.data + row * rng.stride;
-  const uint64_t seed = static_cast<uint64_t>(pair[0]);
-  const int64_t number = rng.stride == 3 ? pair[2] : row + rng.row_offset;
-  return {static_cast<uint32_t>(seed), key_of_row(seed, number), static_cast<uint32_t>(number),
-          static_cast<uint32_t>(pair[1])};
+  const Rng::State state = rng.at(row);
+  return {static_cast<uint32_t>(state.seed), key_of_row(state.seed, state.row), static_cast<uint32_t>(state.row),
+          static_cast<uint32_t>(state.step)};
 }
 __device__ __forceinline__ Words4 noise_words(const NoiseKey& key, int64_t column, uint32_t stream) {
   return philox(static_cast<uint32_t>(column) / 4, key.row, key.step, stream, key.k0, key.k1);

@@ -140,9 +140,9 @@ __device__ __forceinline__ bool select_queued(const T* slice, int begin, int siz
 template <class T>
 __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t row, T* kept, float& log_prob) {
   log_prob = not_a_number();
-  if (is_given(p.given, row)) {
+  if (p.given.at(row)) {
     log_prob = 0.0f;
-    return token_at(p.given.known, row);
+    return p.given.known.at(row);
   }
   const Slice slice = slice_of(p.vocab);
   const T* logits = row_of<T>(p.logits, row);
@@ -163,8 +163,8 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
     log_prob = 0.0f;
     return top.column;
   }
-  const double inverse = 1.0 / scalar_at(p.temperature, row, 1.0f);
-  const float top_p = scalar_at(p.top_p, row, 1.0f);
+  const double inverse = 1.0 / p.temperature.at(row, 1.0f);
+  const float top_p = p.top_p.at(row, 1.0f);
   const NoiseKey key = noise_key(p.rng, row);
   auto mass = [&](float z) { return exp(static_cast<double>(z - top.score) * inverse); };
   auto score = [&](float z, int64_t j) { return candidate(key, z, j, top.score, static_cast<float>(inverse)); };
@@ -257,11 +257,11 @@ __global__ void __launch_bounds__(kThreads, 2) topk_renoise_kernel(TopkRenoisePa
       s.token[row] = token;
       if (s.log_prob != nullptr) s.log_prob[row] = log_prob;
     }
-    if (is_given(s.given, row))
+    if (s.given.at(row))
       store_onehot(p.out, row, s.vocab, token, false);
     else  // token -1 gives a row of NaN
-      noise_interpolate_row<false>(row_of<Out>(p.out, row), s.vocab, noise_key(s.rng, row), token,
-                                   scalar_at(p.t_next, row, 0.0f), p.c, kept_noise);
+      noise_interpolate_row<false>(row_of<Out>(p.out, row), s.vocab, noise_key(s.rng, row), token, p.t_next.at(row),
+                                   p.c, kept_noise);
   }
 }
 

@@ -1,24 +1,17 @@
-#include "../cuda/backend.h"
-
-#include "../cuda/launch.h"
+// The SIMT machine as a backend: what its library exports.
+#include "../cuda/ops.h"
 #include "simt.h"
 
 #define KLFLOW_EXPORT extern "C" __attribute__((visibility("default")))
 
 KLFLOW_EXPORT const klflow::Backend* klflow_backend() {
-  using namespace klflow::cuda;
-  static const klflow::Backend backend{noise_interpolate,
-                                       logit_interpolate,
-                                       cross_entropy,
-                                       topk_sample,
-                                       topk_renoise,
-                                       euler_step,
-                                       noise_tile,
-                                       posterior,
-                                       gather_rows,
-                                       scatter_rows,
-                                       posterior_scratch_rows,
-                                       posterior_scratch_columns};
+#define KLFLOW_ENTRY(op, Params) .op = klflow::cuda::op,
+  static const klflow::Backend backend = [] {
+    klflow::Backend table{KLFLOW_OPS(KLFLOW_ENTRY)};
+    table.posterior_scratch_rows = klflow::cuda::posterior_scratch_rows;
+    table.posterior_scratch_columns = klflow::cuda::posterior_scratch_columns;
+    return table;
+  }();
   return &backend;
 }
 KLFLOW_EXPORT void klflow_simt_seed(uint64_t value) { simt::seed(value); }

@@ -122,8 +122,9 @@ def test_a_launch_sees_the_device_of_its_tensors(tmp_path):
 
 
 def test_every_launch_goes_through_the_device_guard():
-    source = (ROOT / "csrc" / "ops.cpp").read_text()
-    calls = [line.strip() for line in source.splitlines() if "cuda::" in line and not line.startswith("//")]
+    sources = [path.read_text() for path in sorted((ROOT / "csrc" / "ops").iterdir())]
+    lines = [line.strip() for source in sources for line in source.splitlines()]
+    calls = [line for line in lines if "cuda::" in line and not line.startswith("//")]
     assert len(calls) == 2 and all("on_device_of" in line or line.startswith("scratch = ") for line in calls), calls
 
 
@@ -135,5 +136,5 @@ def test_the_source_distribution_holds_all_that_is_built(tmp_path):
         held = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     source = {str(p.relative_to(ROOT)) for folder in ("csrc", "klflow_ext") for p in (ROOT / folder).rglob("*")
               if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".typed")}  # fmt: skip
-    assert {"csrc/ops.cpp", "csrc/cuda/row.cuh", "klflow_ext/ops/loss.py"} <= source
+    assert {"csrc/ops/loss.cpp", "csrc/cuda/row.cuh", "klflow_ext/ops/loss.py"} <= source
     assert source | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= held

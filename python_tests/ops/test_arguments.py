@@ -340,3 +340,37 @@ def test_a_seed_under_graph_capture(monkeypatch):
     for rng in (3, torch.Generator()):
         with pytest.raises(ValueError, match=r"rng: got .*graph capture the \(seed, step\) tensor"):
             arguments.rng_state(rng, (N,), N, torch.device("cuda"))
+
+
+def on_cpu(operator, *arguments):
+    """The operator's CPU function, whatever the devices of its arguments."""
+    return operator.default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *arguments)
+
+
+@pytest.mark.parametrize("name", ["rng", "temperature", "top_p", "token", "log_prob"])
+def test_every_tensor_of_an_operator_is_on_the_device_of_its_first(name):
+    row = torch.ones(N)
+    tensors = {
+        "rng": torch.tensor([0, 0]),
+        "temperature": row,
+        "top_p": row,
+        "token": Y.clone(),
+        "log_prob": X[:, 0].clone(),
+    }
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(
+        RuntimeError, match=f"^{name}: got a tensor on another device, allowed is the device of logits, cpu"
+    ):
+        on_cpu(
+            torch.ops.klflow.topk_sample, X, 3, *list(tensors.values())[:3], 0, tensors["token"], tensors["log_prob"]
+        )
+
+
+def test_the_device_is_checked_of_what_is_given_only():
+    out = [torch.empty(N), torch.empty(N)]
+    on_cpu(torch.ops.klflow.cross_entropy_out, X, Y, None, None, -100, 0.0, 0.0, 0.0, *out)
+    with pytest.raises(
+        RuntimeError, match="^row_weight: got a tensor on another device, allowed is the device of logits"
+    ):
+        row_weight = torch.ones(N, device="meta")
+        on_cpu(torch.ops.klflow.cross_entropy_out, X, Y, None, row_weight, -100, 0.0, 0.0, 0.0, *out)
