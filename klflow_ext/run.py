@@ -132,8 +132,10 @@ class Run:
         """A new run with its text, to save to; it takes its place at `out` (and that of an old run) when it is whole.
 
         Args:
-            out: its folder. overwrite: whether it may take the place of a run.
-            tokenizer: a tokenizers.Tokenizer. stream, heldout: tokens to train on, and those that are kept back.
+            out: its folder.
+            overwrite: whether it may take the place of a run.
+            tokenizer: a tokenizers.Tokenizer.
+            stream, heldout: tokens to train on, and those that are kept back.
 
         Raises:
             ValueError: `out` holds something else, or cannot be written.
@@ -152,7 +154,8 @@ class Run:
 
         Args:
             config: of the model, the path and the training, as dicts.
-            weights: what the run gives, by name. checkpoint: what its training goes on from.
+            weights: what the run gives, by name.
+            checkpoint: what its training goes on from.
             stream: the tokens to train on, written once.
 
         Raises:

@@ -30,8 +30,9 @@ class Denoiser(Network):
     part as a number, not in the gradient.
 
     Args:
-        config: see DenoiserConfig. path: the path that makes x_t: a LogitPath for the posterior input, of which its c is a
-            part; a path of tokens for input="tokens".
+        config: see DenoiserConfig.
+        path: the path that makes x_t: a LogitPath for the posterior input, of which its c is a part; a path of
+            tokens for input="tokens".
         log_prior: (V,) log unigram frequencies for the posterior input; None: uniform.
 
     Parameters are of torch's default dtype, but float32 where that is float64. `.bfloat16()` and `.half()` cast them alone.

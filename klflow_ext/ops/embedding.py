@@ -91,7 +91,9 @@ def posterior_embedding(
     `token_posterior` too.
 
     Args:
-        ids: int32 or int64 (*rows, top), in [0, V), different within a row. q: floats (*rows, top). rest: floats (*rows).
+        ids: int32 or int64 (*rows, top), in [0, V), different within a row.
+        q: floats (*rows, top).
+        rest: floats (*rows).
         weight: (V, D), as torch.nn.Embedding holds it; float32, bfloat16 or float16.
         log_prior: (V,) log-probabilities of the tokens up to a constant.
 

@@ -50,8 +50,8 @@ def noise_interpolate(
 ) -> Tensor:
     """Noisy rows x_t on the KL geodesic from fresh Dirichlet(1) noise to the smoothed target, noise made in the kernel.
 
-    x_t[j] is proportional to E_j^(1 - t) exp(t c [j = target]), E_j = -log U_j i.i.d. Exp(1) (DESIGN: KL geodesic; the
-    paper's x_t = softmax((1 - t) log x_0 + t log x_1)). A given row is exactly onehot(target) at every t.
+    x_t[j] is proportional to E_j^(1 - t) exp(t c [j = target]), E_j = -log U_j i.i.d. Exp(1): the paper's
+    x_t = softmax((1 - t) log x_0 + t log x_1), since x_0 is E over its sum. A given row is exactly onehot(target) at every t.
     With output="posterior", the whole of the rows that `noise_posterior` gives the largest entries of instead: the exact
     posterior q of each token given x_t, straight from the noise, at twice its arithmetic; x_t is never built.
 
@@ -59,8 +59,12 @@ def noise_interpolate(
         target: int64 or int32 token ids, any shape `rows`, in [0, V).
         t: time in [0, 1], number or tensor that broadcasts to rows.
         rng: seed, generator or (seed, step) tensor; see the module.
-        vocab_size: V >= 2. beta: smoothing in (0, 1). given: bool, broadcasts to rows.
-        row_offset: global index of the first row. dtype: of the result (float32). log: return log x_t, or log q, instead.
+        vocab_size: V >= 2.
+        beta: smoothing in (0, 1).
+        given: bool, broadcasts to rows.
+        row_offset: global index of the first row.
+        dtype: of the result (float32).
+        log: return log x_t, or log q, instead.
         out: tensor (*rows, V) to write into; on a CPU this saves page faults.
         output: "simplex" for x_t, "posterior" for q.
         log_prior: for q, (V,) log-probabilities of the tokens up to a constant; -inf for one that never occurs.
@@ -104,9 +108,12 @@ def logit_interpolate(
 
     Args:
         log_x0: (*rows, V) logits (log-probabilities up to a constant per row).
-        log_x1: the same shape and dtype, or integer targets of shape rows: then log x_1 = c onehot(target) up to a constant.
-        t: time in [0, 1], broadcasts to rows. At t = 0 (1) the other end point is not read, so infinite logits are fine.
-        log: return log-probabilities. out: tensor to write into (then not differentiable).
+        log_x1: the same shape and dtype, or integer targets of shape rows: then log x_1 = c onehot(target) up
+            to a constant.
+        t: time in [0, 1], broadcasts to rows. At t = 0 (1) the other end point is not read, so infinite logits
+            are fine.
+        log: return log-probabilities.
+        out: tensor to write into (then not differentiable).
 
     Returns: (*rows, V), dtype of log_x0. Differentiable in log_x0, log_x1 and t.
     """

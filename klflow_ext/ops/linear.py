@@ -49,8 +49,10 @@ def linear_cross_entropy(
     torch.func transforms, in forward mode and with create_graph=True, all logits are made, and every derivative is right.
 
     Args:
-        hidden: (*rows, D). weight: (V, D), as nn.Linear holds it. bias: (V,). All of one dtype, which the logits have too;
-            under autocast its dtype, as for a matrix product. Gradients of weight and bias are summed in float32.
+        hidden: (*rows, D).
+        weight: (V, D), as nn.Linear holds it.
+        bias: (V,). All of one dtype, which the logits have too; under autocast its dtype, as for a matrix
+            product. Gradients of weight and bias are summed in float32.
         target: token ids of shape rows, or soft targets (*rows, V).
         class_weight: (V,), the `weight` of `cross_entropy`, where the other options are described.
         chunk_rows: rows at a time; None: as many as have 64 MB of logits, but at least 16.

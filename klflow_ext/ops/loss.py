@@ -125,9 +125,12 @@ def cross_entropy(
     has the option. "mean" divides by the sum of w[target] row_weight over kept rows (NaN if there is none, as in torch).
 
     Args:
-        logits: (*rows, V). target: token ids of shape rows, or soft targets (floats) of the shape of logits.
-        weight: (V,) class weights. ignore_index: rows with this target have zero loss and gradient.
-        row_weight: a weight per row. reduction: "mean", "sum" or "none" (any upstream gradient per row).
+        logits: (*rows, V).
+        target: token ids of shape rows, or soft targets (floats) of the shape of logits.
+        weight: (V,) class weights.
+        ignore_index: rows with this target have zero loss and gradient.
+        row_weight: a weight per row.
+        reduction: "mean", "sum" or "none" (any upstream gradient per row).
         return_lse: also return lse (*rows), differentiable.
         inplace_backward: the backward pass writes the gradient over logits, which are then no longer usable.
 

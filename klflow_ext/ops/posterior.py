@@ -66,8 +66,8 @@ def noise_posterior(
     """The largest entries of each token's posterior given its own noisy row x_t, straight from in-kernel noise.
 
     q = softmax(log_prior + e), e_j = -V log(1 - (1 - e^-s) u_j), u = softmax(m), m = log x_t / (1 - t), s = c t / (1 - t):
-    the exact posterior of a position with that prior, given x_t of `noise_interpolate(target, t, rng)` (DESIGN: posterior
-    input). x_t, e and q are never built. A given row, and one at t = 1, is onehot(target).
+    the exact posterior of a position with that prior, given x_t of `noise_interpolate(target, t, rng)`.
+    x_t, e and q are never built. A given row, and one at t = 1, is onehot(target).
 
     Without boost, m = log E + s onehot(target), E the noise: the row of one token. With it, m = log E + sum_i boost_i
     onehot(target_i): the row that a basic sampler (`euler_step`) reaches from that noise in steps t_i -> t_{i+1} of
@@ -113,7 +113,8 @@ def token_posterior(
 
     Args:
         log_x: (*rows, V) log x_t up to a constant for each row; float32, bfloat16 or float16; -inf is allowed.
-        t: time in [0, 1], number or tensor that broadcasts to rows. beta: smoothing in (0, 1).
+        t: time in [0, 1], number or tensor that broadcasts to rows.
+        beta: smoothing in (0, 1).
         log_prior: (V,) log-probabilities of the tokens up to a constant; -inf for one that never occurs.
         top: how many entries are kept, in [1, V].
 

@@ -128,10 +128,13 @@ def euler_step(
     p = softmax(logits / temperature), l = (1 - rate) log_x + rate c p; returns log softmax(l) and softmax(l).
 
     Args:
-        log_x: (*rows, V) log-probabilities of the state, float32 advised. logits: (*rows, V).
+        log_x: (*rows, V) log-probabilities of the state, float32 advised.
+        logits: (*rows, V).
         rate: 1 - e^-h (exact for frozen p) or h (the paper's Euler), in [0, 1], broadcasts to rows.
-        given, known: given rows are exactly onehot(known), in log 0 and -inf. dtype: of x_next (that of logits).
-        inplace: write the new state over log_x. out: tensor (*rows, V) for x_next; on a CPU this saves page faults.
+        given, known: given rows are exactly onehot(known), in log 0 and -inf.
+        dtype: of x_next (that of logits).
+        inplace: write the new state over log_x.
+        out: tensor (*rows, V) for x_next; on a CPU this saves page faults.
     Returns: (log_x_next in the dtype of log_x, x_next), both (*rows, V).
     """
     check_tensor("logits", logits, FLOATS)
