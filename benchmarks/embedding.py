@@ -10,17 +10,11 @@ are called in turn in one run. Peak memory is what a call adds, the gradient of 
 of the process (Linux).
 """
 
-import argparse
-import gc
 import math
-import statistics
-import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kernels import machine, once, save
+from harness import machine, measure, parse, parser_of, peak_bytes, save
 
 from klflow_ext import ops
 
@@ -63,53 +57,18 @@ def forms(rows, vocab, width, dtype, device):
     return {name: lambda function=function: both(function) for name, function in forward.items()}, weight
 
 
-def peak_bytes(function, device):
-    """What a call adds to the memory that is held, at its peak; nan where the system does not tell."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-        before = resident("VmRSS")
-        function()
-        return resident("VmHWM") - before
-    except OSError:
-        return math.nan
-
-
-def resident(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return math.nan
-
-
 def run(arguments):
     device = torch.device(arguments.device)
     results = []
     print(f"{'form':<12}{'dtype':>10}{'ms':>10}{'of eager':>10}{'of simplex':>12}{'of lookup':>11}{'peak MB':>9}")
     for dtype in arguments.dtypes:
         functions, weight = forms(arguments.rows, arguments.vocab, arguments.width, getattr(torch, dtype), device)
-        memory, times = {}, {name: [] for name in functions}
+        memory = {}
         for name, function in functions.items():
             function()
             weight.grad = None
             memory[name] = peak_bytes(function, device)
-        start, rounds = time.perf_counter(), 0
-        while rounds < 3 or time.perf_counter() - start < arguments.seconds:
-            for name, function in functions.items():
-                weight.grad = None
-                times[name].append(once(function, device))
-            rounds += 1
-            if sys.stderr.isatty():
-                left = max(0, arguments.seconds - (time.perf_counter() - start))
-                print(f"\r{rounds} rounds, {left:.0f} s left ", end="\r", file=sys.stderr, flush=True)
-        ms = {name: statistics.median(values) for name, values in times.items()}
+        ms, _ = measure(functions, device, arguments.seconds)
         for name in functions:
             ratios = {peer: ms[name] / ms[peer] for peer in ("eager", "simplex", "lookup")}
             results.append({"form": name, "rows": arguments.rows, "vocab": arguments.vocab, "width": arguments.width,
@@ -122,38 +81,21 @@ def run(arguments):
     return results
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+def parse_arguments():
+    parser = parser_of(__doc__, seconds=(20, "time for each dtype, all forms together"), dtypes="float32")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--dtypes", default="float32")
-    parser.add_argument("--seconds", type=float, default=20, help="time for each dtype, all forms together")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: got cuda, but this torch sees no CUDA device")
+    arguments = parse(parser)
     if arguments.rows < 1 or arguments.vocab < 512 or arguments.width < 1:
         parser.error("--rows, --vocab, --width: allowed are at least 1, 512 and 1")
-    arguments.dtypes = arguments.dtypes.split(",")
-    for dtype in arguments.dtypes:
-        if dtype not in ("float32", "bfloat16", "float16"):
-            parser.error(f"--dtypes: got {dtype!r}, allowed are float32, bfloat16, float16")
-    if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
-        parser.error(f"{arguments.json}: its folder does not exist")
     return arguments
 
 
 def main():
-    arguments = parse()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    arguments = parse_arguments()
     about = machine(arguments.device)
-    print("  ".join(f"{key}: {value}" for key, value in about.items()))
-    results = run(arguments)
-    save(arguments, {"machine": about, "results": results})
+    save(arguments, {"machine": about, "results": run(arguments)})
 
 
 if __name__ == "__main__":

@@ -9,19 +9,13 @@
 kernel's own bytes reach; the last columns say how many times faster it is than each peer.
 """
 
-import argparse
-import json
-import platform
-import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from harness import choices, figure, machine, measure, parse, parser_of, save, shapes_of, show_left
 
-from klflow_ext import build_info, ops
-from klflow_ext.run import write_file
+from klflow_ext import ops
 
 DEFAULT_SHAPES = {
     "cpu": "1024x50259,8192x2048,1x50259",
@@ -169,32 +163,6 @@ OPS = [
 ]
 
 
-def once(function, device):
-    """Milliseconds of one call."""
-    if device.type == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        function()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-    start = time.perf_counter()
-    function()
-    return (time.perf_counter() - start) * 1e3
-
-
-def measure(functions, device, seconds):
-    """Median milliseconds of each function, all of them called in turn for about `seconds`, at least three rounds."""
-    for function in functions.values():
-        function()
-    times = {name: [] for name in functions}
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(next(iter(times.values()))) < 3:
-        for name, function in functions.items():
-            times[name].append(once(function, device))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def run(arguments):
     device = torch.device(arguments.device)
     results = []
@@ -203,9 +171,8 @@ def run(arguments):
     print(f"{'op':<20}{'rows x V':>16} {'dtype':>9}{'ms':>9}{'copies':>8}{'bound':>7}  times faster than")
     for number, ((rows, vocab), dtype, name) in enumerate(todo):
         torch._dynamo.reset()
-        if sys.stderr.isatty() and number:
-            left = (time.perf_counter() - begin) / number * (len(todo) - number)
-            print(f"\r{number}/{len(todo)}, {left:.0f} s left ", end="\r", file=sys.stderr, flush=True)
+        if number:
+            show_left((time.perf_counter() - begin) / number * (len(todo) - number), f"{number}/{len(todo)}, ")
         case = build_case(name, rows, vocab, getattr(torch, dtype), device)
         source = torch.ones(rows, vocab, dtype=getattr(torch, dtype), device=device)
         sink = torch.empty_like(source)
@@ -223,7 +190,7 @@ def run(arguments):
                         f"{peer} cannot run {name} {rows} x {vocab} {dtype}: {str(error).splitlines()[:1]}", flush=True
                     )
         functions = {"ours": case.ours, "copy": lambda sink=sink, source=source: sink.copy_(source), **peers}
-        ms = measure(functions, device, arguments.seconds)
+        ms, _ = measure(functions, device, arguments.seconds)
         copies = ms["ours"] / ms["copy"]
         ratios = {peer: ms[peer] / ms["ours"] for peer in peers}
         results.append({"op": name, "rows": rows, "vocab": vocab, "dtype": dtype, "ms": ms, "copies": copies,
@@ -255,7 +222,7 @@ def scaling(arguments):
                 case = build_case(name, rows, vocab, getattr(torch, arguments.dtypes[0]), device)
                 for threads in [1] if device.type == "cuda" or most == 1 else [1, most]:
                     torch.set_num_threads(threads)
-                    ms = measure({"ours": case.ours}, device, arguments.seconds / 2)["ours"]
+                    ms = measure({"ours": case.ours}, device, arguments.seconds / 2)[0]["ours"]
                     results.append(
                         {"op": name, "sweep": sweep, "rows": rows, "vocab": vocab, "threads": threads, "ms": ms}
                     )
@@ -265,29 +232,9 @@ def scaling(arguments):
     return results
 
 
-def machine(device):
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            cpu = line.split(":")[1].strip()
-            break
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cpu_capability": build_info()["cpu_capability"],
-        "cuda_arch": build_info()["cuda_arch"],
-    }
-
-
 def plot_scaling(results, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = list(dict.fromkeys(r["op"] for r in results))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.8), squeeze=False, sharey=True)
+    drawing, axes = figure(1, len(names), figsize=(3.6 * len(names), 3.8), squeeze=False, sharey=True)
     for axis, name in zip(axes[0], names, strict=True):
         own = [r for r in results if r["op"] == name]
         for sweep in ("rows", "V"):
@@ -300,73 +247,41 @@ def plot_scaling(results, path):
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("ms")
     axes[0, 0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, format="png")
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=120, format="png")
 
 
 def plot(results, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 0.42 * len(results) + 1.5))
+    drawing, axes = figure(figsize=(9, 0.42 * len(results) + 1.5))
     labels = [f"{r['op']}  {r['rows']} x {r['vocab']}  {r['dtype']}" for r in results]
     axes.barh(labels, [r["copies"] for r in results])
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel("time, in copies of one (rows x V) tensor")
     axes.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, format="png")
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=120, format="png")
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", help="ROWSxV,ROWSxV,...")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
+def parse_arguments():
+    parser = parser_of(
+        __doc__,
+        seconds=(0.6, "time for each line, all peers together"),
+        dtypes="float32,bfloat16",
+        shapes="ROWSxV,ROWSxV,...",
+        plots=True,
+    )
     parser.add_argument("--ops", default=",".join(OPS))
-    parser.add_argument("--seconds", type=float, default=0.6, help="time for each line, all peers together")
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--scaling", action="store_true", help="time against rows, V and threads, of the first dtype")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: got cuda, but this torch sees no CUDA device")
-    try:
-        shapes = (arguments.shapes or DEFAULT_SHAPES[arguments.device]).split(",")
-        arguments.shapes = [tuple(int(n) for n in shape.split("x")) for shape in shapes]
-        assert all(len(s) == 2 and s[0] >= 1 and s[1] >= 2 for s in arguments.shapes)
-    except (ValueError, AssertionError):
-        parser.error(f"--shapes: got {arguments.shapes!r}, allowed is ROWSxV,... with rows >= 1 and V >= 2")
-    for option, allowed in (("dtypes", ["float32", "bfloat16", "float16"]), ("ops", OPS)):
-        values = getattr(arguments, option).split(",")
-        for value in values:
-            if value not in allowed:
-                parser.error(f"--{option}: got {value!r}, allowed are {', '.join(allowed)}")
-        setattr(arguments, option, values)
-    for path in (arguments.json, arguments.plot):
-        if path is not None and not path.resolve().parent.is_dir():
-            parser.error(f"{path}: its folder does not exist")
+    arguments = parse(parser)
+    arguments.shapes = shapes_of(parser, arguments.shapes or DEFAULT_SHAPES[arguments.device], ("rows", "V"), (1, 2))
+    arguments.ops = choices(parser, "ops", arguments.ops, OPS)
     return arguments
 
 
-def save(arguments, found, draw=None, drawn=None):
-    """found to --json, draw(drawn, path) to --plot, where they are given."""
-    if arguments.json:
-        write_file(arguments.json, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
-    if draw is not None and arguments.plot:
-        write_file(arguments.plot, lambda path: draw(drawn, path))
-
-
 def main():
-    arguments = parse()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    arguments = parse_arguments()
     about = machine(arguments.device)
-    print("  ".join(f"{key}: {value}" for key, value in about.items()))
     start = time.perf_counter()
     results = (scaling if arguments.scaling else run)(arguments)
     print(f"done in {time.perf_counter() - start:.0f} s")

@@ -8,15 +8,9 @@ is cross_entropy(hidden @ weight.T), "torch ..." torch.nn.functional.linear_cros
 call takes longer than --seconds is not called again.
 """
 
-import argparse
-import statistics
-import time
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-from embedding import peak_bytes
-from kernels import machine, once, save
+from harness import machine, measure, parse, parser_of, peak_bytes, save, shapes_of
 
 from klflow_ext import ops
 
@@ -56,19 +50,6 @@ def losses(hidden, weight, target):
     return found
 
 
-def measure(functions, device, seconds):
-    """Median milliseconds of each function, called in turn, at least three times; the slow ones once."""
-    times = {name: [once(function, device)] for name, function in functions.items()}
-    again = {name: functions[name] for name in functions if times[name][0] < 1e3 * seconds}
-    for name in again:
-        times[name] = []
-    start = time.perf_counter()
-    while again and (time.perf_counter() - start < seconds or len(times[next(iter(again))]) < 3):
-        for name, function in again.items():
-            times[name].append(once(function, device))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def run(arguments):
     device = torch.device(arguments.device)
     results = []
@@ -90,7 +71,7 @@ def run(arguments):
             for name, loss in losses(hidden, weight, target).items():
                 if arguments.peers is None or name == "ours" or name in arguments.peers:
                     functions[name] = lambda loss=loss: step(loss)
-            ms = measure(functions, device, arguments.seconds)
+            ms, _ = measure(functions, device, arguments.seconds, slowest=arguments.seconds)
             extra = {}
             for name, function in functions.items():
                 for leaf in leaves:
@@ -105,40 +86,26 @@ def run(arguments):
     return results
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", help="ROWSxVxD,ROWSxVxD,...")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for each shape and dtype, all peers together")
+def parse_arguments():
+    parser = parser_of(
+        __doc__,
+        seconds=(5.0, "time for each shape and dtype, all peers together"),
+        dtypes="float32,bfloat16",
+        shapes="ROWSxVxD,ROWSxVxD,...",
+    )
     parser.add_argument("--peers", help="comma-separated names; default all, '' none")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: got cuda, but this torch sees no CUDA device")
-    try:
-        shapes = (arguments.shapes or DEFAULT_SHAPES[arguments.device]).split(",")
-        arguments.shapes = [tuple(int(n) for n in shape.split("x")) for shape in shapes]
-        assert all(len(s) == 3 and s[0] >= 1 and s[1] >= 2 and s[2] >= 1 for s in arguments.shapes)
-    except (ValueError, AssertionError):
-        parser.error(f"--shapes: got {arguments.shapes!r}, allowed is ROWSxVxD,... with rows >= 1, V >= 2, D >= 1")
-    arguments.dtypes = arguments.dtypes.split(",")
-    for dtype in arguments.dtypes:
-        if dtype not in ("float32", "bfloat16", "float16"):
-            parser.error(f"--dtypes: got {dtype!r}, allowed are float32, bfloat16, float16")
+    arguments = parse(parser)
+    shapes = arguments.shapes or DEFAULT_SHAPES[arguments.device]
+    arguments.shapes = shapes_of(parser, shapes, ("rows", "V", "D"), (1, 2, 1))
     if arguments.peers is not None:
         arguments.peers = arguments.peers.split(",")
-    if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
-        parser.error(f"{arguments.json}: its folder does not exist")
     return arguments
 
 
 def main():
-    arguments = parse()
+    arguments = parse_arguments()
     about = machine(arguments.device)
-    print("  ".join(f"{key}: {value}" for key, value in about.items()))
-    results = run(arguments)
-    save(arguments, {"machine": about, "results": results})
+    save(arguments, {"machine": about, "results": run(arguments)})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from readme import sampled_as
+from tables import sampled_as
 
 from klflow_ext import (
     Autoregressive,

@@ -7,40 +7,35 @@ Each line is the median of several calls after one that is not counted, which re
 and must give the same tokens.
 """
 
-import argparse
-import json
 import statistics
 from pathlib import Path
 
 import torch
-from kernels import machine, save
+from harness import machine, parse, parser_of, save
 
-from klflow_ext import Sampler, load_run
+from klflow_ext import Run, Sampler
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_arguments():
+    parser = parser_of(__doc__, dtypes="float32,bfloat16")
     parser.add_argument("run", type=Path)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batches", default="1,16,256", help="sequences at a time")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="of the matrix products (autocast)")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--calls", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main():
-    arguments = parse()
+    arguments = parse_arguments()
     about = machine(arguments.device)
-    print("  ".join(f"{key}: {value}" for key, value in about.items()))
-    model, path, _ = load_run(arguments.run)
+    run = Run(arguments.run)
+    model, path = run.model()
     model.to(arguments.device)
     flags = [False, True] if arguments.device == "cuda" else [False]
     samplers = {flag: Sampler(model, path, arguments.device, cuda_graph=flag) for flag in flags}
     rows = []
-    for dtype in arguments.dtypes.split(","):
+    for dtype in arguments.dtypes:
         for batch in map(int, arguments.batches.split(",")):
             seconds = {flag: [] for flag in flags}
             for seed in range(arguments.calls + 1):
@@ -61,7 +56,7 @@ def main():
                 print(f"{dtype:<9} batch {batch:>4}  cuda_graph {flag!s:<5}  {rate:>12,.0f} tokens/s", flush=True)
     save(
         arguments,
-        {"machine": about, "model": json.loads((arguments.run / "config.json").read_text())["model"], "rows": rows},
+        {"machine": about, "model": run.config()["model"], "rows": rows},
     )
 
 

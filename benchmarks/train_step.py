@@ -18,16 +18,13 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from embedding import peak_bytes
-from kernels import machine, once, save
+from harness import choices, figure, machine, measure, parse, parser_of, peak_bytes, save
 
 from klflow_ext import Denoiser, DenoiserConfig, LogitPath
 from klflow_ext.muon import Muon
@@ -95,21 +92,10 @@ def times(arguments):
     print(f"{'V':>8} {'step':<11}{'ms':>9}{'of integer':>12}{'of eager':>10}")
     for vocab in arguments.vocab:
         steps = {kind: Step(kind, vocab, arguments) for kind in arguments.steps}
-        for step in steps.values():
-            step()
-        ms, start = {kind: [] for kind in steps}, time.perf_counter()
-        while len(ms[arguments.steps[0]]) < 3 or time.perf_counter() - start < arguments.seconds:
-            for kind, step in steps.items():
-                ms[kind].append(once(step, device))
-                if sys.stderr.isatty():
-                    left = arguments.seconds - (time.perf_counter() - start)
-                    print(f"\rV = {vocab}: {max(left, 0):.0f} s left ", end="\r", file=sys.stderr, flush=True)
-        median = {kind: statistics.median(values) for kind, values in ms.items()}
+        median, rounds = measure(steps, device, arguments.seconds, label=f"V = {vocab}: ")
         for kind in steps:
             ratios = {peer: median[kind] / median[peer] for peer in ("integer", "eager") if peer in median}
-            results.append(
-                {"vocab": vocab, "step": kind, "ms": median[kind], "rounds": len(ms[kind]), "ratios": ratios}
-            )
+            results.append({"vocab": vocab, "step": kind, "ms": median[kind], "rounds": rounds, "ratios": ratios})
             print(f"{vocab:>8} {kind:<11}{median[kind]:>9.0f}" + "".join(f"{ratios.get(p, math.nan):>{w}.2f}" for p, w in
                   (("integer", 12), ("eager", 10))), flush=True)  # fmt: skip
     return results
@@ -166,14 +152,9 @@ def memories(arguments):
 
 
 def plot(results, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = [(name, key, label) for name, key, label in (
         ("times", "ms", "ms a step"), ("memory", "peak_bytes", "peak MB of the vocabulary's side, at least 1")) if results.get(name)]  # fmt: skip
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
+    drawing, axes = figure(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
     for axis, (name, key, label) in zip(axes[0], panels, strict=True):
         for kind in STEPS:
             points = [
@@ -185,13 +166,12 @@ def plot(results, path):
                 axis.plot(*zip(*points, strict=True), marker="o", label=kind)
         axis.set(xscale="log", yscale="log", xlabel="V", ylabel=label)
         axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, format="png")
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=120, format="png")
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+def parse_arguments():
+    parser = parser_of(__doc__, seconds=(30, "time for each V, all steps together"), plots=True)
     parser.add_argument("--vocab", default="4096,50259,128256,262144", help="V,V,...")
     parser.add_argument("--steps", default=",".join(STEPS))
     parser.add_argument("--batch", type=int, default=4)
@@ -199,42 +179,30 @@ def parse():
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: under autocast")
-    parser.add_argument("--seconds", type=float, default=30, help="time for each V, all steps together")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument(
         "--most-bytes", type=float, default=16e9, help="with --memory: dense steps above this are left out"
     )
     parser.add_argument("--measure", choices=STEPS, help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, help="results join those that the file holds")
-    parser.add_argument("--plot", type=Path)
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: got cuda, but this torch sees no CUDA device")
+    arguments = parse(parser)
     try:
         arguments.vocab = [int(v) for v in arguments.vocab.split(",")]
         assert min(arguments.vocab) >= 2
     except (ValueError, AssertionError):
         parser.error(f"--vocab: got {arguments.vocab!r}, allowed are integers >= 2, separated by commas")
-    arguments.steps = arguments.steps.split(",")
-    for kind in arguments.steps:
-        if kind not in STEPS:
-            parser.error(f"--steps: got {kind!r}, allowed are {', '.join(STEPS)}")
+    arguments.steps = choices(parser, "steps", arguments.steps, STEPS)
     if arguments.width < 64 or arguments.width % 64:
         parser.error(f"--width: got {arguments.width}, allowed is a multiple of 64")
-    for path in (arguments.json, arguments.plot):
-        if path is not None and not path.resolve().parent.is_dir():
-            parser.error(f"{path}: its folder does not exist")
     return arguments
 
 
 def main():
-    arguments = parse()
+    arguments = parse_arguments()
     if arguments.measure:
         print(memory_of(arguments.measure, arguments.vocab[0], arguments))
         return
-    about = machine(arguments.device)
-    about["size"] = {name: getattr(arguments, name) for name in ("batch", "length", "width", "layers", "dtype")}
-    print("  ".join(f"{key}: {value}" for key, value in about.items()))
+    size = {name: getattr(arguments, name) for name in ("batch", "length", "width", "layers", "dtype")}
+    about = machine(arguments.device, size=size)
     start = time.perf_counter()
     name = "memory" if arguments.memory else "times"
     found = {name: memories(arguments) if arguments.memory else times(arguments), f"{name}_machine": about}

@@ -1,7 +1,7 @@
 """Writes the README's tables of measurements from benchmarks/results/*.json: between <!-- NAME --> and <!-- end -->.
 
-python benchmarks/readme.py           # rewrites README.md
-python benchmarks/readme.py --check   # fails where README.md differs from what the results say
+python benchmarks/tables.py           # rewrites README.md
+python benchmarks/tables.py --check   # fails where README.md differs from what the results say
 """
 
 import argparse
@@ -126,7 +126,7 @@ def main():
         assert count == 1, f"README.md has no <!-- {name} --> ... <!-- end -->"
     if arguments.check:
         sys.exit(
-            0 if new == text else "README.md: its tables are not those of benchmarks/results; run benchmarks/readme.py"
+            0 if new == text else "README.md: its tables are not those of benchmarks/results; run benchmarks/tables.py"
         )
     path.write_text(new)
 

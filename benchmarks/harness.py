@@ -1,0 +1,190 @@
+"""What the benchmarks share: arguments, functions timed in turn, peak memory, what machine it was, and result files."""
+
+import argparse
+import gc
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from klflow_ext import build_info
+from klflow_ext.run import write_file
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+# ---- arguments
+
+
+def parser_of(doc, *, seconds=None, dtypes=None, shapes=None, plots=False):
+    """A parser of what most scripts take: --device, --threads, --json, and what is asked for.
+
+    Args:
+        doc: the script's docstring.
+        seconds: (default, help) of --seconds.
+        dtypes: default of --dtypes.
+        shapes: help of --shapes.
+        plots: whether there is --plot.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
+    if seconds is not None:
+        parser.add_argument("--seconds", type=float, default=seconds[0], help=seconds[1])
+    if dtypes is not None:
+        parser.add_argument("--dtypes", default=dtypes)
+    if shapes is not None:
+        parser.add_argument("--shapes", help=shapes)
+    if plots:
+        parser.add_argument("--plot", type=Path)
+    return parser
+
+
+def parse(parser):
+    """The arguments, checked as far as all scripts do; --dtypes is a list. Sets the number of threads."""
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, but this torch sees no CUDA device")
+    if hasattr(arguments, "dtypes"):
+        arguments.dtypes = choices(parser, "dtypes", arguments.dtypes, DTYPES)
+    for path in (arguments.json, getattr(arguments, "plot", None)):
+        if path is not None and not path.resolve().parent.is_dir():
+            parser.error(f"{path}: its folder does not exist")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    return arguments
+
+
+def choices(parser, option, text, allowed):
+    """ "a,b" as a list; each must be allowed."""
+    values = text.split(",")
+    for value in values:
+        if value not in allowed:
+            parser.error(f"--{option}: got {value!r}, allowed are {', '.join(allowed)}")
+    return values
+
+
+def shapes_of(parser, text, names, least):
+    """ "1024x50259,8x7" as tuples of as many numbers as there are names, each at least its least."""
+    try:
+        shapes = [tuple(int(n) for n in shape.split("x")) for shape in text.split(",")]
+        assert all(len(s) == len(names) and all(n >= l for n, l in zip(s, least, strict=True)) for s in shapes)
+    except (ValueError, AssertionError):
+        ranges = ", ".join(f"{name} >= {l}" for name, l in zip(names, least, strict=True))
+        parser.error(f"--shapes: got {text!r}, allowed is {'x'.join(names).upper()},... with {ranges}")
+    return shapes
+
+
+# ---- measurements
+
+
+def once(function, device):
+    """Milliseconds of one call."""
+    if device.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
+
+
+def measure(functions, device, seconds, *, slowest=math.inf, label=""):
+    """({name: median milliseconds}, rounds): all functions called in turn for about `seconds`, at least three rounds.
+
+    Args:
+        functions: {name: function of nothing}; each is called once before, untimed.
+        slowest: a function whose first call takes longer, in seconds, is not called again.
+        label: of the line with the time left, on a terminal.
+    """
+    first = {name: once(function, device) for name, function in functions.items()}
+    again = {name: function for name, function in functions.items() if first[name] < 1e3 * slowest}
+    times = {name: [] if name in again else [ms] for name, ms in first.items()}
+    start, rounds = time.perf_counter(), 0
+    while again and (rounds < 3 or time.perf_counter() - start < seconds):
+        for name, function in again.items():
+            times[name].append(once(function, device))
+        rounds += 1
+        show_left(max(0.0, seconds - (time.perf_counter() - start)), label)
+    return {name: statistics.median(values) for name, values in times.items()}, rounds
+
+
+def show_left(seconds, label=""):
+    """A line on the terminal with the time left, which the next line that is printed takes the place of."""
+    if sys.stderr.isatty():
+        print(f"\r{label}{seconds:.0f} s left ", end="\r", file=sys.stderr, flush=True)
+
+
+def peak_bytes(function, device):
+    """What a call adds to the memory that is held, at its peak; nan where the system does not tell."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+        before = _resident("VmRSS")
+        function()
+        return _resident("VmHWM") - before
+    except OSError:
+        return math.nan
+
+
+def _resident(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return math.nan
+
+
+# ---- results
+
+
+def machine(device, **more):
+    """What the figures are of; also printed."""
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            cpu = line.split(":")[1].strip()
+            break
+    about = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu_capability": build_info()["cpu_capability"],
+        "cuda_arch": build_info()["cuda_arch"],
+        **more,
+    }
+    print("  ".join(f"{key}: {value}" for key, value in about.items()))
+    return about
+
+
+def save(arguments, found, draw=None, drawn=None):
+    """found to --json, draw(drawn, path) to --plot, where they are given."""
+    if arguments.json:
+        write_file(arguments.json, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
+    if draw is not None and arguments.plot:
+        write_file(arguments.plot, lambda path: draw(drawn, path))
+
+
+def figure(rows=1, columns=1, **options):
+    """(figure, axes) of matplotlib, to be drawn without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, **options)
