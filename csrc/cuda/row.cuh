@@ -200,8 +200,9 @@ __device__ __forceinline__ float value_of_bits(uint32_t ordered) {
   return __int_as_float(static_cast<int32_t>(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered));
 }
 
-// ---- reductions over the cluster: a fixed tree over its blocks and their warps, the result in every thread
-template <bool clustered = true, class T, class Combine>
+// ---- reductions over the cluster: a fixed tree over its blocks and their warps, the result in every thread. unrolled:
+// all warps' results are read into registers at once, of which a large T may leave too few.
+template <bool clustered = true, bool unrolled = true, class T, class Combine>
 __device__ __forceinline__ T row_reduce(T value, Combine combine) {
   static_assert(sizeof(T) <= kSlotBytes);
   T* partial = reinterpret_cast<T*>(shared_memory());
@@ -210,7 +211,12 @@ __device__ __forceinline__ T row_reduce(T value, Combine combine) {
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
   __syncthreads();
   T total = partial[0];
-  for (int warp = 1; warp < kWarps; ++warp) total = combine(total, partial[warp]);
+  if constexpr (unrolled) {
+    for (int warp = 1; warp < kWarps; ++warp) total = combine(total, partial[warp]);
+  } else {
+#pragma unroll 1
+    for (int warp = 1; warp < kWarps; ++warp) total = combine(total, partial[warp]);
+  }
   if (clustered && cluster_size() > 1) {
     unsigned char* slot = shared_memory() + kWarps * kSlotBytes;
     if (threadIdx.x == 0) *reinterpret_cast<T*>(slot) = total;
