@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from klflow_ext import LogitPath, Sampler
+from klflow_ext.sample import ways
 
 TEXT = (Path(__file__).resolve().parent.parent / "CONTRIBUTING.md").read_text()
 V = 20
@@ -14,10 +15,12 @@ V = 20
 
 @pytest.fixture(scope="module")
 def examples():
-    names = {}
+    names, registered = {}, dict(ways._ways)
     for block in re.findall(r"```python\n(.*?)```", TEXT, re.S):
         exec(block, names)
-    return names
+    yield names
+    ways._ways.clear()
+    ways._ways.update(registered)
 
 
 def model(x, t):
