@@ -208,6 +208,7 @@ def klflow(*arguments, **options):
     return subprocess.run([sys.executable, "-m", "klflow_ext", *arguments], capture_output=True, text=True, **options)
 
 
+@pytest.mark.slow
 def test_a_run_is_finished_and_lengthened_by_name(tmp_path):
     (tmp_path / "t.txt").write_text(TEXT)
     run, one = tmp_path / "run", {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -248,6 +249,7 @@ def test_what_is_printed_does_nothing_to_a_terminal():
     assert printable("a\tb\n\x1b[31mred\x07 \x9b0m\u202e é 春\r") == "a\tb\n\\x1b[31mred\\x07 \\x9b0m\\u202e é 春\\r"
 
 
+@pytest.mark.slow
 def test_info_needs_no_extra(tmp_path):
     (tmp_path / "tyro.py").write_text("raise ImportError('no tyro')")
     from klflow_ext import __path__ as paths

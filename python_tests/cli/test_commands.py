@@ -33,6 +33,7 @@ def klflow(monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_command_line_as_a_program():
     done = subprocess.run([sys.executable, "-m", "klflow_ext", "info"], capture_output=True, text=True)
     assert done.returncode == 0 and "CPU kernels" in done.stdout, done.stderr
@@ -40,6 +41,7 @@ def test_command_line_as_a_program():
     assert done.returncode == 1 and "no run folder" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_command_line(klflow, tmp_path):
     (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(f"one two three {i} four\n" * 20 for i in range(60)))
     run = tmp_path / "run"

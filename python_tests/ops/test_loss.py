@@ -57,6 +57,7 @@ def test_cross_entropy_over_scales(rows, vocab, std, shift, device):
     assert_close(grad, want[2], torch.float32, scale=20, absolute=1e-6)
 
 
+@pytest.mark.slow
 def test_the_longest_rows(device, request):
     """V = 2^20: in float32 even a cluster of eight blocks cannot keep the row, and reads or makes it again."""
     vocab, target = 2**20, torch.tensor([2**20 - 1], device=device)
@@ -79,6 +80,7 @@ def test_the_longest_rows(device, request):
                  torch.float32, scale=30, absolute=1e-10)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_rows_beyond_2_to_the_32_elements(device):
     """Three rows 2^31 elements apart: the last begins 2^32 elements after the first. Only the pages in use exist."""
     stride, vocab, target = 2**31, 1003, torch.tensor([0, 500, 1002], device=device)

@@ -12,6 +12,7 @@ from cases import logits_of, targets_of
 from klflow_ext import ops
 
 
+@pytest.mark.slow
 def test_a_forked_child_has_no_threads_of_its_parent():
     script = """
 import os, torch
@@ -98,6 +99,7 @@ def test_a_replay_draws_new_noise_when_the_step_advances():
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_as_one_graph(name, device):
     case = compiled_cases(device)[name]
@@ -107,6 +109,7 @@ def test_compiles_as_one_graph(name, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_gradients_compile_as_one_graph(device):
     logits, target = logits_of(6, 64, device=device), targets_of(6, 64, device)
 
@@ -121,6 +124,7 @@ def test_gradients_compile_as_one_graph(device):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.slow
 def test_opcheck(device):
     klflow = torch.ops.klflow
     logits = logits_of(6, 64, device=device)

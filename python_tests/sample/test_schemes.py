@@ -87,6 +87,7 @@ def variations():
     }
 
 
+@pytest.mark.slow
 def test_samplers_reach_the_joint_distribution(variations):
     _, weights = sticky_chain()
     # The mean total variation of as many draws of the truth itself: sum_i sqrt(p_i (1 - p_i) / (2 pi n)).
@@ -140,6 +141,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", OTHERS, ids=name)
 def test_every_path_reaches_the_joint_distribution(path):
     draws, (_, weights) = 5000, small_chain()

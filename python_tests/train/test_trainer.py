@@ -134,6 +134,7 @@ def process_run(out):
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     process_run(tmp_path / "one")
     with socket.socket() as free:
@@ -180,6 +181,7 @@ leave_processes()
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_compiled_is_eager(monkeypatch):
     eager_backend(monkeypatch)
     options = {"accumulate": 2, "dtype": "bfloat16", "shape": {"n_layer": 1}}
@@ -191,6 +193,7 @@ def test_compiled_is_eager(monkeypatch):
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_resumes_bit_for_bit_with_everything_on(tmp_path, monkeypatch):
     eager_backend(monkeypatch)
     options = {
