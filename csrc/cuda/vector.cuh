@@ -1,0 +1,156 @@
+// Element and vector access to rows of three dtypes, 16 bytes at a time at any alignment.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/params.h"
+#include "block.cuh"
+
+namespace klflow::cuda {
+
+// Rows of float32, bfloat16 or float16; the dtype is uniform over the grid
+__device__ __forceinline__ float load(const Rows& rows, int64_t row, int64_t column) {
+  const int64_t i = row * rows.stride + column;
+  if (rows.dtype == kFloat32) return static_cast<const float*>(rows.data)[i];
+  if (rows.dtype == kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(rows.data)[i]);
+  return __half2float(static_cast<const __half*>(rows.data)[i]);
+}
+__device__ __forceinline__ void store(const Rows& rows, int64_t row, int64_t column, float x) {
+  const int64_t i = row * rows.stride + column;
+  if (rows.dtype == kFloat32)
+    static_cast<float*>(rows.data)[i] = x;
+  else if (rows.dtype == kBFloat16)
+    static_cast<__nv_bfloat16*>(rows.data)[i] = __float2bfloat16_rn(x);
+  else
+    static_cast<__half*>(rows.data)[i] = __float2half_rn(x);
+}
+
+// Vectors of 8 columns (numbered by int: V < 2^31), read and written 16 bytes at a time whatever the row's
+// alignment
+constexpr int kVector = 8;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+template <class T>
+struct alignas(16) Vector {
+  T element[kVector];
+};
+// The same as the 16-byte words that are read and written.
+template <class T>
+union VectorWords {
+  Vector<T> vector;
+  Words16 part[sizeof(Vector<T>) / 16];
+  __device__ __forceinline__ VectorWords() {}
+};
+template <class T>
+__device__ __forceinline__ Vector<T> load_aligned(const T* address) {
+  VectorWords<T> x;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Vector<T>) / 16); ++i)
+    x.part[i] = load16(reinterpret_cast<const Words16*>(address) + i);
+  return x.vector;
+}
+template <class T>
+__device__ __forceinline__ void store_aligned(T* address, const Vector<T>& vector) {
+  VectorWords<T> x;
+  x.vector = vector;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Vector<T>) / 16); ++i)
+    store16(reinterpret_cast<Words16*>(address) + i, x.part[i]);
+}
+
+// Columns [column, column + 8) of a row; those outside [0, vocab) are fill. An unaligned vector inside the row is two
+// (float32: three) aligned loads and a shift, so a thread's columns, and the order of every sum, depend on the column
+// index alone. Nothing outside the row is touched.
+template <class T>
+__device__ __forceinline__ Vector<T> load_vector(const T* row, int column, int vocab, T fill) {
+  constexpr int kParts = sizeof(Vector<T>) / 16;
+  const T* address = row + column;
+  const uint32_t shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(address) & 15);
+  if (shift == 0 && column >= 0 && column + kVector <= vocab) return load_aligned(address);
+  const int before = static_cast<int>(shift / sizeof(T)), window = (kParts + 1) * 16 / static_cast<int>(sizeof(T));
+  if (column - before >= 0 && column - before + window <= vocab) {
+    const Words16* aligned = reinterpret_cast<const Words16*>(address - before);
+    uint32_t w[4 * (kParts + 1)];
+#pragma unroll
+    for (int part = 0; part <= kParts; ++part) {
+      const Words16 words = load16(aligned + part);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w[4 * part + i] = words.w[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kParts + 2; ++i) w[i] = shift & 8 ? w[i + 2] : w[i];
+#pragma unroll
+    for (int i = 0; i < 4 * kParts + 1; ++i) w[i] = shift & 4 ? w[i + 1] : w[i];
+    VectorWords<T> result;
+#pragma unroll
+    for (int i = 0; i < 4 * kParts; ++i)
+      result.part[i / 4].w[i % 4] = sizeof(T) == 4 ? w[i] : __funnelshift_r(w[i], w[i + 1], (shift & 2) * 8);
+    return result.vector;
+  }
+  Vector<T> result;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) result.element[i] = column + i >= 0 && column + i < vocab ? address[i] : fill;
+  return result;
+}
+
+// Writes a whole row, values(column, v) giving the 8 floats from `column` on (it may begin before 0 or end after V): 16
+// bytes at a time inside the row, single elements at its two ends.
+template <class T, class Values>
+__device__ __forceinline__ void store_row(T* row, int vocab, Values&& values) {
+  const int past = static_cast<int>((reinterpret_cast<uintptr_t>(row) & 15) / sizeof(T));
+  for (int column = kVector * static_cast<int>(threadIdx.x) - past; column < vocab; column += kVector * kThreads) {
+    float v[kVector];
+    values(column, v);
+    Vector<T> result;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) result.element[i] = from_float<T>(v[i]);
+    if (column >= 0 && column + kVector <= vocab) {
+      VectorWords<T> words;
+      words.vector = result;
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(Vector<T>) / 16); ++i)
+        store16_global(reinterpret_cast<Words16*>(row + column) + i, words.part[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        if (column + i >= 0 && column + i < vocab) row[column + i] = result.element[i];
+    }
+  }
+}
+
+// A vector of a float32 row kept in shared memory, at its column index.
+__device__ __forceinline__ void store_kept(float* kept, int column, const float (&values)[kVector]) {
+  Vector<float> vector;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) vector.element[i] = values[i];
+  store_aligned(kept + column, vector);
+}
+__device__ __forceinline__ void load_kept(const float* kept, int column, int vocab, float (&values)[kVector]) {
+  const Vector<float> vector = load_vector<float>(kept, column, vocab, 0.0f);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) values[i] = vector.element[i];
+}
+
+template <class T>
+__device__ __forceinline__ T* row_of(const Rows& rows, int64_t row) {
+  return static_cast<T*>(rows.data) + row * rows.stride;
+}
+
+}  // namespace klflow::cuda
