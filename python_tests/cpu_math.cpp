@@ -1,9 +1,10 @@
-// Prints the largest errors of csrc/cpu/simd.h's exp2 and log2 over a dense sweep of their arguments: "name error"
-// lines, exp2v in units in the last place, the others as test_cpu_math.py says. Built once for each instruction set.
+// Prints the largest errors of csrc/cpu/exp2.h and noise.h's exp2 and log2 over a dense sweep of their arguments: "name
+// error" lines, exp2v in units in the last place, the others as test_cpu_math.py says. Built once for each instruction
+// set.
 #include <cmath>
 #include <cstdio>
 
-#include "cpu/simd.h"
+#include "cpu/noise.h"
 
 using namespace klflow;
 using namespace klflow::KLFLOW_ISA;
