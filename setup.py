@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 ARCHES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # what is compiled for unless TORCH_CUDA_ARCH_LIST says otherwise
 OLDEST_ARCH = 8.0  # Ampere
+LONGEST_UNITS = ("posterior", "topk_sample")  # of csrc/cuda: half of all the time
 UNIT_GIGABYTES = 1.5  # of memory that a compiler needs: limits how many run at once
 TORCH_TARGET = "0x020b000000000000"  # the oldest torch that the library runs under: 2.11
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]  # of every C++ unit
@@ -145,12 +146,6 @@ class NinjaBuild(build_ext):
             lines.append(f"build {work / name}: {rule} {source}\n  flags = {' '.join(flags)}\n")
             objects.append(str(work / name))
 
-        isas = ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
-        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            if source.name == "dispatch.cpp":
-                continue
-            for isa, flags in isas.items():
-                unit(source, "cxx", [*CXX_FLAGS, *KERNEL_FLAGS, f"-DKLFLOW_ISA={isa}", *flags], f".{isa}")
         libraries = []
         cuda_flags = []
         arches = []
@@ -164,13 +159,21 @@ class NinjaBuild(build_ext):
             gencode += [f"-gencode arch=compute_{a},code=compute_{a}" for a, ptx in arches if ptx]
             names = ",".join(f"sm_{a}" + ("+PTX" if ptx else "") for a, ptx in arches)
             names_flag = f'-DKLFLOW_CUDA_ARCHES=\\"{names}\\"'
-            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            # The longest first, before all others: what one processor compiles alone at the end is short then.
+            sources = (ROOT / "csrc" / "cuda").glob("*.cu")
+            for source in sorted(sources, key=lambda s: (s.stem not in LONGEST_UNITS, s)):
                 flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", names_flag, *gencode]
                 unit(source, "nvcc", flags)
             cuda_flags = ["-DKLFLOW_WITH_CUDA", f'-DKLFLOW_NVCC_VERSION=\\"{version}\\"', names_flag]
         else:
             print(f"without CUDA kernels: {reason}", flush=True)
             cuda_flags = [f'-DKLFLOW_CUDA_REASON=\\"{reason}\\"'.replace(" ", "\\ ").replace(";", "\\;")]
+        isas = ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+            if source.name == "dispatch.cpp":
+                continue
+            for isa, flags in isas.items():
+                unit(source, "cxx", [*CXX_FLAGS, *KERNEL_FLAGS, f"-DKLFLOW_ISA={isa}", *flags], f".{isa}")
         for source in sorted((ROOT / "csrc" / "ops").glob("*.cpp")):
             unit(source, "cxx", [*torch_flags, *cuda_flags])
         unit(ROOT / "csrc" / "cpu" / "dispatch.cpp", "cxx", torch_flags)
