@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 import simt
-import torch
 
-from klflow_ext import _C, build_info
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the processors: idle threads of OpenMP must not spin on them
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
+
+from klflow_ext import _C, build_info  # noqa: E402
 
 # "simt" runs the CUDA kernels on CPU tensors, compiled as host code against csrc/simt.
 BACKENDS = ["cpu", "simt"] + (["cuda"] if torch.cuda.is_available() else [])
