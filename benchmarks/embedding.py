@@ -68,7 +68,11 @@ def run(arguments):
             function()
             weight.grad = None
             memory[name] = peak_bytes(function, device)
-        ms, _ = measure(functions, device, arguments.seconds)
+
+        def free(weight=weight):
+            weight.grad = None
+
+        ms, _ = measure(functions, device, arguments.seconds, before=free)
         for name in functions:
             ratios = {peer: ms[name] / ms[peer] for peer in ("eager", "simplex", "lookup")}
             results.append({"form": name, "rows": arguments.rows, "vocab": arguments.vocab, "width": arguments.width,

@@ -77,7 +77,7 @@ def shapes_of(parser, text, names, least):
         assert all(len(s) == len(names) and all(n >= l for n, l in zip(s, least, strict=True)) for s in shapes)
     except (ValueError, AssertionError):
         ranges = ", ".join(f"{name} >= {l}" for name, l in zip(names, least, strict=True))
-        parser.error(f"--shapes: got {text!r}, allowed is {'x'.join(names).upper()},... with {ranges}")
+        parser.error(f"--shapes: got {text!r}, allowed is {'x'.join(n.upper() for n in names)},... with {ranges}")
     return shapes
 
 
@@ -98,21 +98,27 @@ def once(function, device):
     return (time.perf_counter() - start) * 1e3
 
 
-def measure(functions, device, seconds, *, slowest=math.inf, label=""):
+def measure(functions, device, seconds, *, before=lambda: None, slowest=math.inf, label=""):
     """({name: median milliseconds}, rounds): all functions called in turn for about `seconds`, at least three rounds.
 
     Args:
         functions: {name: function of nothing}; each is called once before, untimed.
+        before: called before each call, untimed.
         slowest: a function whose first call takes longer, in seconds, is not called again.
         label: of the line with the time left, on a terminal.
     """
-    first = {name: once(function, device) for name, function in functions.items()}
+
+    def timed(function):
+        before()
+        return once(function, device)
+
+    first = {name: timed(function) for name, function in functions.items()}
     again = {name: function for name, function in functions.items() if first[name] < 1e3 * slowest}
     times = {name: [] if name in again else [ms] for name, ms in first.items()}
     start, rounds = time.perf_counter(), 0
     while again and (rounds < 3 or time.perf_counter() - start < seconds):
         for name, function in again.items():
-            times[name].append(once(function, device))
+            times[name].append(timed(function))
         rounds += 1
         show_left(max(0.0, seconds - (time.perf_counter() - start)), label)
     return {name: statistics.median(values) for name, values in times.items()}, rounds
