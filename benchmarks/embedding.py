@@ -86,7 +86,7 @@ def run(arguments):
 
 
 def parse_arguments():
-    parser = parser_of(__doc__, seconds=(20, "time for each dtype, all forms together"), dtypes="float32")
+    parser = parser_of(__doc__, seconds=(20, "time for each dtype, all forms together"), dtypes=("float32", None))
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--width", type=int, default=384)

@@ -21,24 +21,25 @@ DTYPES = ("float32", "bfloat16", "float16")
 # ---- arguments
 
 
-def parser_of(doc, *, seconds=None, dtypes=None, shapes=None, plots=False):
+def parser_of(doc, *, seconds=None, dtypes=None, shapes=None, plots=False, json=None):
     """A parser of what most scripts take: --device, --threads, --json, and what is asked for.
 
     Args:
         doc: the script's docstring.
         seconds: (default, help) of --seconds.
-        dtypes: default of --dtypes.
+        dtypes: (default, help) of --dtypes.
         shapes: help of --shapes.
         plots: whether there is --plot.
+        json: help of --json.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help=json)
     if seconds is not None:
         parser.add_argument("--seconds", type=float, default=seconds[0], help=seconds[1])
     if dtypes is not None:
-        parser.add_argument("--dtypes", default=dtypes)
+        parser.add_argument("--dtypes", default=dtypes[0], help=dtypes[1])
     if shapes is not None:
         parser.add_argument("--shapes", help=shapes)
     if plots:

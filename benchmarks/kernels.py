@@ -266,7 +266,7 @@ def parse_arguments():
     parser = parser_of(
         __doc__,
         seconds=(0.6, "time for each line, all peers together"),
-        dtypes="float32,bfloat16",
+        dtypes=("float32,bfloat16", None),
         shapes="ROWSxV,ROWSxV,...",
         plots=True,
     )

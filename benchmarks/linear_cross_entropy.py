@@ -90,7 +90,7 @@ def parse_arguments():
     parser = parser_of(
         __doc__,
         seconds=(5.0, "time for each shape and dtype, all peers together"),
-        dtypes="float32,bfloat16",
+        dtypes=("float32,bfloat16", None),
         shapes="ROWSxVxD,ROWSxVxD,...",
     )
     parser.add_argument("--peers", help="comma-separated names; default all, '' none")

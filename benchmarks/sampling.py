@@ -17,7 +17,7 @@ from klflow_ext import Run, Sampler
 
 
 def parse_arguments():
-    parser = parser_of(__doc__, dtypes="float32,bfloat16")
+    parser = parser_of(__doc__, dtypes=("float32,bfloat16", "of the matrix products (autocast)"))
     parser.add_argument("run", type=Path)
     parser.add_argument("--batches", default="1,16,256", help="sequences at a time")
     parser.add_argument("--length", type=int, default=64)
@@ -41,7 +41,7 @@ def main():
             for seed in range(arguments.calls + 1):
                 tokens = []
                 for flag, sampler in samplers.items():
-                    with torch.autocast(arguments.device, torch.bfloat16, enabled=dtype == "bfloat16"):
+                    with torch.autocast(arguments.device, getattr(torch, dtype), enabled=dtype != "float32"):
                         result = sampler.sample(
                             (batch, arguments.length), steps=arguments.steps, method="sampling", seed=seed
                         )

@@ -138,6 +138,7 @@ def memories(arguments):
                 f"--{name}={getattr(arguments, name)}"
                 for name in ("device", "batch", "length", "width", "layers", "dtype")
             ]
+            options += [f"--threads={arguments.threads}"] if arguments.threads else []
             command = [sys.executable, __file__, f"--measure={kind}", f"--vocab={vocab}", *options]
             # Every large tensor in pages of its own, given back when it is freed: what glibc keeps would not count.
             own_pages = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
@@ -171,7 +172,12 @@ def plot(results, path):
 
 
 def parse_arguments():
-    parser = parser_of(__doc__, seconds=(30, "time for each V, all steps together"), plots=True)
+    parser = parser_of(
+        __doc__,
+        seconds=(30, "time for each V, all steps together"),
+        plots=True,
+        json="results join those that the file holds",
+    )
     parser.add_argument("--vocab", default="4096,50259,128256,262144", help="V,V,...")
     parser.add_argument("--steps", default=",".join(STEPS))
     parser.add_argument("--batch", type=int, default=4)

@@ -68,7 +68,7 @@ _MODULES = (
     "checks",
     "muon",
 )
-__all__ = [
+__all__ = [  # a literal, which type checkers read
     "build_info", "ops", "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive",
     "Network", "SampleOptions", "ExactDenoiser", "Denoiser", "DenoiserConfig", "Run", "load_run", "Trainer", "TrainConfig",
     "Sampler", "register_sampler", "register_way",

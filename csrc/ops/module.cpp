@@ -1,7 +1,6 @@
 // The Python module klflow_ext._C: loading it registers the operators of the files beside this one (read run.h first).
 // It tells how the library was built. LibTorch's stable ABI is all that it needs of torch, so one build serves every
-// torch
-// >= 2.11.
+// torch from 2.11 on.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

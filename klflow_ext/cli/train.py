@@ -47,11 +47,10 @@ class Settings:
     """cuda where torch sees a GPU and the kernels were built for it, else cpu."""
 
     def prepare(self) -> Prepared:
-        names = {name: getattr(self.train, name) for name in TrainConfig.__dataclass_fields__}
         return prepare(
             self.data,
             self.out,
-            train=TrainConfig(**names),
+            train=self.train,
             network=self.network,
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,

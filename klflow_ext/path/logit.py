@@ -182,7 +182,7 @@ class LogitPath(Path):
     def step(self, state: State, prediction: Prediction, move: Move) -> State:
         """Algorithm 1: the marginal ODE dl/dtau = c p - l, by the exact exponential step or the paper's Euler step.
 
-        With move.boosts the exact step is made in m = l / (1 - t), where it only adds: m <- m + c (s' - s) p, s = t / (1 - t).
+        With move.options.boosts the exact step is made in m = l / (1 - t), where it only adds: m <- m + c (s' - s) p, s = t / (1 - t).
         So m = log E + a sum, of which the `boosts` largest entries are kept: the noise is made again, and no row is stored.
         """
         if move.options.boosts is not None and move.options.euler == "exact" and not state.is_made:
