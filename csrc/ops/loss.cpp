@@ -89,6 +89,15 @@ KLFLOW_CPU_OPERATOR(
     "(Tensor logits, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, float label_smoothing, "
     "float z_loss, float softcap, bool mean) -> (Tensor total, Tensor lse)")
 
+// Writes the gradient of the logits, times dloss of each row, to grad.
+void run_gradient(CrossEntropyParams& p, const Tensor& logits, const Tensor& dloss, const Tensor& grad) {
+  p.dloss = scalars_of(dloss, p.rows, "dloss");
+  p.grad = rows_of(grad, p.rows, p.vocab, "grad");
+  check(p.grad.dtype == p.logits.dtype, "grad: must have the dtype of logits");
+  prefer_huge_pages(grad);
+  if (p.rows > 0) KLFLOW_RUN(cross_entropy, p, logits);
+}
+
 void cross_entropy_grad(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor row_weight,
                         int64_t ignore_index, double label_smoothing, double z_loss, double softcap, Tensor dloss,
                         Tensor loss, Tensor lse, Tensor grad) {
@@ -96,11 +105,7 @@ void cross_entropy_grad(Tensor logits, Tensor target, OptionalTensor weight, Opt
   CrossEntropyParams p =
       cross_entropy_params(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, lse);
   p.loss = vector_of(loss, p.rows, "loss");
-  p.dloss = scalars_of(dloss, p.rows, "dloss");
-  p.grad = rows_of(grad, p.rows, p.vocab, "grad");
-  check(p.grad.dtype == p.logits.dtype, "grad: must have the dtype of logits");
-  prefer_huge_pages(grad);
-  if (p.rows > 0) KLFLOW_RUN(cross_entropy, p, logits);
+  run_gradient(p, logits, dloss, grad);
 }
 KLFLOW_OPERATOR(
     cross_entropy_grad,
@@ -113,12 +118,8 @@ void cross_entropy_backward(Tensor logits, Tensor target, Tensor lse, OptionalTe
   KLFLOW_CHECK_DEVICES(logits, target, lse, weight, row_weight, dloss, dlse, grad);
   CrossEntropyParams p =
       cross_entropy_params(logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap, lse);
-  p.dloss = scalars_of(dloss, p.rows, "dloss");
   p.dlse = scalars_of(dlse, p.rows, "dlse");
-  p.grad = rows_of(grad, p.rows, p.vocab, "grad");
-  check(p.grad.dtype == p.logits.dtype, "grad: must have the dtype of logits");
-  prefer_huge_pages(grad);
-  if (p.rows > 0) KLFLOW_RUN(cross_entropy, p, logits);
+  run_gradient(p, logits, dloss, grad);
 }
 KLFLOW_OPERATOR(
     cross_entropy_backward,
