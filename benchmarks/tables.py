@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from method.runs import grouped, results, sampled_as
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -53,12 +55,8 @@ def train_step():
 
 
 def method_runs():
-    """(result, ...) of benchmarks/method.py, by (V, steps, name)."""
-    groups = {}
-    for file in sorted((ROOT / "benchmarks" / "results" / "method").glob("*.json")):
-        found = json.loads(file.read_text())
-        groups.setdefault((found["vocab_size"], found["steps"], found["name"]), []).append(found)
-    return groups
+    """(result, ...) of benchmarks/method, by (V, steps, name)."""
+    return grouped(results(), lambda r: (r["vocab_size"], r["steps"], r["name"]))
 
 
 def method_loss():
@@ -78,12 +76,6 @@ def method_loss():
         cells = [[*row, f"{mean:.3f}"] for mean, row in sorted(rows)]
         tables.append(table([f"V = {vocab:,}, {steps:,} steps", "seeds", *(f"t = {t}" for t in times), "mean"], cells))
     return "\n\n".join(tables)
-
-
-def sampled_as(name: str, method: str) -> str:
-    """A run with the scheme it was sampled by, where that is not its usual one."""
-    usual = ("segments",) if name == "segments" else ("basic", "sampling")
-    return name if method in usual else f"{name}, {method}"
 
 
 def method_samples():

@@ -1,0 +1,92 @@
+"""The runs that are compared, the text they read, and the file of results that each has."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from klflow_ext import Autoregressive, LinearPath, LogitPath, MaskPath, Sampler, SpherePath, UniformPath, data, load_run
+from klflow_ext.run import write_file
+
+ROOT = Path(__file__).resolve().parent.parent  # of the benchmarks
+RESULTS = ROOT / "results" / "method"
+
+# name: (path, what the network is, how it is trained). The paper's own is "simplex uniform". "stdlib" is "segments" on the
+# source of Python's standard library, for a removed line of code.
+METHODS = {
+    "posterior": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle"}),
+    "segments": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle", "given_share": 0.6}),
+    "stdlib": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle", "given_share": 0.6}),
+    "posterior learned": (LogitPath, {"input": "posterior"}, {"time_sampling": "learned"}),
+    "posterior uniform": (LogitPath, {"input": "posterior"}, {"time_sampling": "uniform"}),
+    "simplex": (LogitPath, {"input": "simplex"}, {"time_sampling": "middle"}),
+    "simplex uniform": (LogitPath, {"input": "simplex"}, {"time_sampling": "uniform"}),
+    "linear": (LinearPath, {"input": "simplex"}, {"time_sampling": "uniform"}),
+    "sphere": (SpherePath, {"input": "simplex"}, {"time_sampling": "uniform"}),
+    "mask": (MaskPath, {"input": "tokens"}, {"time_sampling": "uniform"}),
+    "uniform": (UniformPath, {"input": "tokens"}, {"time_sampling": "uniform"}),
+    "autoregressive": (Autoregressive, {"input": "tokens", "causal": True, "time": "none"}, {"time_sampling": "uniform"}),
+}  # fmt: skip
+LENGTH, BATCH = 64, 32
+
+
+def text_streams(arguments):
+    """(tokenizer, training, held-out tokens) of TinyStories, or of the standard library, made once."""
+    from tokenizers import Tokenizer
+
+    code = arguments.name == "stdlib"
+    folder = arguments.runs / f"tokens-{'stdlib-' * code}{arguments.vocab_size}"
+    if not (folder / "heldout.npy").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        source = Path(os.environ["KLFLOW_DATA"]) / "tinystories"
+        train, held = data.documents(None) if code else (
+            [part for part in data.read_text(source / f"tinystories_{name}.txt").split(f"\n{data.END}\n") if part.strip()]
+            for name in ("train", "heldout")
+        )  # fmt: skip
+        tokenizer = data.train_tokenizer(train, arguments.vocab_size)
+        write_file(folder / "tokenizer.json", lambda p: tokenizer.save(str(p)))
+        for name, texts in (("train", train), ("heldout", held)):
+            stream = data.encode(tokenizer, texts)
+            write_file(folder / f"{name}.npy", lambda p, stream=stream: np.save(open(p, "wb"), stream))
+    streams = (np.load(folder / f"{name}.npy") for name in ("train", "heldout"))
+    return Tokenizer.from_file(str(folder / "tokenizer.json")), *streams
+
+
+def label(arguments) -> str:
+    return f"{arguments.name.replace(' ', '-')}-V{arguments.vocab_size}-{arguments.steps}-seed{arguments.seed}"
+
+
+def update(arguments, **values) -> None:
+    """Adds values to the result file of a run."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / f"{label(arguments)}.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    found.update(
+        name=arguments.name, vocab_size=arguments.vocab_size, steps=arguments.steps, seed=arguments.seed, **values
+    )
+    write_file(file, lambda p: p.write_text(json.dumps(found, indent=1) + "\n"))
+
+
+def results() -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+
+
+def grouped(found: list[dict], key) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for r in found:
+        groups.setdefault(key(r), []).append(r)
+    return groups
+
+
+def sampled_as(name: str, method: str) -> str:
+    """A run with the scheme it was sampled by, where that is not its usual one."""
+    usual = ("segments",) if name == "segments" else ("basic", "sampling")
+    return name if method in usual else f"{name}, {method}"
+
+
+def load_sampler(arguments):
+    model, path, tokenizer = load_run(arguments.runs / label(arguments))
+    return Sampler(model, path), tokenizer
