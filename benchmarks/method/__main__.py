@@ -2,6 +2,7 @@
 
 python benchmarks/method train --name posterior --seed 0      # one run: runs/method/..., results/method/...json
 python benchmarks/method judge --name posterior --seed 0      # bits per byte and entropy of its samples, a few minutes
+python benchmarks/method likelihood --name slices --seed 0    # nats per token of held-out text, minutes
 python benchmarks/method fill --name segments --seed 0        # held-out stories from their beginnings, and with holes
 python benchmarks/method sweep --name posterior --seed 0      # t_split, time grid, boosts; with --nfe 16 11 minutes
 python benchmarks/method plot                                 # results/method_loss.png, results/method_frontier.png
@@ -15,14 +16,16 @@ import argparse
 from pathlib import Path
 
 from runs import METHODS, ROOT
-from samples import fill, judge, sweep
+from samples import fill, judge, likelihood, sweep
 from show import gallery, plot
 from train import train
+
+ACTIONS = {f.__name__: f for f in (train, judge, likelihood, fill, sweep, plot, gallery)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("train", "judge", "fill", "sweep", "plot", "gallery"))
+    parser.add_argument("action", choices=ACTIONS)
     parser.add_argument("--name", choices=METHODS, default="posterior")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=1075)
@@ -34,9 +37,7 @@ def main() -> None:
     parser.add_argument("--method", help="another scheme than the path's best")
     parser.add_argument("--bfloat16", action="store_true", help="sample with the network in bfloat16")
     arguments = parser.parse_args()
-    {"train": train, "judge": judge, "fill": fill, "sweep": sweep, "plot": plot, "gallery": gallery}[arguments.action](
-        arguments
-    )
+    ACTIONS[arguments.action](arguments)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ METHODS = {
     "posterior": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle"}),
     "segments": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle", "given_share": 0.6}),
     "stdlib": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle", "given_share": 0.6}),
+    "slices": (LogitPath, {"input": "posterior", "time": "none", "slices": True}, {"time_sampling": "middle"}),
+    "mask slices": (MaskPath, {"input": "tokens", "time": "none", "slices": True}, {"time_sampling": "uniform"}),
     "posterior learned": (LogitPath, {"input": "posterior"}, {"time_sampling": "learned"}),
     "posterior uniform": (LogitPath, {"input": "posterior"}, {"time_sampling": "uniform"}),
     "simplex": (LogitPath, {"input": "simplex"}, {"time_sampling": "middle"}),
@@ -83,7 +85,7 @@ def grouped(found: list[dict], key) -> dict[tuple, list[dict]]:
 
 def sampled_as(name: str, method: str) -> str:
     """A run with the scheme it was sampled by, where that is not its usual one."""
-    usual = ("segments",) if name == "segments" else ("basic", "sampling")
+    usual = (name.split()[-1],) if name.split()[-1] in ("segments", "slices") else ("basic", "sampling")
     return name if method in usual else f"{name}, {method}"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from runs import LENGTH, RESULTS, label, load_sampler, text_streams, update
 
-from klflow_ext import LogitPath, data, evaluate
+from klflow_ext import LinearPath, LogitPath, SpherePath, UniformPath, data, evaluate
 
 
 def samples(arguments, sampler, tokenizer, scorer, **options):
@@ -35,7 +35,7 @@ def judge(arguments) -> None:
     scorer, rows = load_judge(), []
     sampler, tokenizer = load_sampler(arguments)
     usual = "sampling" if isinstance(sampler.path, LogitPath) else "basic"
-    usual = "segments" if arguments.name == "segments" else usual
+    usual = arguments.name.split()[-1] if arguments.name.split()[-1] in ("segments", "slices") else usual
     for top_k in arguments.top_k:
         for nfe in [LENGTH] if arguments.name == "autoregressive" else arguments.nfe:
             options = {"steps": nfe, "top_k": top_k, "method": arguments.method or usual}
@@ -50,6 +50,24 @@ def judge(arguments) -> None:
     file, measured = RESULTS / f"{label(arguments)}.json", {key(row) for row in rows}
     kept = json.loads(file.read_text()).get("samples", []) if file.exists() else []
     update(arguments, samples=[row for row in kept if key(row) not in measured] + rows)
+
+
+def likelihood(arguments) -> None:
+    """Nats per token of held-out text: exactly by each number of passes, where the method has an order, and the path's bound."""
+    sampler, _ = load_sampler(arguments)
+    _, _, held = text_streams(arguments)
+    tokens = data.batch(held, 4 * arguments.count, LENGTH, 12345, 0)
+    rows = []
+    if sampler.path.way is None and (sampler.network.slices or arguments.name in ("segments", "mask")):
+        for steps in arguments.nfe:
+            rows.append({"steps": steps, "found": sampler.likelihood(tokens, steps=steps, progress=True)})
+    if not isinstance(sampler.path, (LinearPath, SpherePath, UniformPath)):
+        rows.append({"steps": None, "found": sampler.path.likelihood(sampler.model, tokens)})
+    for row in rows:
+        found = row.pop("found")
+        row |= {"nats": found.per_token, "error": found.standard_error, "exact": found.exact, "texts": len(tokens)}
+        print(f"{label(arguments)}: {row}", flush=True)
+    update(arguments, likelihood=rows)
 
 
 def holes(arguments, tokenizer):
@@ -73,7 +91,7 @@ def fill(arguments) -> None:
     """What is missing of held-out texts, written anew in 16 passes."""
     sampler, tokenizer = load_sampler(arguments)
     tokens, given = zip(*[(t[0], g[0]) for t, g in holes(arguments, tokenizer)], strict=True)
-    method = "segments" if isinstance(sampler.path, LogitPath) else "basic"
+    method = None if isinstance(sampler.path, LogitPath) or sampler.network.slices else "basic"
     seeds, rows = [arguments.seed + i for i in range(len(tokens))], []
     result = sampler.infill(tokens, given, steps=16, top_k=10, method=method, seed=seeds)
     for filled, was, shown in zip(result.tokens, tokens, given, strict=True):

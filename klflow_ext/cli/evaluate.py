@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import tyro
 
-from klflow_ext import evaluate
+from klflow_ext import data, evaluate
 from klflow_ext.cli.terminal import choose_device
+from klflow_ext.path import Likelihood
 from klflow_ext.run import Run
 from klflow_ext.sample import Sampler
 
@@ -26,11 +29,36 @@ def print_losses(model, path, stream, held, length):
     print("  loss " + "  ".join(f"{v:6.3f}" for v in losses.values()))
 
 
+def print_likelihoods(sampler: Sampler, tokenizer, tokens: torch.Tensor) -> None:
+    """-log p of held-out texts (B, L): exactly of the sampler that draws positions for good, by passes, and the path's bound."""
+    count, length = tokens.shape
+    size = None if tokenizer is None else sum(len(tokenizer.decode(row.tolist()).encode()) for row in tokens)
+    print(f"\n-log p of {count} held-out texts of {length} tokens, with its standard error:")
+
+    def show(name: str, found: Likelihood) -> None:
+        line = f"  {name:<34} {found.per_token:.3f} +- {found.standard_error:.3f} nats per token"
+        if size is not None:
+            line += f", {found.bits_per_byte(size):.3f} bits per byte"
+        print(line + ("" if found.exact else " (upper bound)"), flush=True)
+
+    path, progress = sampler.path, sys.stdout.isatty()
+    if path.way is None:
+        method = "slices" if sampler.network.slices else "segments"
+        for steps in sorted({min(n, length) for n in (4, 8, 16, 32, length)}):
+            show(f"{method}, {steps} passes", sampler.likelihood(tokens, steps=steps, progress=progress))
+    if path.has_likelihood:
+        name = {"logit": "all at once, race of the noise", "mask": "masks, in random order"}.get(path.kind, "left to right")
+        show(name, path.likelihood(sampler.model, tokens))
+
+
 @dataclass
 class Eval:
-    """Held-out loss by time of a run; with --judge, bits per byte of its samples under a llama2.c model."""
+    """Held-out loss by time of a run; with --likelihood its -log p; with --judge, bits per byte of its samples under a llama2.c
+    model."""
 
     run_folder: tyro.conf.Positional[Path]
+    likelihood: bool = False
+    """-log p of `count` held-out texts, exactly where the method allows it, else as a bound; about a minute on two cores."""
     judge: Path | None = None
     """Folder with stories260K.bin and tok512.bin."""
     count: int = 32
@@ -54,20 +82,23 @@ class Eval:
         # First, so that a wrong folder fails at once.
         judge = None if self.judge is None else evaluate.Judge(self.judge)
         print_losses(model, path, stream, held, self.length)
+        sampler = Sampler(model, path, device)
+        if self.likelihood:
+            print_likelihoods(sampler, tokenizer, data.batch(held, self.count, self.length, seed=12345, step=0).to(device))
         if judge is None:
             return
         generator = np.random.default_rng(0)
         real = [held[i : i + self.length] for i in generator.integers(0, len(held) - self.length, self.count)]
         unigram = generator.choice(stream, (self.count, self.length))
         rows: dict[str, Iterable] = {"real text": real, "unigram-sampled": unigram}
-        sampler = Sampler(model, path, device)
         schemes: dict[str, dict[str, Any]] = {
             "basic": {"method": "basic"},
             "sampling, top-k 20": {"method": "sampling", "top_k": 20},
             "sampling, top-k 1": {"method": "sampling", "top_k": 1},
             "hybrid, top-k 20": {"method": "hybrid", "top_k": 20},
-            "segments, top-k 20": {"method": "segments", "top_k": 20},
         }
+        last = "slices" if sampler.network.slices else "segments"
+        schemes[f"{last}, top-k 20"] = {"method": last, "top_k": 20}
         if path.way is not None:
             schemes = {"left to right, top-k 20": {"top_k": 20}}
         for name, options in schemes.items():

@@ -72,7 +72,8 @@ class Demo(Settings):
         length, seed = self.train.length, self.train.seed
         print_losses(model, path, trainer.stream, prepared.heldout, length)
         sampler = Sampler(model, path, trainer.device)
-        for method in ("basic", "sampling", "hybrid", "segments") if path.way is None else ("segments",):
+        last = "slices" if model.slices else "segments"
+        for method in ("basic", "sampling", "hybrid", last) if path.way is None else (last,):
             result = sampler.sample((2, length), steps=32, method=method, seed=seed)
             print(f"\n--- {path.way or method}, {result.nfe} passes, {result.seconds:.1f} s")
             for tokens in result.tokens:
@@ -87,7 +88,7 @@ class Demo(Settings):
     def fill(self, sampler, tokenizer, held_texts):
         """Removes the middle line of a piece of held-out text and lets the model write it again."""
         for tokens, given, (before, line, after) in removed_lines(held_texts, tokenizer, self.train.length):
-            result = sampler.infill(tokens, given, steps=32, method="segments", seed=self.train.seed)
+            result = sampler.infill(tokens, given, steps=32, seed=self.train.seed)
             filled = tokenizer.decode(result.tokens[~given.to(result.tokens.device)].tolist())
             print(f"\n--- a removed line, filled in ({result.nfe} tokens)\n{printable(f'{before}>>> {filled}{after}')}")
             print(f"    (the line was: {printable(line.strip())})")

@@ -1,4 +1,4 @@
-"""A block of the denoiser, and the keys and values that a causal one caches."""
+"""A block of the denoiser."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from klflow_ext.model.attention import Attend
 from klflow_ext.model.config import DenoiserConfig
 
 
@@ -13,30 +14,11 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
 
 
-class Cache:
-    """Keys and values of the positions that a causal Denoiser has read; `Denoiser.hidden(..., cache=cache)` appends to it.
-
-    length: positions held. Holds 2 n_layer B max_length D numbers; no gradient goes through it.
-    """
-
-    def __init__(self, config: DenoiserConfig, batch: int, weight: Tensor):
-        size = config.n_embd // config.n_head
-        self.length = 0
-        self.pairs = weight.new_empty(config.n_layer, 2, batch, config.n_head, config.max_length, size)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts the new positions of one layer behind those held, and returns all; length is moved after the last layer."""
-        pair, end = self.pairs[layer], self.length + k.shape[2]
-        for old, new in zip(pair, (k, v), strict=True):
-            old[:, :, self.length : end] = new.detach()
-        return pair[0, :, :, :end], pair[1, :, :, :end]
-
-
 class Block(nn.Module):
     def __init__(self, config: DenoiserConfig):
         super().__init__()
         d = config.n_embd
-        self.n_head, self.causal = config.n_head, config.causal
+        self.n_head = config.n_head
         self.qkv = nn.Linear(d, 3 * d, bias=False)
         self.attention_out = nn.Linear(d, d, bias=False)
         self.mlp_in = nn.Linear(d, 4 * d, bias=False)
@@ -47,32 +29,21 @@ class Block(nn.Module):
         nn.init.zeros_(self.attention_out.weight)
         nn.init.zeros_(self.mlp_out.weight)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, time: Tensor | None, cache: Cache | None, layer: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, time: Tensor | None, attend: Attend, layer: int) -> Tensor:
         if time is None:
-            x = x + self._attention(norm(x), cos, sin, cache, layer)
+            x = x + self._attention(norm(x), cos, sin, attend, layer)
             return x + self._mlp(norm(x))
         # The gates start at 1, not at DiT's 0: the output projections are 0 already, and the product of two zeros would
         # have no gradient.
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(time).chunk(6, -1)
-        x = x + (1 + gate) * self._attention(norm(x) * (1 + scale) + shift, cos, sin, cache, layer)
+        x = x + (1 + gate) * self._attention(norm(x) * (1 + scale) + shift, cos, sin, attend, layer)
         return x + (1 + mlp_gate) * self._mlp(norm(x) * (1 + mlp_scale) + mlp_shift)
 
-    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int) -> Tensor:
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
         b, length, d = x.shape
         q, k, v = self.qkv(x).view(b, length, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
         q, k = (rotate(norm(z), cos, sin) for z in (q, k))
-        sees = None
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-            if length > 1:
-                sees = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
-        if x.is_cpu:
-            v = v.to(q.dtype)
-        with torch.autocast("cpu", enabled=False):  # a CPU's 16-bit attention is four times slower in the backward pass
-            causal = self.causal and cache is None
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=causal)
+        y = attend(q, k, v, layer)
         return self.attention_out(y.transpose(1, 2).reshape(b, length, d))
 
     def _mlp(self, x: Tensor) -> Tensor:

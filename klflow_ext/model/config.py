@@ -42,6 +42,10 @@ class DenoiserConfig:
     every position. "adaln": scales, shifts and gates every block (DiT, Peebles & Xie 2023). "none": not."""
     causal: bool = False
     """A position sees itself and those before it; needs time="none". Gives `Denoiser.cache`."""
+    slices: bool = False
+    """Trained on two streams, so that a text is written a slice of its positions at a time, each position computed once as a
+    question and once as it stands (`Streams`). Needs time "none", "add" or "adaln", no causal and no self_conditioning. Gives
+    `Denoiser.cache`."""
     self_conditioning: bool = False
     """`Denoiser.hidden` also reads its own previous result (Chen et al. 2023, "Analog Bits")."""
 
@@ -63,8 +67,13 @@ class DenoiserConfig:
         check_choice("time", self.time, get_args(Time))
         check_flag("causal", self.causal)
         check_flag("self_conditioning", self.self_conditioning)
+        check_flag("slices", self.slices)
         if self.causal and self.time != "none":
             raise ValueError(f"time: got {self.time!r}, allowed is 'none' where causal is True")
+        if self.slices and (self.causal or self.self_conditioning):
+            raise ValueError("slices: got True, allowed is False where causal or self_conditioning is True")
+        if self.slices and self.time == "token":
+            raise ValueError("time: got 'token', allowed is 'none', 'add' or 'adaln' where slices is True")
 
     @classmethod
     def preset(cls, name: str, vocab_size: int, **overrides: Any) -> DenoiserConfig:

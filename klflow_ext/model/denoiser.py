@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from klflow_ext import ops
-from klflow_ext.model.blocks import Block, Cache, norm
+from klflow_ext.model.attention import Cache, behind_cache, next_slice, one_stream, two_streams
+from klflow_ext.model.blocks import Block, norm
 from klflow_ext.model.config import DenoiserConfig
 from klflow_ext.ops.arguments import INTEGERS, looks_at_values
 from klflow_ext.path import LogitPath, Network, Path
 from klflow_ext.path.logit import log_evidence
+from klflow_ext.path.network import Streams
 
 
 class Denoiser(Network):
@@ -55,7 +57,8 @@ class Denoiser(Network):
             raise ValueError(f"input: got {config.input!r}, allowed is one of {allowed} for {path!r}")
         self.reads_posterior, self.self_conditions = config.input == "posterior", config.self_conditioning
         self.makes_noise = path.closed_form
-        self.caches, self.causal, self.max_length = config.causal, config.causal, config.max_length
+        self.causal, self.slices, self.max_length = config.causal, config.slices, config.max_length
+        self.caches = config.causal or config.slices
         self.config = config
         self.c: float | None = None
         self.beta: float | None = None
@@ -105,9 +108,9 @@ class Denoiser(Network):
         ]
 
     def cache(self, batch: int) -> Cache:
-        """An empty cache for `batch` sequences of up to max_length positions; needs a causal model."""
-        if not self.config.causal:
-            raise ValueError(f"causal: got {self.config.causal}, allowed is True where keys and values are cached")
+        """An empty cache for `batch` sequences of up to max_length positions; needs a causal model, or one with slices."""
+        if not self.caches:
+            raise ValueError("causal: got False, allowed is True, or slices=True, where keys and values are cached")
         return Cache(self.config, batch, self.embedding)
 
     def posterior(self, x: Tensor, t: Tensor) -> Tensor:
@@ -145,6 +148,11 @@ class Denoiser(Network):
             ids, q, rest = ops.token_posterior(x.log(), t.reshape(len(t), -1), self.log_prior, top=top, beta=beta)
             return ops.posterior_embedding(ids, q, rest, self.embedding, self.log_prior)
         return self._centred(x.to(self.embedding.dtype) @ self.embedding)
+
+    def embed_certain(self, tokens: Tensor) -> Tensor:
+        """embed of rows that show their tokens (B, L), which are never built."""
+        h = F.embedding(tokens, self.embedding)
+        return self._centred(h) if self.config.input == "simplex" else h
 
     def embed_noise(
         self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, row_offset: int = 0,
@@ -184,7 +192,13 @@ class Denoiser(Network):
         return t if t.dim() == 2 else t.expand(b)
 
     def hidden(
-        self, h: Tensor, t: Tensor | float, *, previous: Tensor | None = None, cache: Cache | None = None
+        self,
+        h: Tensor,
+        t: Tensor | float,
+        *,
+        previous: Tensor | None = None,
+        cache: Cache | None = None,
+        streams: Streams | None = None,
     ) -> Tensor:
         """Embeddings h (B, L, D) at times t (a number, (B,) or (B, L)) to what the head reads, (B, L, D).
 
@@ -194,17 +208,10 @@ class Denoiser(Network):
             previous: (B, L, D), what this returned for the same sequences before (no gradient goes through it); zeros, or
                 None for all, where there is none. It is read as h + self_in(previous), and needs config.self_conditioning.
             cache: of `cache(B)`. h then holds the positions behind those of the cache, which takes them up.
+            streams: h then holds its clean rows and the queries, which needs config.slices; a cache takes up the clean ones.
         """
         config = self.config
-        held = 0 if cache is None else cache.length
-        if h.dim() != 3 or h.shape[2] != config.n_embd or held + h.shape[1] > config.max_length:
-            allowed = f"(B, L <= {config.max_length - held}, {config.n_embd})"
-            raise ValueError(
-                f"h: got shape {tuple(h.shape)}, allowed is {allowed}" + f" behind {held} cached" * (held > 0)
-            )
-        b, length, _ = h.shape
-        if cache is not None and (not config.causal or cache.pairs.shape[2] != b):
-            raise ValueError(f"cache: got one of {cache.pairs.shape[2]} sequences, allowed is a causal model's of {b}")
+        b, length = self._check_rows(h, cache, streams)
         if previous is not None:
             if not config.self_conditioning or previous.shape != h.shape:
                 allowed = f"{tuple(h.shape)}" if config.self_conditioning else "None without config.self_conditioning"
@@ -219,13 +226,51 @@ class Denoiser(Network):
             h = h + self._time(t.reshape(b, -1))
         elif config.time == "adaln":
             time = F.silu(self._time(t.reshape(b, -1)))
-        positions = slice(held, held + h.shape[1])
-        cos, sin = self.cos[positions].to(h.dtype), self.sin[positions].to(h.dtype)
+        if streams is not None:
+            cos, sin = (x[streams.places][:, None].to(h.dtype) for x in (self.cos, self.sin))
+            attend = two_streams(streams) if cache is None else next_slice(streams, cache)
+            new = streams.tokens.shape[1]
+        else:
+            held = 0 if cache is None else cache.length
+            positions = slice(held, held + h.shape[1])
+            cos, sin = self.cos[positions].to(h.dtype), self.sin[positions].to(h.dtype)
+            attend = one_stream(config.causal) if cache is None else behind_cache(cache)
+            new = length
         for layer, block in enumerate(self.blocks):
-            h = block(h, cos, sin, time, cache, layer)
+            h = block(h, cos, sin, time, attend, layer)
         if cache is not None:
-            cache.length += length
+            cache.length += new
         return norm(h[:, 1:] if config.time == "token" else h)
+
+    def _check_rows(self, h: Tensor, cache: Cache | None, streams: Streams | None) -> tuple[int, int]:
+        """(B, L) of h; errors for all that does not fit."""
+        config = self.config
+        held = 0 if cache is None else cache.length
+        rows = 2 * config.max_length if streams is not None else config.max_length - held
+        if h.dim() != 3 or h.shape[2] != config.n_embd or h.shape[1] > rows:
+            allowed = f"(B, L <= {rows}, {config.n_embd})"
+            raise ValueError(
+                f"h: got shape {tuple(h.shape)}, allowed is {allowed}" + f" behind {held} cached" * (held > 0)
+            )
+        b, length, _ = h.shape
+        if cache is not None and cache.pairs.shape[2] != b:
+            raise ValueError(f"cache: got one of {cache.pairs.shape[2]} sequences, allowed is one of {b}")
+        if cache is not None and not (config.causal or streams is not None):
+            raise ValueError("cache: got one, allowed is None for a model that is neither causal nor reads streams")
+        if streams is None:
+            return b, length
+        if not config.slices:
+            raise ValueError("streams: got some, allowed is None for a model without config.slices")
+        if streams.places.shape != (b, length) or (streams.slices is None) == (cache is None):
+            raise ValueError(
+                f"streams: got places of shape {tuple(streams.places.shape)} and slices {streams.slices is not None}, allowed "
+                f"are {(b, length)} and slices or a cache"
+            )
+        if cache is not None and held + streams.tokens.shape[1] > config.max_length:
+            raise ValueError(
+                f"cache: got {held} rows and {streams.tokens.shape[1]} more, allowed are {config.max_length}"
+            )
+        return b, length
 
     def _time(self, t: Tensor) -> Tensor:
         """Times (...) as vectors (..., D)."""

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from klflow_ext.path.base import IGNORE, Path, check_targets
+from klflow_ext.path.base import IGNORE, Path, check_targets, check_text
+from klflow_ext.path.likelihood import Likelihood
+from klflow_ext.path.network import Model, as_network, evaluating
 
 
 class Autoregressive(Path):
@@ -47,3 +49,15 @@ class Autoregressive(Path):
         inputs = torch.full_like(target, self.vocab_size, dtype=torch.int64)
         inputs[..., 1:] = target[..., :-1].masked_fill(target[..., :-1] == IGNORE, self.vocab_size)
         return inputs
+
+    def likelihood(
+        self, model: Model, target: Tensor, *, given: Tensor | None = None, seed: int = 0, strata: int = 32
+    ) -> Likelihood:
+        """Exact, by one pass; a given token counts nothing, and is seen by the positions behind it. seed and strata say nothing."""
+        network = as_network(model, self.vocab_size)
+        label, count = check_text(target, given)
+        t = torch.zeros(len(target), dtype=torch.float32, device=target.device)
+        with torch.no_grad(), evaluating(network):
+            prediction = network.predict(self.noisy(target, t, 0), t)
+            nats = prediction.cross_entropy(label, ignore_index=IGNORE, reduction="none").double().sum(1)
+        return Likelihood(nats, count, exact=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from klflow_ext.checks import check_field
 from klflow_ext.ops.arguments import INTEGERS, check_tensor, check_tokens, looks_at_values
-from klflow_ext.path.network import Model, as_network
+from klflow_ext.path.likelihood import Likelihood
+from klflow_ext.path.network import Called, Model, Network, Streams, as_network
 from klflow_ext.path.state import Move, Prediction, State
 
 IGNORE = -100  # a target with this value is padding: no loss, and its row carries noise only
@@ -59,6 +60,11 @@ class Path:
     @property
     def closed_form(self) -> bool:
         return False
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether `likelihood` gives one."""
+        return type(self).likelihood is not Path.likelihood
 
     # ---- times
 
@@ -114,8 +120,8 @@ class Path:
         raise NotImplementedError
 
     def loss(
-        self, model: Model, target: Tensor, t: Tensor, rng, *, given: Tensor | None = None, reduction: str = "mean",
-        row_offset: int = 0,
+        self, model: Model, target: Tensor, t: Tensor, rng, *, given: Tensor | None = None, order: Tensor | None = None,
+        reduction: str = "mean", row_offset: int = 0,
     ) -> Tensor:  # fmt: skip
         """-log p(k | x_t, t), averaged over the positions that are neither given nor padding (the paper's equation 13).
 
@@ -125,13 +131,33 @@ class Path:
             target: (B, L) tokens; `IGNORE` marks padding.
             t: (B,) times in [0, 1].
             given: (B, L) bool, positions that the model sees in the clear.
+            order: (B, L) int64, for a network with `slices`: the slice of each position, 0 where it is given, in place of `given`.
+                A position is then asked for by what stands in the slices before its own, and hidden in the noise of time t. None:
+                what is not given is one slice.
             reduction: "mean" (NaN where no position counts), "sum" or "none" ((B, L), zero where a position does not count).
         """
         network = as_network(model, self.vocab_size)
+        if order is not None:
+            _check_order(network, order, target)
+            given = order == 0
         state = self.noisy(target, t[:, None], rng, given=given, row_offset=row_offset)
-        prediction = network.predict(state, self.model_times(t, given, network.times_by_position))
+        prediction = self.predict(network, state, target, t, given, order)
         label = target if given is None else target.masked_fill(given, IGNORE)
         return self._cross_entropy(prediction, state, label, reduction)
+
+    def predict(
+        self, network: Network | Called, state: State, target: Tensor, t: Tensor, given: Tensor | None,
+        order: Tensor | None = None,
+    ) -> Prediction:  # fmt: skip
+        """What a network says of a state of the tokens target (B, L) at times t (B,); given and order as in `loss`."""
+        if order is None and network.slices and given is not None:
+            order = (~given).long()
+        if order is None:
+            return network.predict(state, self.model_times(t, given, network.times_by_position))
+        _check_order(network, order, target)
+        padding = target == IGNORE
+        streams = Streams.of_text(target.masked_fill(padding, 0), order.masked_fill(padding, 2**62))  # unseen by others
+        return network.predict(state, self.model_times(t, None, network.times_by_position), streams=streams)
 
     def _cross_entropy(self, prediction: Prediction, state: State, label: Tensor, reduction: str) -> Tensor:
         return prediction.cross_entropy(label, ignore_index=IGNORE, reduction=reduction)
@@ -139,6 +165,25 @@ class Path:
     def noisy(self, target: Tensor, t: Tensor, rng, *, given: Tensor | None = None, row_offset: int = 0) -> State:
         """The state that a network is trained on: `sample`, with the same arguments."""
         return State(self.sample(target, t, rng, given=given, row_offset=row_offset))
+
+    def likelihood(
+        self, model: Model, target: Tensor, *, given: Tensor | None = None, seed: int = 0, strata: int = 32
+    ) -> Likelihood:
+        """-log p of texts to a model of this path, or an upper bound of it.
+
+        Args:
+            model: as in `loss`.
+            target: (B, L) tokens; `IGNORE` marks padding.
+            given: (B, L) bool, positions whose tokens are known, and not counted.
+            seed: of the noise that a bound is estimated with, >= 0.
+            strata: passes of a bound, equally spaced in the noise.
+
+        Raises:
+            ValueError: this path has none.
+        """
+        raise ValueError(
+            f"path: got {self!r}, allowed where a likelihood is asked for is logit, mask or autoregressive"
+        )
 
     # ---- sampling
 
@@ -191,6 +236,31 @@ def check_targets(target: Tensor, vocab_size: int) -> None:
     check_tensor("target", target, INTEGERS)
     if looks_at_values(target):
         check_tokens("target", target.reshape(-1), vocab_size, ignore_index=IGNORE)
+
+
+def _check_order(network: Network | Called, order: Tensor, target: Tensor) -> None:
+    if not network.slices:
+        raise ValueError("order: got one, allowed is None for a network without slices")
+    if order.shape != target.shape or order.dtype != torch.int64:
+        raise ValueError(
+            f"order: got {order.dtype} of shape {tuple(order.shape)}, allowed is int64 of target's, {tuple(target.shape)}"
+        )
+
+
+def check_text(target: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(label, count) of texts whose likelihood is asked for: target (B, L) with IGNORE where a token is not counted, and how
+    many are, (B,)."""
+    if target.dim() != 2:
+        raise ValueError(f"target: got shape {tuple(target.shape)}, allowed is (B, L)")
+    if given is not None and (given.shape != target.shape or given.dtype != torch.bool):
+        raise ValueError(
+            f"given: got {given.dtype} of shape {tuple(given.shape)}, allowed is bool of target's, {tuple(target.shape)}"
+        )
+    label = target if given is None else target.masked_fill(given, IGNORE)
+    count = (label != IGNORE).sum(1)
+    if target.numel() == 0 or not bool(count.sum()):
+        raise ValueError("target: got no token that is neither given nor padding, allowed is at least one")
+    return label, count
 
 
 def hide_padding(

@@ -20,6 +20,43 @@ from klflow_ext.path.state import Prediction, State
 Model = Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Streams:
+    """Clean rows, which stand before those of a state, the queries: what a network with `slices` reads.
+
+    Every position of a text belongs to a slice; what is given is slice 0. A clean row sees the clean rows of its own slice and
+    of those before. A query sees the clean rows of the slices before its own, and the queries of its own slice. So no query
+    sees its own token, and a clean row never depends on what is written later: its keys and values can be kept.
+
+    Args:
+        tokens: (B, C), of the clean rows.
+        places: (B, C + Q), the position in its text of each row.
+        slices: (B, C + Q), its slice. With a cache None: the clean rows are of one slice, behind all that the cache holds, and the
+            queries of the one after it.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    slices: Tensor | None
+
+    @classmethod
+    def of_text(cls, tokens: Tensor, order: Tensor) -> Streams:
+        """A whole text (B, L) twice, with the slice of each position, order (B, L)."""
+        places = torch.arange(tokens.shape[1], device=tokens.device).repeat(2).expand(len(tokens), -1)
+        return cls(tokens, places, order.repeat(1, 2))
+
+    def sees(self) -> Tensor:
+        """(B, C + Q, C + Q) bool: whom each row sees."""
+        assert self.slices is not None
+        count = self.tokens.shape[1]
+        own, other = self.slices[:, :, None], self.slices[:, None, :]
+        sees = other == own
+        sees[:, :count, :count] = other[:, :, :count] <= own[:, :count]
+        sees[:, count:, :count] = other[:, :, :count] < own[:, count:]
+        sees[:, :count, count:] = False
+        return sees
+
+
 class Network(nn.Module):
     """A model whose logits are head(hidden(embed(x_t, t), t)): logits of a few rows exist at a time.
 
@@ -29,7 +66,8 @@ class Network(nn.Module):
     It may define
         embed_noise(target, t, rng, given=, row_offset=) -> (B, L, D): embed of a LogitPath's noise, straight from tokens and
             seed; then `makes_noise` is True. If it reads posteriors, it also takes boost=, and `reads_posterior` is True;
-        cache(B), for an Autoregressive path, which hidden then takes as cache=; then `caches` is True.
+        cache(B), for an Autoregressive path or slices, which hidden then takes as cache=; then `caches` is True;
+        embed_certain(tokens) -> (B, C, D): embed of rows that show their tokens; if hidden takes streams=, `slices` is True.
 
     Attributes:
         self_conditions: hidden takes previous=, its own result of the pass before, or zeros.
@@ -40,6 +78,7 @@ class Network(nn.Module):
     makes_noise: bool = False
     reads_posterior: bool = False
     caches: bool = False
+    slices: bool = False
     self_conditions: bool = False
     causal: bool | None = None
     max_length: int | None = None
@@ -47,6 +86,7 @@ class Network(nn.Module):
 
     embed: Callable[..., Tensor]
     embed_noise: Callable[..., Tensor]
+    embed_certain: Callable[[Tensor], Tensor]
     hidden: Callable[..., Tensor]
     cache: Callable[[int], Any]
     head: nn.Linear
@@ -55,7 +95,15 @@ class Network(nn.Module):
     def module(self) -> nn.Module:
         return self
 
-    def predict(self, state: State, times: Tensor, *, previous: Tensor | None = None, cache: Any = None) -> Prediction:
+    def predict(
+        self,
+        state: State,
+        times: Tensor,
+        *,
+        previous: Tensor | None = None,
+        cache: Any = None,
+        streams: Streams | None = None,
+    ) -> Prediction:
         """What the network says of a state.
 
         Args:
@@ -63,6 +111,7 @@ class Network(nn.Module):
             times: (B,) or (B, L), of the path's `model_times`.
             previous: (B, L, D), the `hidden` of the prediction before, of a network that self-conditions.
             cache: of `cache(B)`; state then holds the positions behind those of the cache.
+            streams: the rows that stand before those of the state, and who sees whom; for a network with `slices`.
         """
         if self.makes_noise and not state.is_made:
             boost = {} if state.boost is None else {"boost": state.boost}
@@ -71,12 +120,19 @@ class Network(nn.Module):
             )
         else:
             h = self.embed(state.x, times)
-        options = {} if cache is None else {"cache": cache}
+        options: dict[str, Any] = {} if cache is None else {"cache": cache}
+        before = 0
+        if streams is not None:
+            before = streams.tokens.shape[1]
+            h = torch.cat([self.embed_certain(streams.tokens).to(h.dtype), h], 1)
+            times = times.reshape(len(h), -1).expand(-1, h.shape[1] - before)
+            times = torch.cat([torch.ones_like(times[:, :1]).expand(-1, before), times], 1)
+            options["streams"] = streams
         if self.self_conditions:
             if previous is None and self.training:
                 previous = self._first_estimate(h, times, state.row_offset)
             options["previous"] = previous
-        return Prediction(None, self.hidden(h, times, **options), self.head.weight, self.head.bias)
+        return Prediction(None, self.hidden(h, times, **options)[:, before:], self.head.weight, self.head.bias)
 
     def _first_estimate(self, h: Tensor, times: Tensor, row_offset: int) -> Tensor:
         """What every other sequence is conditioned on in training: its own estimate, made without a gradient, the others on
@@ -100,6 +156,7 @@ class Called:
     makes_noise: ClassVar[bool] = False
     reads_posterior: ClassVar[bool] = False
     caches: ClassVar[bool] = False
+    slices: ClassVar[bool] = False
     self_conditions: ClassVar[bool] = False
     causal: ClassVar[bool | None] = None
     max_length: ClassVar[int | None] = None
@@ -109,8 +166,16 @@ class Called:
     def module(self) -> nn.Module | None:
         return self.model if isinstance(self.model, nn.Module) else None
 
-    def predict(self, state: State, times: Tensor, *, previous: Tensor | None = None, cache: Any = None) -> Prediction:
-        """As `Network.predict`; previous and cache are None."""
+    def predict(
+        self,
+        state: State,
+        times: Tensor,
+        *,
+        previous: Tensor | None = None,
+        cache: Any = None,
+        streams: Streams | None = None,
+    ) -> Prediction:
+        """As `Network.predict`; previous, cache and streams are None."""
         x = state.x
         logits = self.model(x, times)
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

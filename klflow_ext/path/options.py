@@ -26,12 +26,18 @@ class SampleOptions:
     """Network passes (NFE), at least 1. Of the schemes that denoise: steps - 1 moves, and a last pass whose tokens are the
     result."""
 
-    method: str = "segments"
-    """"basic", "sampling", "hybrid", a registered name, or "segments", for a model trained on sequences of which a part is
-    given: the free positions of a sequence are cut into segments of `steps`, and every pass draws the next token of each
-    segment at once, from left to right, given all that stands. What is drawn together lies `steps` positions apart, so it
-    hardly depends on each other. All others are pure noise. A sequence needs no more passes than it has free positions, and
-    no more are made."""
+    method: str | None = None
+    """"basic", "sampling" or "hybrid", by which all positions move from noise to text together; "slices" or "segments", by which
+    every pass draws some of the free positions for good, given all that stands; or a registered name. None: "slices" for a
+    network that was trained with them, else "segments".
+
+    "slices": free position i belongs to slice i mod the number of slices. "segments": the same order, for a model trained on
+    sequences of which a part is given; everything is read again in every pass. Tokens that are drawn together lie `steps`
+    positions apart, so they hardly depend on each other. No more passes are made than a sequence has free positions."""
+
+    slice_steps: int = 1
+    """Of "slices": passes for each slice, at least 1. With more, a slice goes from noise to its tokens by the sampling scheme, and
+    there are steps / slice_steps slices."""
 
     top_k: int | None = 20
     """Of each draw, at least 1; None: all V. The basic scheme of a path on the simplex draws only at the end."""
@@ -50,7 +56,7 @@ class SampleOptions:
 
     final: Final | None = None
     """How the last pass chooses: "argmax", or "draw" from its p. None: "draw" on a path of tokens, else "argmax". It, t_split
-    and grid_power say nothing to segments."""
+    and grid_power say nothing to slices and segments."""
 
     euler: Euler = "exact"
     """Rate of LogitPath's basic step: "exact" (1 - e^-h) or the paper's (h)."""
@@ -64,6 +70,7 @@ class SampleOptions:
             object.__setattr__(self, name, value)
 
         keep("steps", check_int("steps", self.steps, 1, 2**31, "an integer >= 1"))
+        keep("slice_steps", check_int("slice_steps", self.slice_steps, 1, self.steps, f"1 to steps = {self.steps}"))
         if self.final is not None:
             check_choice("final", self.final, get_args(Final))
         check_choice("euler", self.euler, get_args(Euler))
@@ -93,16 +100,18 @@ class SampleOptions:
 class ResolvedOptions(SampleOptions):
     """SampleOptions with what a path and a network say of the fields that were None. boosts: None for a dense state."""
 
+    method: str = "segments"
     top_k: int = 20
     t_split: float = 0.0
     final: Final = "argmax"
 
     @classmethod
     def of(
-        cls, options: SampleOptions, *, vocab_size: int, t_split: float, reads: str, sparse: bool
+        cls, options: SampleOptions, *, vocab_size: int, t_split: float, reads: str, sparse: bool, slices: bool
     ) -> ResolvedOptions:
-        """For a path of this vocab_size, t_split and reads; sparse: whether the network takes boosts."""
+        """For a path of this vocab_size, t_split and reads; sparse, slices: whether the network takes boosts and streams."""
         found = {field.name: getattr(options, field.name) for field in fields(SampleOptions)}
+        found["method"] = options.method or ("slices" if slices else "segments")
         found["top_k"] = vocab_size if options.top_k is None else min(options.top_k, vocab_size)
         found["t_split"] = t_split if options.t_split is None else options.t_split
         found["final"] = options.final or ("draw" if reads == "tokens" else "argmax")

@@ -134,7 +134,8 @@ class Prediction:
     def cross_entropy(self, label: Tensor, **options) -> Tensor:
         """-log p(label), label (B, L); options as in `ops.cross_entropy`. Gradients flow to the network."""
         if self._logits is not None:
-            return ops.cross_entropy(self._logits, label, **options)
+            wide = self._logits.dtype == torch.float64  # there are no kernels of it
+            return ops.cross_entropy(self._logits.float() if wide else self._logits, label, **options)
         hidden, weight = self._head()
         return ops.linear_cross_entropy(hidden, weight, label, bias=self.bias, **options)
 

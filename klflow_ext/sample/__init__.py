@@ -3,9 +3,11 @@
     sampler.py        Sampler: checks what it is asked, and hands sequences of one length to a way
     ways.py           the registry: a name and the way that it stands for
     denoise.py        basic, sampling, hybrid: all positions move from noise to text together
-    segments.py       some positions after others, from pure noise to their tokens at once
+    slices.py         some positions after others, for a network trained with them, which keeps what stands
+    segments.py       the same order for any network, which reads everything again
     left_to_right.py  one position after the other, for an Autoregressive path
     replay.py         the sampling scheme by recorded CUDA graphs
+    scoring.py        the passes of a way over a text that is there: its likelihood
     passes.py         what all ways ask: the network's passes, counted, shown and looked at
 
 Every sequence has its own seed, so its tokens do not depend on the batch. With a Denoiser, a sampling step holds tokens and
@@ -19,9 +21,10 @@ from klflow_ext.sample.left_to_right import left_to_right
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.sampler import Sampler, Samples
 from klflow_ext.sample.segments import segments
+from klflow_ext.sample.slices import slices
 from klflow_ext.sample.ways import register_way
 
 __all__ = [
     "Passes", "SampleOptions", "Sampler", "Samples", "Temperature", "basic_step", "denoise", "hybrid_step", "left_to_right",
-    "parse_holes", "register_sampler", "register_way", "sampling_step", "segments",
+    "parse_holes", "register_sampler", "register_way", "sampling_step", "segments", "slices",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.ways import register_way
 
 
-@register_way("left_to_right", of_path=True)
+@register_way("left_to_right", of_path=True, ordered=True)
 def left_to_right(passes: Passes, options: ResolvedOptions) -> Tensor:
     """A pass over the prefix that all sequences are given, then one for each position, to the last that is free in any.
 
@@ -27,7 +27,8 @@ def left_to_right(passes: Passes, options: ResolvedOptions) -> Tensor:
     for i in range(first, last + 1):
         held = 0 if cache is None else cache.length
         prediction = passes.predict(State(inputs[:, held : i + 1]), 0.0, given, cache=cache).last()
-        drawn = prediction.draw(options.last_top_k, passes.rng(0), temperatures[i], options.top_p, row_offset=i)
+        place = torch.full_like(tokens[:, :1], i)
+        drawn = passes.draw(prediction, place, options.last_top_k, 0, temperatures[i], options.top_p, row_offset=i)
         drawn = torch.where(given[:, i : i + 1], tokens[:, i : i + 1], drawn)
         tokens[:, i : i + 1] = drawn
         inputs[:, i + 1 : i + 2] = drawn[:, : inputs.shape[1] - i - 1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from klflow_ext.path import Path, Prediction, State
-from klflow_ext.path.network import Called, Network
+from klflow_ext.path.network import Called, Network, Streams
 
 
 class Passes:
@@ -36,6 +36,7 @@ class Passes:
         self.network, self.path, self.given, self.known = network, path, given, torch.where(given, tokens, 0)
         self.count, self.keeps = 0, return_history
         self.history: list[Tensor] = []
+        self._some_given = bool(given.any())
         self._seeds = torch.tensor(seeds, dtype=torch.int64, device=given.device)[:, None]
         self._total, self._shows, self._start = 0, progress, time.perf_counter()
         self._latest: Prediction | None = None
@@ -50,11 +51,18 @@ class Passes:
         self._total = total
 
     def predict(
-        self, state: State, t: float, given: Tensor, *, previous: Tensor | None = None, cache: Any = None
+        self,
+        state: State,
+        t: float,
+        given: Tensor,
+        *,
+        previous: Tensor | None = None,
+        cache: Any = None,
+        streams: Streams | None = None,
     ) -> Prediction:
         """What the network says of a state at time t; given (B, L): what it may take for certain.
 
-        previous, cache: as in `Network.predict`.
+        previous, cache, streams: as in `Network.predict`. A network with slices hears of what all ways are given by streams.
 
         Raises:
             ValueError: the logits of the pass before held a NaN or had no finite maximum (on CUDA only at the end: looking
@@ -63,7 +71,9 @@ class Passes:
         self._look()
         times = torch.full((len(given),), t, dtype=torch.float32, device=given.device)
         times = self.path.model_times(times, given, self.network.times_by_position)
-        self._latest = self.network.predict(state, times, previous=previous, cache=cache)
+        if self.network.slices and streams is None and self._some_given:
+            streams = Streams.of_text(self.known, (~self.given).long())
+        self._latest = self.network.predict(state, times, previous=previous, cache=cache, streams=streams)
         self.advance()
         return self._latest
 
@@ -75,6 +85,25 @@ class Passes:
             left = seconds / self.count * (self._total - self.count)
             end = "\r" + " " * 50 + "\r" if self.count == self._total else ""
             print(f"\rsampling: pass {self.count}/{self._total}, {left:.0f} s left {end}", end="", flush=True)
+
+    def draw(
+        self,
+        prediction: Prediction,
+        places: Tensor,
+        k: int,
+        step: int,
+        temperature: float,
+        top_p: float,
+        row_offset: int = 0,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """(B, N): the tokens of the positions `places` for good, drawn from a prediction of theirs alone, by the noise of a step.
+
+        wanted: (B, N) bool, which of them the way will use; None: all.
+
+        A way through which a likelihood is to be had draws all its tokens by this (`Scoring`).
+        """
+        return prediction.draw(k, self.rng(step), temperature, top_p, row_offset=row_offset)
 
     def best(self, prediction: Prediction) -> Tensor:
         """(B, L): the likeliest tokens, for the history."""

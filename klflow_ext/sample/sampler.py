@@ -12,11 +12,13 @@ from torch import Tensor
 
 from klflow_ext.checks import check_int
 from klflow_ext.ops.arguments import DEBUG_CHECK
-from klflow_ext.path import Autoregressive, Path, ResolvedOptions, SampleOptions, as_network
+from klflow_ext.path import Autoregressive, Likelihood, Path, ResolvedOptions, SampleOptions, as_network
+from klflow_ext.path.base import check_text
 from klflow_ext.path.network import Model, Network, evaluating
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.replay import Replays
-from klflow_ext.sample.ways import Way, way_of
+from klflow_ext.sample.scoring import Scoring
+from klflow_ext.sample.ways import Way, is_ordered, ordered_names, wants_same_free, way_of
 
 
 @dataclass
@@ -182,7 +184,59 @@ class Sampler:
                 f"given: got {given.dtype} of shape {tuple(given.shape)}, allowed is bool of the (B, L) shape of tokens, "
                 f"{tuple(tokens.shape)}"
             )
-        return self._infill(tokens, given, _seeds(seed, len(tokens)), way, request)
+        seeds = _seeds(seed, len(tokens))
+        if not wants_same_free(way) or bool(((~given).sum(1) == (~given[:1]).sum(1)).all()):
+            return self._infill(tokens, given, seeds, way, request)
+        found = self._infill_ragged(tokens.cpu(), given.cpu(), seeds, way, request)
+        found.tokens = torch.stack(list(found.tokens))
+        found.history = [torch.stack(list(rows)) for rows in found.history]
+        return found
+
+    @torch.no_grad()
+    def likelihood(
+        self,
+        tokens: Tensor,
+        given: Tensor | None = None,
+        options: SampleOptions | None = None,
+        *,
+        progress: bool = False,
+        **changes: Any,
+    ) -> Likelihood:
+        """-log p of texts under the sampler itself, exactly: for a method that draws sets of positions in a known order.
+
+        That is "slices", "segments", and left to right on an Autoregressive path. The passes are those of sampling, at temperature
+        1 and among all V tokens, whatever the options say of top_k, top_p and temperature.
+
+        Args:
+            tokens: (B, L) ids. given: (B, L) bool, tokens that are known and not counted; None: none.
+            options, changes, progress: as in `infill`.
+
+        Raises:
+            ValueError: an argument is outside its range or of a wrong shape, or a method that has no exact likelihood (see
+                `Path.likelihood` for a bound); the message names it.
+        """
+        resolved = self._options(options, changes)
+        way = way_of(self.path, resolved.method)
+        if not is_ordered(way) or resolved.slice_steps > 1:
+            raise ValueError(
+                f"method: got {resolved.method!r} with slice_steps={resolved.slice_steps}, allowed where a likelihood is asked for is "
+                f"one of {ordered_names()}, with 1"
+            )
+        tokens = _token_ids("tokens", tokens).to(self.device)
+        _, counts = check_text(tokens, given)
+        given = torch.zeros_like(tokens, dtype=torch.bool) if given is None else given.to(self.device)
+        self._check_tokens(tokens, ~torch.zeros_like(given))
+        nats = torch.zeros(len(tokens), dtype=torch.float64, device=self.device)
+        keys = counts if wants_same_free(way) else torch.zeros_like(counts)
+        with evaluating(self.network):
+            for key in keys.unique().tolist():
+                members = ((keys == key) & (counts > 0)).nonzero().flatten()
+                if len(members):
+                    passes = Scoring(self.network, self.path, tokens[members], given[members], progress=progress)
+                    way(passes, resolved)
+                    passes.end()
+                    nats[members] = passes.nats.sum(1)
+        return Likelihood(nats, counts, exact=True)
 
     def _options(self, options: SampleOptions | None, changes: dict[str, Any]) -> ResolvedOptions:
         """What was asked for, with all that the path and the network say of it."""
@@ -198,6 +252,7 @@ class Sampler:
             t_split=path.t_split,
             reads=path.reads,
             sparse=self.network.reads_posterior,
+            slices=self.network.slices,
         )
 
     def _infill_ragged(self, tokens, given, seeds: list[int], way: Way, request: _Request) -> Samples:
@@ -206,14 +261,15 @@ class Sampler:
         start = time.perf_counter()
         tokens = [_token_ids(f"tokens: number {i}", x) for i, x in enumerate(tokens)]
         given = [torch.as_tensor(x, dtype=torch.bool, device="cpu") for x in given]
-        groups: dict[int, list[int]] = {}
+        groups: dict[tuple[int, int], list[int]] = {}
         for i, (row, flags) in enumerate(zip(tokens, given, strict=True)):
             if row.dim() != 1 or flags.shape != row.shape:
                 raise ValueError(
                     f"given: number {i} has shape {tuple(flags.shape)}, allowed is that of its tokens, {tuple(row.shape)}"
                 )
             self._check_tokens(row, flags)
-            groups.setdefault(len(row), []).append(i)
+            free = int((~flags).sum()) if wants_same_free(way) else 0
+            groups.setdefault((len(row), free), []).append(i)
         found: list[Tensor] = list(tokens)
         passes: list[list[Tensor]] = [[] for _ in tokens]
         nfe = 0

@@ -10,7 +10,7 @@ from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.ways import register_way
 
 
-@register_way("segments")
+@register_way("segments", ordered=True)
 def segments(passes: Passes, options: ResolvedOptions) -> Tensor:
     """Pass i draws the free positions whose number is i modulo the number of passes."""
     free = ~passes.given
@@ -23,7 +23,8 @@ def segments(passes: Passes, options: ResolvedOptions) -> Tensor:
         prediction = passes.predict(passes.path.renoise(found, 0.0, passes.rng(i), shown), 0.0, shown)
         most = int(now.sum(1).max())
         places = (~now).long().argsort(dim=1, stable=True)[:, :most]
-        drawn = prediction.at(places).draw(options.top_k, passes.rng(i + 1), temperatures[i], options.top_p)
+        chosen, wanted = prediction.at(places), now.gather(1, places)
+        drawn = passes.draw(chosen, places, options.top_k, i + 1, temperatures[i], options.top_p, wanted=wanted)
         found = torch.where(now, found.scatter(1, places, drawn), found)
         if passes.keeps:
             passes.keep(torch.where(now | shown, found, passes.best(prediction)))

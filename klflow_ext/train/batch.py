@@ -61,24 +61,27 @@ class LossCurve:
 @dataclass
 class Batch:
     """tokens (B, L) int64, t (B,) float32, given (B, L) bool; blank (B,): of these nothing but what is given is to be seen,
-    t = 0; counts (B,) of free tokens."""
+    t = 0; counts (B,) of free tokens; order (B, L) int64, the slice of each position, or None."""
 
     tokens: Tensor
     t: Tensor
     given: Tensor
     blank: Tensor
     counts: Tensor
+    order: Tensor | None = None
 
 
 class Batches:
     """The batches of a token stream (any integers), as a config says.
 
+    slices: whether the network has them; then there is an order.
+
     Attributes:
         time_sampling: how times are drawn. curve: where "learned" looks; the Trainer adds to it.
     """
 
-    def __init__(self, stream: np.ndarray, path: Path, config: TrainConfig):
-        self.stream, self.path, self.config = stream, path, config
+    def __init__(self, stream: np.ndarray, path: Path, config: TrainConfig, slices: bool = False):
+        self.stream, self.path, self.config, self.slices = stream, path, config, slices
         self.time_sampling = config.time_sampling or ("middle" if path.t_max < 1 else "uniform")
         self.curve = LossCurve(path.t_max) if self.time_sampling == "learned" else None
 
@@ -88,8 +91,23 @@ class Batches:
         generator = np.random.default_rng((c.seed, step, 1))
         t = self.times(generator)
         given, blank = self.given_mask(generator)
+        order = None
+        if self.slices:
+            order, blank = self.order(given, generator)
         counts = ((tokens != IGNORE) & ~given).sum(1)
-        return Batch(tokens, t.masked_fill(blank, 0.0), given, blank, counts)
+        return Batch(tokens, t.masked_fill(blank, 0.0), given, blank, counts, order)
+
+    def order(self, given: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """order (B, L), the slices of what is free, and blank (B,), as config.flow_share says.
+
+        The number n of slices of a sequence is L for a third of them, else from 4 to L, uniform in its logarithm.
+        """
+        b, length = given.shape
+        least = min(4, length)
+        count = np.round(least * (length / least) ** np.minimum(1, 1.5 * generator.random(b))).astype(np.int64)
+        free = ~given
+        order = torch.where(free, (free.cumsum(1) - 1) % torch.from_numpy(count)[:, None] + 1, 0)
+        return order, torch.from_numpy(generator.random(b) >= self.config.flow_share)
 
     def times(self, generator: np.random.Generator) -> Tensor:
         """(B,) times of a batch, as config.time_sampling says."""
@@ -108,6 +126,8 @@ class Batches:
         chosen = generator.random(b) < self.config.given_share
         for row in np.flatnonzero(chosen):
             kind = generator.random()
+            if self.slices:  # beginnings of segments are what the slices are for
+                kind = 0.5 + kind / 2
             if kind < 0.5:  # the first tokens of each segment, of a length from 4 to L, uniform in its logarithm
                 segment = round(4 * (length / 4) ** generator.random()) if length > 4 else length
                 mask[row] = positions % segment < generator.integers(0, segment)

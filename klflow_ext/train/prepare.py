@@ -41,6 +41,8 @@ class NetworkChoice:
     """What the network reads: on the logit path posterior, or the paper's simplex."""
     time: Time | None = None
     """How the network is told the time."""
+    slices: bool = False
+    """Train on two streams, for method="slices": text as good as left to right from fewer passes. A step takes twice as long."""
 
     def make(self, vocab_size: int, length: int) -> tuple[NoisePath, DenoiserConfig]:
         """(path, shape) for V tokens and sequences of `length`. Paths of tokens read tokens; the baselines on the simplex x_t.
@@ -60,8 +62,9 @@ class NetworkChoice:
             self.preset,
             vocab_size,
             input=reads,
-            time=self.time or ("none" if causal else "token"),
+            time=self.time or ("none" if causal or self.slices else "token"),
             causal=causal,
+            slices=self.slices,
             max_length=max(DenoiserConfig.PRESETS[self.preset][3], length),
             **{name: value for name, value in shape.items() if value is not None},
         )

@@ -134,7 +134,7 @@ class Trainer:
         self.skipped = self.skipped_last = 0  # steps without an update: in all, and the last ones
         self.gradient_norm = math.nan
         self.average = self._weights() if config.ema else {}
-        self.batches = Batches(stream, path, config)
+        self.batches = Batches(stream, path, config, slices=model.slices)
         self._loss = torch.compile(self._path_loss, fullgraph=True) if config.compile else self._path_loss
 
     def _weights(self) -> dict[str, Tensor]:
@@ -164,9 +164,20 @@ class Trainer:
         down = min(1.0, (1 - progress) / max(c.decay, 1e-9))
         return c.lr * min(up, down)
 
-    def _path_loss(self, tokens: Tensor, t: Tensor, given: Tensor, rng: Tensor, reduction: str, row_offset: int):
+    def _path_loss(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        given: Tensor,
+        order: Tensor | None,
+        rng: Tensor,
+        reduction: str,
+        row_offset: int,
+    ) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            return self.path.loss(self.model, tokens, t, rng, given=given, reduction=reduction, row_offset=row_offset)
+            return self.path.loss(
+                self.model, tokens, t, rng, given=given, order=order, reduction=reduction, row_offset=row_offset
+            )
 
     def train_step(self) -> float:
         """One optimizer step; returns the loss in nats per free token, the mean over the whole batch.
@@ -228,7 +239,8 @@ class Trainer:
         for start in range(first, first + c.accumulate * size, size):
             part = slice(start, start + size)
             tokens, t, given = (x[part].to(self.device) for x in (batch.tokens, batch.t, batch.given))
-            sums = self._loss(tokens, t, given, rng, "none" if measure else "sum", start * c.length)
+            order = None if batch.order is None else batch.order[part].to(self.device)
+            sums = self._loss(tokens, t, given, order, rng, "none" if measure else "sum", start * c.length)
             if measure:
                 losses[part] = sums.detach().sum(1)
             mean = sums.sum() / count

@@ -1,0 +1,55 @@
+"""Slices: every pass draws a slice of the positions for good; what stands is read once, and its keys and values are kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from klflow_ext.path import ResolvedOptions
+from klflow_ext.path.network import Network, Streams
+from klflow_ext.sample.passes import Passes
+from klflow_ext.sample.ways import register_way
+
+
+@register_way("slices", ordered=True, same_free=True)
+def slices(passes: Passes, options: ResolvedOptions) -> Tensor:
+    """Slice i holds the free positions whose number is i modulo the number of slices; what is given stands before all.
+
+    A pass reads the tokens of the slice before, and asks for those of its own: each position is computed once as a question
+    and once as it stands, whatever the number of slices. With slice_steps > 1 a slice is asked for again after its draws were
+    re-noised, as in the sampling scheme.
+    """
+    network, path, free = passes.network, passes.path, ~passes.given
+    if not isinstance(network, Network) or not network.slices:
+        raise ValueError(
+            "method: got 'slices', allowed is another for a network that was not trained with them (DenoiserConfig.slices)"
+        )
+    count = min(max(1, options.steps // options.slice_steps), int(free[0].sum()))
+    order = torch.where(free, (free.cumsum(1) - 1) % count + 1, 0)
+    steps = 1 if count == int(free[0].sum()) else options.slice_steps  # single positions gain nothing by more
+    temperatures = options.temperatures(options.steps)  # not of the passes made, which depend on the batch
+    grid = path.time_grid(steps - 1, options.grid_power).tolist()
+    passes.expect(count * steps)
+    found, cache, clean = passes.known, network.cache(len(free)), _places(order == 0)
+    for i in range(count):
+        query = _places(order == i + 1)
+        drawn = torch.zeros_like(query)
+        for j, t in enumerate(grid):
+            number = i * steps + j
+            shown = torch.zeros_like(query, dtype=torch.bool)
+            state = path.renoise(drawn, t, passes.rng(number), shown)
+            streams = Streams(found.gather(1, clean), torch.cat([clean, query], 1), None)
+            prediction = passes.predict(state, t, shown, cache=cache, streams=streams)
+            clean = clean[:, :0]  # they are in the cache now
+            top_k = options.top_k if j < steps - 1 or steps == 1 else options.last_top_k
+            drawn = passes.draw(prediction, query, top_k, number + 1, temperatures[number], options.top_p)
+            drawn = path.resolve(state, drawn)
+        found, clean = found.scatter(1, query, drawn), query
+        if passes.keeps:
+            passes.keep(found)
+    return found
+
+
+def _places(flags: Tensor) -> Tensor:
+    """(B, N): where flags (B, L), of which every row has N, are set."""
+    return flags.nonzero()[:, 1].view(len(flags), -1)
