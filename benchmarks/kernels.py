@@ -22,6 +22,7 @@ DEFAULT_SHAPES = {
     "cuda": "4096x50259,4096x50304,16384x50259,4096x32768,4096x128256,4096x262144,1x131072",
 }
 TOP_K, T, BETA = 50, 0.2, 0.01
+KNOTS, LOWEST = 1024, -32.0
 
 
 class Case:
@@ -138,6 +139,17 @@ def build_case(name, rows, vocab, dtype, device):
         return Case(lambda: ops.topk_sample(logits, TOP_K, rng), 1, peers)
     if name == "topk_renoise":
         return Case(lambda: ops.topk_renoise(logits, TOP_K, t, rng, out=out), 2, {"eager": renoise_eager})
+    if name == "softmax_expectation":
+        table = torch.linspace(-LOWEST, 0.0, KNOTS, device=device)  # the entropy
+
+        def expectation_eager():
+            log_p = logits.float().log_softmax(-1)
+            place = (1 - log_p.clamp(LOWEST, 0) / LOWEST) * (KNOTS - 1)
+            i = place.floor().clamp(max=KNOTS - 2).long()
+            return (log_p.exp() * torch.lerp(table[i], table[i + 1], place - i)).sum(-1)
+
+        peers = {"eager": expectation_eager, "compile": compiled(expectation_eager)}
+        return Case(lambda: ops.softmax_expectation(logits, table, lowest=LOWEST), 1, peers)
     log_x = torch.randn(rows, vocab, device=device).log_softmax(-1)
 
     def euler_eager():
@@ -160,6 +172,7 @@ OPS = [
     "topk_sample",
     "topk_renoise",
     "euler_step",
+    "softmax_expectation",
 ]
 
 

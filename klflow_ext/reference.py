@@ -495,3 +495,27 @@ def euler_step(
     log_next = _onehot_rows(l.log_softmax(-1), given, known, shape, log=True).reshape(logits.shape).to(log_x.dtype)
     x_next = _onehot_rows(l.softmax(-1), given, known, shape).reshape(logits.shape).to(dtype or logits.dtype)
     return (log_x.copy_(log_next) if inplace else log_next), x_next if out is None else out.copy_(x_next)
+
+
+def softmax_expectation(logits, table, *, lowest=-32.0):
+    """(sum_j p_j f(log p_j), lse), p = softmax(logits), f linear between table[i] at log p = lowest (1 - i / (N - 1)), below
+    lowest table[0]. A row with a NaN or +inf is NaN; one of -inf alone has an lse of -inf.
+
+    Equivalent to, for logits (rows, V) and table (N,):
+        log_p = logits.log_softmax(-1)
+        place = (1 - log_p.clamp(lowest, 0) / lowest) * (len(table) - 1)
+        i = place.floor().clamp(max=len(table) - 2).long()
+        f = torch.lerp(table[i], table[i + 1], place - i)
+        result = (log_p.exp() * f).sum(-1), logits.logsumexp(-1)
+    Row r of (T, N) tables has table[r // (rows / T)].
+    """
+    shape, vocab, knots = logits.shape[:-1], logits.shape[-1], table.shape[-1]
+    work = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    z, tables = logits.to(work).reshape(-1, vocab), table.to(work).reshape(-1, knots)
+    tables = tables.repeat_interleave(len(z) // max(len(tables), 1), 0)
+    log_p = z.log_softmax(-1)
+    place = (1 - log_p.clamp(lowest, 0) / lowest) * (knots - 1)
+    i = place.nan_to_num(0).floor().clamp(max=knots - 2).long()
+    f = torch.lerp(tables.gather(1, i), tables.gather(1, i + 1), place - i)
+    lse = torch.where((z == math.inf).any(-1), math.nan, z.logsumexp(-1))
+    return (log_p.exp() * f).sum(-1).reshape(shape), lse.reshape(shape)

@@ -4,14 +4,15 @@
 
 #include "params.h"
 
-#define KLFLOW_OPS(X)                          \
-  X(noise_interpolate, NoiseInterpolateParams) \
-  X(logit_interpolate, LogitInterpolateParams) \
-  X(cross_entropy, CrossEntropyParams)         \
-  X(topk_sample, TopkSampleParams)             \
-  X(topk_renoise, TopkRenoiseParams)           \
-  X(euler_step, EulerStepParams)               \
-  X(noise_tile, NoiseTileParams)               \
-  X(posterior, PosteriorParams)                \
-  X(gather_rows, GatherRowsParams)             \
+#define KLFLOW_OPS(X)                              \
+  X(noise_interpolate, NoiseInterpolateParams)     \
+  X(logit_interpolate, LogitInterpolateParams)     \
+  X(cross_entropy, CrossEntropyParams)             \
+  X(topk_sample, TopkSampleParams)                 \
+  X(topk_renoise, TopkRenoiseParams)               \
+  X(euler_step, EulerStepParams)                   \
+  X(softmax_expectation, SoftmaxExpectationParams) \
+  X(noise_tile, NoiseTileParams)                   \
+  X(posterior, PosteriorParams)                    \
+  X(gather_rows, GatherRowsParams)                 \
   X(scatter_rows, ScatterRowsParams)

@@ -139,6 +139,19 @@ struct EulerStepParams {
   Rows x_next;
 };
 
+// mean = sum_j p_j f(log p_j), p = softmax(logits). f is linear between its knots, table[i] at log p = lowest (1 - i /
+// (knots - 1)), and table[0] below lowest. A row of which an entry is a NaN or +infinity, or all are -infinity, has no
+// mean: NaN.
+struct SoftmaxExpectationParams {
+  int64_t rows, vocab, knots;
+  Rows logits;
+  const float* table;  // (tables, knots) contiguous
+  int64_t table_rows;  // how many rows, one after the other, share a table
+  float scale;         // knots between two log p that are 1 apart: (knots - 1) / -lowest
+  float* mean;         // (rows,) contiguous
+  float* lse;          // (rows,) contiguous
+};
+
 // Columns [column, column + columns) of the rows that noise_embedding multiplies by the weight, from in-kernel noise.
 // log_prior == null, the simplex form, not normalised: y_j = E_j^(1 - t) exp(t c [j = k]); sum += sum_j y_j over the
 // tile. Otherwise the posterior form, normalised by the stats of the posterior: q_j = exp(z_j - shift) / total, or its

@@ -15,6 +15,7 @@ numbered along L (+ row_offset): its noise does not depend on the batch. Convent
 """
 
 from klflow_ext.ops.embedding import noise_embedding, posterior_embedding
+from klflow_ext.ops.expectation import softmax_expectation
 from klflow_ext.ops.interpolate import logit_interpolate, noise_interpolate
 from klflow_ext.ops.linear import linear_cross_entropy
 from klflow_ext.ops.loss import cross_entropy, cross_entropy_grad
@@ -24,5 +25,5 @@ from klflow_ext.ops.steps import euler_step, topk_renoise, topk_sample
 __all__ = [
     "noise_interpolate", "logit_interpolate", "noise_posterior", "token_posterior", "posterior_embedding",
     "noise_embedding", "merge_boosts", "cross_entropy", "cross_entropy_grad",
-    "linear_cross_entropy", "topk_sample", "topk_renoise", "euler_step",
+    "linear_cross_entropy", "topk_sample", "topk_renoise", "euler_step", "softmax_expectation",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ VECTORIZED = {
     "topk_sample": (True, False),
     "topk_renoise": (True, True),
     "euler_step": (True, True),
+    "softmax_expectation": (True, False),
     "noise_tile": (False, True),
     "posterior": (True, False),
     "gather_rows": (True, False),

@@ -120,6 +120,7 @@ def test_schedule_and_poison_never_change_a_result(simt_library):
                 *ops.topk_sample(logits, 40, 2, top_p=0.9),
                 *ops.topk_renoise(logits, 40, 0.2, 2),
                 *ops.euler_step(logits, logits, 0.1),
+                *ops.softmax_expectation(logits, logits[:, :50].contiguous()),
                 *ops.noise_posterior(target, 0.05, torch.arange(6).reshape(3, 2), log_prior, top=50),
                 *ops.noise_posterior(
                     (target[:, None] + torch.arange(3)) % 1003, 0.05, 3, log_prior, top=50, boost=logits[:, :3].abs()
@@ -202,6 +203,10 @@ LAYOUTS = [
     ("topk_sample", torch.bfloat16, 50259, 1, 2),
     ("topk_renoise", torch.bfloat16, 50259, 1, 2),
     ("euler_step", torch.bfloat16, 50259, 2, 2),
+    ("softmax_expectation", torch.bfloat16, 50259, 1, 2),
+    ("softmax_expectation", torch.float32, 50259, 2, 2),
+    ("softmax_expectation of 4096 knots", torch.bfloat16, 50259, 2, 2),
+    ("softmax_expectation of 4096 knots", torch.float32, 262144, 8, 1),
     ("logit_interpolate", torch.bfloat16, 50259, 2, 2),
     ("noise_posterior", torch.float32, 50259, 2, 2),
     ("noise_posterior", torch.float32, 128256, 8, 2),
@@ -230,6 +235,8 @@ def launch(library, op, dtype, vocab):
         "topk_sample": lambda: ops.topk_sample(logits, 50, 0),
         "topk_renoise": lambda: ops.topk_renoise(logits, 50, 0.2, 0),
         "euler_step": lambda: ops.euler_step(logits, logits, 0.1),
+        "softmax_expectation": lambda: ops.softmax_expectation(logits, torch.linspace(1, 0, 1024)),
+        "softmax_expectation of 4096 knots": lambda: ops.softmax_expectation(logits, torch.linspace(1, 0, 4096)),
         "logit_interpolate": lambda: ops.logit_interpolate(logits, target, 0.2),
         "noise_posterior": lambda: ops.noise_posterior(target, 0.2, 0, logits[0]),
         "noise_posterior_boosted": lambda: ops.noise_posterior(

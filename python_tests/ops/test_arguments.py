@@ -34,6 +34,7 @@ CALLS = {
     "topk_sample": (lambda x: ops.topk_sample(x, 5, 0)[0], (X,)),
     "topk_renoise": (lambda x, t: ops.topk_renoise(x, 3, t, 0)[1], (X, torch.rand(N))),
     "euler_step": (lambda x, r: ops.euler_step(x, x, r)[1], (X, torch.rand(N))),
+    "softmax_expectation": (lambda x, f: ops.softmax_expectation(x, f)[0], (X, PRIOR)),
 }  # fmt: skip
 EACH = pytest.mark.parametrize("call,tensors", CALLS.values(), ids=CALLS)
 
@@ -133,6 +134,7 @@ def kinds(value):
         (lambda v: ops.cross_entropy(X, Y, ignore_index=v), 3),
         (lambda v: ops.linear_cross_entropy(X[:, :8], W, Y, chunk_rows=v), 2),
         (lambda v: ops.euler_step(X, X, v)[1], 0.25),
+        (lambda v: ops.softmax_expectation(X, PRIOR, lowest=v)[0], -20.0),
     ],
 )
 def test_numbers_of_any_kind(call, value):
@@ -324,10 +326,12 @@ def test_gradients_asked_for_in_vain():
         "rate": lambda: ops.euler_step(X, X, leaf(N)),
         "log_x": lambda: ops.euler_step(leaf(N, V), X, 0.1),
         "logits": lambda: ops.euler_step(X, leaf(N, V), 0.1),
+        "table": lambda: ops.softmax_expectation(X, leaf(5)),
         "log_x0": lambda: ops.logit_interpolate(leaf(N, V), Y, 0.1, out=torch.empty(N, V)),
     }
+    calls["logits "] = lambda: ops.softmax_expectation(leaf(N, V), PRIOR)
     for name, call in calls.items():
-        with pytest.raises(ValueError, match=f"^{name}: got a tensor that requires grad"):
+        with pytest.raises(ValueError, match=f"^{name.strip()}: got a tensor that requires grad"):
             call()
         with torch.no_grad():
             call()

@@ -157,6 +157,11 @@ def cases(vocab, device):
         "topk_sample": ({"logits": logits, "rng": seeds}, lambda **x: ops.topk_sample(k=20, top_p=0.9, **x)),
         "topk_renoise": ({"logits": logits, "t_next": t, **steps}, lambda **x: ops.topk_renoise(k=20, **x)),
         "euler_step": ({"log_x": log_x, "logits": logits, "rate": t, **steps}, euler_step),
+        "softmax_expectation": ({"logits": logits, "table": floats(17, seed=15)}, ops.softmax_expectation),
+        "softmax_expectation of sequences": (
+            {"logits": logits, "table": floats(B, 17, seed=15)},
+            ops.softmax_expectation,
+        ),
     }  # fmt: skip
 
 

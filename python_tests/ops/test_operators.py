@@ -48,6 +48,7 @@ def compiled_cases(device):
         "topk_sample": lambda: ops.topk_sample(logits, 5, rng),
         "topk_renoise": lambda: ops.topk_renoise(logits, 5, 0.2, rng),
         "euler_step": lambda: ops.euler_step(log_x, logits, 0.1),
+        "softmax_expectation": lambda: ops.softmax_expectation(logits, log_x[:3, :9]),
         "noise_posterior": lambda: ops.noise_posterior(target, 0.2, rng, log_x[0], top=5),
         "noise_posterior of boosts": lambda: ops.noise_posterior(
             target.view(3, 2), 0.2, rng, log_x[0], top=5, boost=logits[:3, :2]
@@ -153,6 +154,7 @@ def test_opcheck(device):
         (klflow.topk_sample, (logits, 5, rng, t + 0.5, t + 0.1, 0, token.clone(), rows.clone())),
         (klflow.topk_renoise, (logits, 5, t, rng, t + 0.5, t + 0.1, 0.01, given, target, 0, token.clone(), new())),
         (klflow.euler_step, (logits, logits, t, t + 0.5, 0.01, given, target, new(), new())),
+        (klflow.softmax_expectation, (logits, new()[:2], -32.0, rows.clone(), rows.clone())),
     ]:
         torch.library.opcheck(op, args)
 
@@ -209,6 +211,22 @@ BAD = [
     (lambda: ops.euler_step(X, X[:3], 0.1), ValueError, "log_x: got shape"),
     (lambda: ops.euler_step(X, X, 1.5), ValueError, "rate: got 1.5"),
     (lambda: ops.euler_step(X, X, 0.1, temperature=-1), ValueError, "temperature: got -1"),
+    (lambda: ops.softmax_expectation(X.double(), X[0]), TypeError, "logits: got torch.float64"),
+    (lambda: ops.softmax_expectation(X[:, :1], X[0]), ValueError, "logits: got shape"),
+    (lambda: ops.softmax_expectation(X, [0.0, 1.0]), TypeError, "table: got list"),
+    (lambda: ops.softmax_expectation(X, X[0].bfloat16()), TypeError, "table: got torch.bfloat16"),
+    (lambda: ops.softmax_expectation(X, X[0, 0]), ValueError, r"table: got shape \(\)"),
+    (lambda: ops.softmax_expectation(X, X[None]), ValueError, r"table: got shape \(1, 4, 10\)"),
+    (lambda: ops.softmax_expectation(X, X[0, :1]), ValueError, r"table: got shape \(1,\)"),
+    (lambda: ops.softmax_expectation(X, torch.zeros(4097)), ValueError, r"table: got shape \(4097,\)"),
+    (lambda: ops.softmax_expectation(X, X[:3]), ValueError, r"table: got shape \(3, 10\), .* divides 4 rows"),
+    (lambda: ops.softmax_expectation(X, X[:0]), ValueError, r"table: got shape \(0, 10\)"),
+    (lambda: ops.softmax_expectation(X, X[0] + math.inf), ValueError, "table: got inf"),
+    (lambda: ops.softmax_expectation(X, X[0], lowest=0), ValueError, "lowest: got 0"),
+    (lambda: ops.softmax_expectation(X, X[0], lowest=32.0), ValueError, "lowest: got 32.0"),
+    (lambda: ops.softmax_expectation(X, X[0], lowest=-math.inf), ValueError, "lowest: got -inf"),
+    (lambda: ops.softmax_expectation(X, X[0], lowest=math.nan), ValueError, "lowest: got nan"),
+    (lambda: ops.softmax_expectation(X, X[0], lowest=X[0]), TypeError, "lowest: got tensor"),
 ]
 
 
