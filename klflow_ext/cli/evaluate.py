@@ -47,7 +47,9 @@ def print_likelihoods(sampler: Sampler, tokenizer, tokens: torch.Tensor) -> None
         for steps in sorted({min(n, length) for n in (4, 8, 16, 32, length)}):
             show(f"{method}, {steps} passes", sampler.likelihood(tokens, steps=steps, progress=progress))
     if path.has_likelihood:
-        name = {"logit": "all at once, race of the noise", "mask": "masks, in random order"}.get(path.kind, "left to right")
+        name = {"logit": "all at once, race of the noise", "mask": "masks, in random order"}.get(
+            path.kind, "left to right"
+        )
         show(name, path.likelihood(sampler.model, tokens))
 
 
@@ -84,7 +86,9 @@ class Eval:
         print_losses(model, path, stream, held, self.length)
         sampler = Sampler(model, path, device)
         if self.likelihood:
-            print_likelihoods(sampler, tokenizer, data.batch(held, self.count, self.length, seed=12345, step=0).to(device))
+            print_likelihoods(
+                sampler, tokenizer, data.batch(held, self.count, self.length, seed=12345, step=0).to(device)
+            )
         if judge is None:
             return
         generator = np.random.default_rng(0)
