@@ -20,6 +20,7 @@ KLFLOW_HD Cell cell_of(const float* table, int64_t knots, int64_t cell) {
 
 // Of a row whose lse is shift + log_total: the place of log p is offset - scale (z - lse), and lse a float32 number, of
 // which p is exp(z - lse) but for a common factor. In double once for each row: logits of any size leave no error.
+// Where a row has no mean, both are NaN, or (only -infinity) lse is -infinity.
 struct RowPlaces {
   float lse, offset;
 };

@@ -48,11 +48,6 @@ void run_row(const SoftmaxExpectationParams& p, int64_t row, const Cell* cells) 
   const T* logits = row_of<T>(p.logits, row);
   StreamingSum sum;
   for (int64_t start = 0; start < p.vocab; start += kBlock) sum.add(logits + start, std::min(kBlock, p.vocab - start));
-  const double lse = sum.lse();
-  p.lse[row] = static_cast<float>(lse);
-  p.mean[row] = kNaN;
-  if (!std::isfinite(lse)) return;
-
   const RowPlaces places = places_of(sum.shift(), sum.log_total(), p.scale);
   const float scale = p.scale, last = static_cast<float>(p.knots - 1);
   double weight = 0.0, product = 0.0;
@@ -61,7 +56,8 @@ void run_row(const SoftmaxExpectationParams& p, int64_t row, const Cell* cells) 
     vf weights[4] = {}, products[4] = {};
     auto add = [&](int64_t i, int m, int chain) {
       const vf x = load_n(logits + start + i, m, -kInf) - places.lse;  // the lanes past the end weigh nothing
-      vf place = maximum(places.offset - x * scale, vf{});             // log p is above 0 by its rounding alone
+      // Log p is above 0 by its rounding alone. Of a row without a mean it is NaN, and the place 0.
+      vf place = maximum(places.offset - x * scale, vf{});
       place = minimum(place, splat(last));
       const vf cell = round_down(place);
       const Cells f = gather(cells, __builtin_convertvector(cell, vi));
@@ -78,6 +74,7 @@ void run_row(const SoftmaxExpectationParams& p, int64_t row, const Cell* cells) 
     weight += sum_lanes((weights[0] + weights[1]) + (weights[2] + weights[3]));
     product += sum_lanes((products[0] + products[1]) + (products[2] + products[3]));
   }
+  p.lse[row] = places.lse;
   p.mean[row] = static_cast<float>(product / weight);
 }
 

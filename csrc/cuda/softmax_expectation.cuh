@@ -49,14 +49,7 @@ __global__ void __launch_bounds__(kThreads, 2) softmax_expectation_kernel(Softma
       sum.add(z);
     }
     const ExpSum all = row_exp_sum(sum);  // its barriers also publish the cells
-    if (!(all.total > 0.0f)) {            // a NaN, +infinity, or nothing above -infinity
-      if (is_leader()) {
-        p.lse[row] = all.shift == -infinity() ? all.shift + all.total : not_a_number();
-        p.mean[row] = not_a_number();
-      }
-      continue;
-    }
-    if (threadIdx.x == 0) {  // one thread: elsewhere than in data centres doubles are slow
+    if (threadIdx.x == 0) {               // one thread: elsewhere than in data centres doubles are slow
       *shared_places = places_of(all.shift, ::log(static_cast<double>(all.total)), p.scale);
       if (cluster_rank() == 0) p.lse[row] = shared_places->lse;
     }
@@ -71,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 2) softmax_expectation_kernel(Softma
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const float x = to_float(raw.element[i]) - places.lse;
-        // Log p is above 0 by its rounding alone.
+        // Log p is above 0 by its rounding alone. Of a row without a mean it is NaN, and the place 0.
         const float place = fminf(fmaxf(fmaf(-x, p.scale, places.offset), 0.0f), last_place);
         // The whole number below, without a conversion (a quarter of the speed of an addition): the last bits of a sum
         // with 1.5 * 2^23. Of a whole number perhaps the one before, where f ends in the same value.
