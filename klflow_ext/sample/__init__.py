@@ -3,6 +3,7 @@
     sampler.py        Sampler: checks what it is asked, and hands sequences of one length to a way
     ways.py           the registry: a name and the way that it stands for
     denoise.py        basic, sampling, hybrid: all positions move from noise to text together
+    race.py           the exact reverse of the noise, to test the others by
     slices.py         some positions after others, for a network trained with them, which keeps what stands
     segments.py       the same order for any network, which reads everything again
     left_to_right.py  one position after the other, for an Autoregressive path
@@ -19,6 +20,7 @@ from klflow_ext.path.options import SampleOptions, Temperature
 from klflow_ext.sample.denoise import basic_step, denoise, hybrid_step, register_sampler, sampling_step
 from klflow_ext.sample.left_to_right import left_to_right
 from klflow_ext.sample.passes import Passes
+from klflow_ext.sample.race import race_step
 from klflow_ext.sample.sampler import Sampler, Samples
 from klflow_ext.sample.segments import segments
 from klflow_ext.sample.slices import slices
@@ -26,5 +28,5 @@ from klflow_ext.sample.ways import register_way
 
 __all__ = [
     "Passes", "SampleOptions", "Sampler", "Samples", "Temperature", "basic_step", "denoise", "hybrid_step", "left_to_right",
-    "parse_holes", "register_sampler", "register_way", "sampling_step", "segments", "slices",
+    "parse_holes", "race_step", "register_sampler", "register_way", "sampling_step", "segments", "slices",
 ]  # fmt: skip
