@@ -7,6 +7,7 @@
 the share that differs.
 """
 
+import subprocess
 import sys
 
 import torch
@@ -45,7 +46,7 @@ def results(rows, vocab, dtype, device):
 
     return {
         "noise_interpolate": lambda: [ops.noise_interpolate(target, T, rng, vocab_size=vocab, dtype=dtype)],
-        "noise_interpolate, log": lambda: [
+        "noise_interpolate log": lambda: [
             ops.noise_interpolate(target, T, rng, vocab_size=vocab, dtype=dtype, log=True)
         ],
         "logit_interpolate": lambda: [ops.logit_interpolate(log_x.to(dtype), logits, T)],
@@ -57,11 +58,11 @@ def results(rows, vocab, dtype, device):
         "topk_renoise": lambda: ops.topk_renoise(logits.float(), top, T, rng, dtype=dtype),
         "euler_step": lambda: ops.euler_step(log_x, logits, 0.1),
         "noise_posterior": lambda: ops.noise_posterior(target, T, rng, log_prior, top=top),
-        "noise_posterior, boosts": lambda: ops.noise_posterior(boosted, T, rng, log_prior, top=top, boost=boost),
+        "noise_posterior boosts": lambda: ops.noise_posterior(boosted, T, rng, log_prior, top=top, boost=boost),
         "token_posterior": lambda: ops.token_posterior(log_x, T, log_prior, top=top),
         "noise_embedding": embedding(),
-        "noise_embedding, posterior": embedding(log_prior=log_prior, top=None),
-        "noise_embedding, top": embedding(log_prior=log_prior, top=top),
+        "noise_embedding posterior": embedding(log_prior=log_prior, top=None),
+        "noise_embedding top": embedding(log_prior=log_prior, top=top),
         "linear_cross_entropy": lambda: with_gradients(
             lambda h, w: ops.linear_cross_entropy(h, w, target), hidden, weight
         ),
@@ -88,23 +89,43 @@ def main():
     names = list(results(1, 3, torch.float32, "cpu"))
     if arguments.ops is not None:
         names = choices(parser, "ops", arguments.ops, names)
+    cases = [(rows, vocab, getattr(torch, dtype)) for rows, vocab in shapes for dtype in arguments.dtypes]
+    sys.exit(check(names, cases, arguments.device))
+
+
+def check(names, cases, device):
+    """What is not right, as a text; an operator that breaks CUDA for its process leaves the others to a process of their own."""
     bad = []
-    for rows, vocab in shapes:
-        for dtype in (getattr(torch, name) for name in arguments.dtypes):
-            expected, found = (results(rows, vocab, dtype, device) for device in ("cpu", arguments.device))
-            for name in names:
-                what = f"{name:<28}{f'{rows} x {vocab}':>12}  {str(dtype).removeprefix('torch.'):<9}"
-                try:
-                    pairs = zip(found[name](), expected[name](), strict=True)
-                    worst = max(error(a, b) for a, b in pairs)
-                    verdict = "ok    " if worst <= LIMIT[dtype] else "WRONG "  # NaN too
-                    print(f"{verdict} {what} error {worst:.1e}", flush=True)
-                except Exception as failure:
-                    verdict = "FAILED"
-                    print(f"{verdict} {what} {type(failure).__name__}: {failure}", flush=True)
-                if verdict != "ok    ":
-                    bad.append(name)
-    sys.exit(f"not right: {', '.join(dict.fromkeys(bad))}" if bad else 0)
+    for number, name in enumerate(names):
+        for rows, vocab, dtype in cases:
+            expected, found = (results(rows, vocab, dtype, where)[name] for where in ("cpu", device))
+            what = f"{name:<28}{f'{rows} x {vocab}':>12}  {str(dtype).removeprefix('torch.'):<9}"
+            try:
+                worst = max(error(a, b) for a, b in zip(found(), expected(), strict=True))
+                verdict = "ok    " if worst <= LIMIT[dtype] else "WRONG "  # NaN too
+                print(f"{verdict} {what} error {worst:.1e}", flush=True)
+            except Exception as failure:
+                verdict = "FAILED"
+                print(f"{verdict} {what} {type(failure).__name__}: {str(failure).splitlines()[:1]}", flush=True)
+                if is_broken(device):
+                    rest = others(names[number + 1 :]) if number + 1 < len(names) else 0
+                    return f"not right: {', '.join(dict.fromkeys([*bad, name]))}; CUDA broke{'' if rest == 0 else ', and more'}"
+            if verdict != "ok    ":
+                bad.append(name)
+    return f"not right: {', '.join(dict.fromkeys(bad))}" if bad else 0
+
+
+def is_broken(device):
+    try:
+        torch.ones(1, device=device).item()
+        return False
+    except RuntimeError:
+        return True
+
+
+def others(names):
+    """The exit code of a new process for these operators."""
+    return subprocess.run([sys.executable, *sys.argv, "--ops", ",".join(names)]).returncode
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def gpu(tmp_path):
             return self.process.returncode, self.file("summary.txt")
 
         def file(self, name):
-            with tarfile.open(folder / "gpu.tar.gz") as archive:
+            (path,) = folder.glob("gpu-*.tar.gz")
+            with tarfile.open(path) as archive:
                 names = archive.getnames()
                 return archive.extractfile(f"./{name}").read().decode() if f"./{name}" in names else None
 
@@ -69,7 +70,7 @@ def gpu(tmp_path):
 def test_all_parts_and_one_archive(gpu):
     run = gpu()
     code, summary = run.finish()
-    assert code == 0 and run.printed == summary and [p.name for p in gpu.folder.iterdir()] == ["gpu.tar.gz"]
+    assert code == 0 and run.printed == summary and [p.name for p in gpu.folder.iterdir()] == ["gpu-smoke.tar.gz"]
     steps = [line.split()[1] for line in summary.splitlines() if line.startswith("ok")]
     order = [
         "build",
@@ -95,7 +96,6 @@ def test_all_parts_and_one_archive(gpu):
     [
         ("pip install", "pip install", "nothing is measured without the library"),
         ("build_info()", "build_info()", "nothing is measured without the library"),
-        ("smoke.py", "smoke.py", "what is wrong is not measured"),
         ("is_available()", "is_available()", "sees no CUDA device"),
     ],
 )
@@ -106,8 +106,10 @@ def test_what_ends_a_call(gpu, fails, last, message):
 
 
 def test_a_step_that_fails_does_not_end_the_others(gpu):
-    code, summary = gpu("smoke", "kernels", "peers", FAILS="--no-peers").finish()
+    run = gpu("kernels", "peers", FAILS="--no-peers")
+    code, summary = run.finish()
     assert code == 1 and "FAILED  kernels" in summary and "it went wrong" in summary and "ok      peers" in summary
+    assert [p.name for p in gpu.folder.iterdir()] == ["gpu-kernels.tar.gz"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -174,6 +176,16 @@ def test_the_smoke_finds_what_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(smoke.ops, "euler_step", lambda *a, **k: [x + torch.rand(()) for x in right(*a, **k)])
     monkeypatch.setattr(smoke.ops, "topk_sample", lambda *a, **k: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["smoke.py", "--device", "cpu", "--shapes", "3x31"])
-    with pytest.raises(SystemExit, match="not right: topk_sample, euler_step"):
+    with pytest.raises(SystemExit, match="not right: topk_sample, euler_step$"):
         smoke.main()
     assert "WRONG  euler_step" in capsys.readouterr().out
+
+
+def test_an_operator_that_breaks_cuda_leaves_the_others_to_another_process(monkeypatch):
+    asked = []
+    monkeypatch.setattr(smoke.ops, "topk_sample", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(smoke, "is_broken", lambda device: True)
+    monkeypatch.setattr(smoke, "others", lambda names: asked.append(names) or 1)
+    names = ["cross_entropy", "topk_sample", "topk_renoise", "euler_step"]
+    found = smoke.check(names, [(3, 31, torch.float32)], "cpu")
+    assert asked == [["topk_renoise", "euler_step"]] and found == "not right: topk_sample; CUDA broke, and more"
