@@ -33,7 +33,7 @@ for part in "${parts[@]}"; do
   [[ " ${all[*]} " == *" $part "* ]] || { echo "part: got $part, allowed is one of ${all[*]}"; exit 2; }
 done
 folder=$(mkdir -p "$folder" && cd "$folder" && pwd) || exit 2
-sources() { find csrc klflow_ext setup.py -type f -not -name '*.so' -not -name '*.pyc' -print0 | sort -z | xargs -0 sha256sum | sha256sum; }
+sources() { find csrc klflow_ext setup.py -type f -not -name '*.so' -not -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum; }
 
 if [ $mode = pack ]; then
   # For a PYTHON of the same minor version as there; TORCH_CUDA_ARCH_LIST=9.0 builds for one card. quack (92 MB with the CUTLASS
