@@ -14,7 +14,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from harness import machine, measure, parse, parser_of, peak_bytes, save
+from harness import Record, machine, measure, parse, parser_of, peak_bytes
 
 from klflow_ext import ops
 
@@ -57,9 +57,8 @@ def forms(rows, vocab, width, dtype, device):
     return {name: lambda function=function: both(function) for name, function in forward.items()}, weight
 
 
-def run(arguments):
+def run(arguments, record):
     device = torch.device(arguments.device)
-    results = []
     print(f"{'form':<12}{'dtype':>10}{'ms':>10}{'of eager':>10}{'of simplex':>12}{'of lookup':>11}{'peak MB':>9}")
     for dtype in arguments.dtypes:
         functions, weight = forms(arguments.rows, arguments.vocab, arguments.width, getattr(torch, dtype), device)
@@ -75,14 +74,13 @@ def run(arguments):
         ms, _ = measure(functions, device, arguments.seconds, before=free)
         for name in functions:
             ratios = {peer: ms[name] / ms[peer] for peer in ("eager", "simplex", "lookup")}
-            results.append({"form": name, "rows": arguments.rows, "vocab": arguments.vocab, "width": arguments.width,
-                            "dtype": dtype, "ms": ms[name], "ratios": ratios, "peak_bytes": memory[name]})  # fmt: skip
+            record.add({"form": name, "rows": arguments.rows, "vocab": arguments.vocab, "width": arguments.width,
+                        "dtype": dtype, "ms": ms[name], "ratios": ratios, "peak_bytes": memory[name]})  # fmt: skip
             print(
                 f"{name:<12}{dtype:>10}{ms[name]:>10.2f}{ratios['eager']:>10.3f}{ratios['simplex']:>12.3f}"
                 f"{ratios['lookup']:>11.1f}{memory[name] / 1e6:>9.0f}",
                 flush=True,
             )
-    return results
 
 
 def parse_arguments():
@@ -98,8 +96,7 @@ def parse_arguments():
 
 def main():
     arguments = parse_arguments()
-    about = machine(arguments.device)
-    save(arguments, {"machine": about, "results": run(arguments)})
+    run(arguments, Record(arguments.json, machine=machine(arguments.device)))
 
 
 if __name__ == "__main__":

@@ -85,18 +85,56 @@ def shapes_of(parser, text, names, least):
 # ---- measurements
 
 
-def once(function, device):
-    """Milliseconds of one call."""
-    if device.type == "cuda":
+def that_run(peers, what):
+    """Those of {name: function} that run at all. A failure is told; another library's versions and limits are its own affair."""
+    found = {}
+    for name, function in peers.items():
+        try:
+            function()
+            found[name] = function
+        except Exception as error:
+            print(f"{name} does not run {what}: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
+    return found
+
+
+CYCLES = 2e9  # of torch.cuda._sleep, in a second of a fast GPU
+LONGEST_SLEEP = 0.02  # seconds
+
+
+class Clock:
+    """Milliseconds of calls. On CUDA the device first sleeps for longer than the host needs to queue the call, so that its
+    kernels follow one another at once and no time of Python or of a launch is in the figure."""
+
+    def __init__(self, device):
+        self.on_cuda, self.queueing = device.type == "cuda", {}  # name: seconds that the host needed, the least so far
+
+    def __call__(self, name, function):
+        if not self.on_cuda:
+            start = time.perf_counter()
+            function()
+            return (time.perf_counter() - start) * 1e3
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(CYCLES * min(LONGEST_SLEEP, 2 * self.queueing.get(name, LONGEST_SLEEP))))
+        start = time.perf_counter()
         begin.record()
         function()
         end.record()
+        self.queueing[name] = min(self.queueing.get(name, math.inf), time.perf_counter() - start)
         end.synchronize()
         return begin.elapsed_time(end)
-    start = time.perf_counter()
-    function()
-    return (time.perf_counter() - start) * 1e3
+
+
+def recorded(function):
+    """The kernels of a call as a CUDA graph: a function that replays them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()  # what is made in a first call only is no part of the graph
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 def measure(functions, device, seconds, *, before=lambda: None, slowest=math.inf, label=""):
@@ -109,17 +147,19 @@ def measure(functions, device, seconds, *, before=lambda: None, slowest=math.inf
         label: of the line with the time left, on a terminal.
     """
 
-    def timed(function):
-        before()
-        return once(function, device)
+    clock = Clock(device)
 
-    first = {name: timed(function) for name, function in functions.items()}
-    again = {name: function for name, function in functions.items() if first[name] < 1e3 * slowest}
+    def timed(name):
+        before()
+        return clock(name, functions[name])
+
+    first = {name: timed(name) for name in functions}
+    again = [name for name in functions if first[name] < 1e3 * slowest]
     times = {name: [] if name in again else [ms] for name, ms in first.items()}
     start, rounds = time.perf_counter(), 0
     while again and (rounds < 3 or time.perf_counter() - start < seconds):
-        for name, function in again.items():
-            times[name].append(timed(function))
+        for name in again:
+            times[name].append(timed(name))
         rounds += 1
         show_left(max(0.0, seconds - (time.perf_counter() - start)), label)
     return {name: statistics.median(values) for name, values in times.items()}, rounds
@@ -179,12 +219,28 @@ def machine(device, **more):
     return about
 
 
-def save(arguments, found, draw=None, drawn=None):
-    """found to --json, draw(drawn, path) to --plot, where they are given."""
-    if arguments.json:
-        write_file(arguments.json, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
-    if draw is not None and arguments.plot:
-        write_file(arguments.plot, lambda path: draw(drawn, path))
+class Record:
+    """What is measured. It is written to --json as soon as it is: a run that is stopped loses no figure.
+
+    Args:
+        path: of the file, or None.
+        name: what the list of measurements is called in it.
+        found: what else it holds.
+        join: function (measurements) -> what is written of them; None: all.
+    """
+
+    def __init__(self, path, name="results", join=None, **found):
+        self.path, self.name, self.found, self.rows = path, name, found, []
+        self.join = join or (lambda rows: rows)
+
+    def add(self, row):
+        self.rows.append(row)
+        if self.path:
+            text = json.dumps(self.whole(), indent=1) + "\n"
+            write_file(self.path, lambda path: path.write_text(text))
+
+    def whole(self):
+        return {**self.found, self.name: self.join(self.rows)}
 
 
 def figure(rows=1, columns=1, **options):

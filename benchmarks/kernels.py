@@ -6,16 +6,30 @@
     python benchmarks/kernels.py --scaling --plot scaling.png    # time against rows, V and threads; a minute
 
 "copies" is the time over that of copying one (rows x V) tensor; "bound" is the share of the copy's bandwidth that the
-kernel's own bytes reach; the last columns say how many times faster it is than each peer.
+kernel's own bytes reach; the last columns say how many times faster it is than each peer. On CUDA "replay" is the same
+call as a CUDA graph.
 """
 
 import time
 
 import torch
 import torch.nn.functional as F
-from harness import choices, figure, machine, measure, parse, parser_of, save, shapes_of, show_left
+from harness import (
+    Record,
+    choices,
+    figure,
+    machine,
+    measure,
+    parse,
+    parser_of,
+    recorded,
+    shapes_of,
+    show_left,
+    that_run,
+)
 
 from klflow_ext import ops
+from klflow_ext.run import write_file
 
 DEFAULT_SHAPES = {
     "cpu": "1024x50259,8192x2048,1x50259",
@@ -176,9 +190,8 @@ OPS = [
 ]
 
 
-def run(arguments):
+def run(arguments, record):
     device = torch.device(arguments.device)
-    results = []
     todo = [(s, d, o) for s in arguments.shapes for d in arguments.dtypes for o in arguments.ops]
     begin = time.perf_counter()
     print(f"{'op':<20}{'rows x V':>16} {'dtype':>9}{'ms':>9}{'copies':>8}{'bound':>7}  times faster than")
@@ -194,32 +207,30 @@ def run(arguments):
             generator = torch.Generator(device=device).manual_seed(0)
             logits = (torch.randn(rows, vocab, device=device, generator=generator) * 3).to(getattr(torch, dtype))
             target = torch.randint(vocab, (rows,), device=device, generator=generator)
-            for peer, function in installed_peers(name, logits, target).items():
-                try:
-                    function()
-                    peers[peer] = function
-                except Exception as error:  # another library's shapes and versions are its own affair
-                    print(
-                        f"{peer} cannot run {name} {rows} x {vocab} {dtype}: {str(error).splitlines()[:1]}", flush=True
-                    )
+            peers |= that_run(installed_peers(name, logits, target), f"{name} {rows} x {vocab} {dtype}")
         functions = {"ours": case.ours, "copy": lambda sink=sink, source=source: sink.copy_(source), **peers}
+        if device.type == "cuda":
+            try:
+                functions["replay"] = recorded(case.ours)
+            except RuntimeError as error:
+                print(f"{name} is not recorded as a graph: {str(error).splitlines()[0]}", flush=True)
         ms, _ = measure(functions, device, arguments.seconds)
         copies = ms["ours"] / ms["copy"]
         ratios = {peer: ms[peer] / ms["ours"] for peer in peers}
-        results.append({"op": name, "rows": rows, "vocab": vocab, "dtype": dtype, "ms": ms, "copies": copies,
-                        "bound": case.traffic / 2 / copies, "speedup": ratios})  # fmt: skip
+        record.add({"op": name, "rows": rows, "vocab": vocab, "dtype": dtype, "ms": ms, "copies": copies,
+                    "bound": case.traffic / 2 / copies, "speedup": ratios})  # fmt: skip
         text = "  ".join(f"{peer} {ratio:.1f}" for peer, ratio in ratios.items())
+        text += f"  replay {ms['replay']:.3f} ms" if "replay" in ms else ""
         print(
             f"{name:<20}{f'{rows} x {vocab}':>16} {dtype:>9}{ms['ours']:>9.3f}{copies:>8.2f}{case.traffic / 2 / copies:>7.0%}  {text}",
             flush=True,
         )
-    return results
 
 
 SCALING_OPS = ["noise_interpolate", "cross_entropy", "cross_entropy_grad", "topk_sample", "euler_step"]
 
 
-def scaling(arguments):
+def scaling(arguments, record):
     """Times of ours alone: rows at V = 50,259, V at 256 rows; on a CPU with one thread and with all."""
     device = torch.device(arguments.device)
     most = torch.get_num_threads()
@@ -227,7 +238,6 @@ def scaling(arguments):
         "rows": [(rows, 50259) for rows in (1, 4, 16, 64, 256, 1024)],
         "V": [(256, vocab) for vocab in (512, 2048, 8192, 32768, 131072, 262144)],
     }
-    results = []
     print(f"{'op':<20}{'rows x V':>16}{'threads':>9}{'ms':>10}{'ns an element':>15}")
     for name in [name for name in arguments.ops if name in SCALING_OPS]:
         for sweep, shapes in sweeps.items():
@@ -236,13 +246,10 @@ def scaling(arguments):
                 for threads in [1] if device.type == "cuda" or most == 1 else [1, most]:
                     torch.set_num_threads(threads)
                     ms = measure({"ours": case.ours}, device, arguments.seconds / 2)[0]["ours"]
-                    results.append(
-                        {"op": name, "sweep": sweep, "rows": rows, "vocab": vocab, "threads": threads, "ms": ms}
-                    )
+                    record.add({"op": name, "sweep": sweep, "rows": rows, "vocab": vocab, "threads": threads, "ms": ms})
                     each = ms * 1e6 / rows / vocab
                     print(f"{name:<20}{f'{rows} x {vocab}':>16}{threads:>9}{ms:>10.3f}{each:>15.3f}", flush=True)
     torch.set_num_threads(most)
-    return results
 
 
 def plot_scaling(results, path):
@@ -294,11 +301,13 @@ def parse_arguments():
 
 def main():
     arguments = parse_arguments()
-    about = machine(arguments.device)
+    record = Record(arguments.json, machine=machine(arguments.device))
     start = time.perf_counter()
-    results = (scaling if arguments.scaling else run)(arguments)
+    (scaling if arguments.scaling else run)(arguments, record)
     print(f"done in {time.perf_counter() - start:.0f} s")
-    save(arguments, {"machine": about, "results": results}, plot_scaling if arguments.scaling else plot, results)
+    if arguments.plot:
+        draw = plot_scaling if arguments.scaling else plot
+        write_file(arguments.plot, lambda path: draw(record.rows, path))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@
     python benchmarks/linear_cross_entropy.py --shapes 512x50259x384 --dtypes float32 --json results.json
 
 "extra" is the memory at the peak beyond the inputs and their gradients: resident size on the CPU, allocated on CUDA. "dense"
-is cross_entropy(hidden @ weight.T), "torch ..." torch.nn.functional.linear_cross_entropy with these chunks. A peer whose first
-call takes longer than --seconds is not called again.
+is cross_entropy(hidden @ weight.T), "torch ..." torch.nn.functional.linear_cross_entropy with these chunks, "products" the three
+matrix products alone, with all logits: the floor. A peer whose first call takes longer than --seconds is not called again.
 """
 
 import torch
 import torch.nn.functional as F
-from harness import machine, measure, parse, parser_of, peak_bytes, save, shapes_of
+from harness import Record, machine, measure, parse, parser_of, peak_bytes, shapes_of, that_run
 
 from klflow_ext import ops
 
@@ -50,9 +50,22 @@ def losses(hidden, weight, target):
     return found
 
 
-def run(arguments):
+def products(hidden, weight):
+    """The three matrix products of a step alone, with all logits: the floor."""
+    hidden, weight = hidden.detach(), weight.detach()
+    logits, dhidden, dweight = (x.new_empty(shape) for x, shape in (
+        (hidden, (len(hidden), len(weight))), (hidden, hidden.shape), (weight, weight.shape)))  # fmt: skip
+
+    def three():
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits, weight, out=dhidden)
+        torch.mm(logits.t(), hidden, out=dweight)
+
+    return three
+
+
+def run(arguments, record):
     device = torch.device(arguments.device)
-    results = []
     for rows, vocab, width in arguments.shapes:
         for dtype in arguments.dtypes:
             generator = torch.Generator(device=device).manual_seed(0)
@@ -71,6 +84,9 @@ def run(arguments):
             for name, loss in losses(hidden, weight, target).items():
                 if arguments.peers is None or name == "ours" or name in arguments.peers:
                     functions[name] = lambda loss=loss: step(loss)
+            functions["products"] = products(hidden, weight)
+            if device.type == "cuda":  # on a CPU none fails, and a first call takes long
+                functions = that_run(functions, f"{rows} x {vocab} x {width} {dtype}")
             ms, _ = measure(functions, device, arguments.seconds, slowest=arguments.seconds)
             extra = {}
             for name, function in functions.items():
@@ -80,10 +96,10 @@ def run(arguments):
             print(f"{rows} x {vocab} x {width} {dtype}")
             for name in functions:
                 print(
-                    f"  {name:<22}{ms[name]:>10.1f} ms  {ms[name] / ms['ours']:>6.2f} x ours  extra {extra[name]:>8.1f} MB"
+                    f"  {name:<22}{ms[name]:>10.1f} ms  {ms[name] / ms['ours']:>6.2f} x ours  extra {extra[name]:>8.1f} MB",
+                    flush=True,
                 )
-            results.append({"rows": rows, "vocab": vocab, "width": width, "dtype": dtype, "ms": ms, "extra_mb": extra})
-    return results
+            record.add({"rows": rows, "vocab": vocab, "width": width, "dtype": dtype, "ms": ms, "extra_mb": extra})
 
 
 def parse_arguments():
@@ -104,8 +120,7 @@ def parse_arguments():
 
 def main():
     arguments = parse_arguments()
-    about = machine(arguments.device)
-    save(arguments, {"machine": about, "results": run(arguments)})
+    run(arguments, Record(arguments.json, machine=machine(arguments.device)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from harness import machine, parse, parser_of, save
+from harness import Record, machine, parse, parser_of
 
 from klflow_ext import Run, Sampler
 
@@ -34,7 +34,7 @@ def main():
     model.to(arguments.device)
     flags = [False, True] if arguments.device == "cuda" else [False]
     samplers = {flag: Sampler(model, path, arguments.device, cuda_graph=flag) for flag in flags}
-    rows = []
+    record = Record(arguments.json, "rows", machine=about, model=run.config()["model"])
     for dtype in arguments.dtypes:
         for batch in map(int, arguments.batches.split(",")):
             seconds = {flag: [] for flag in flags}
@@ -52,12 +52,8 @@ def main():
             for flag, times in seconds.items():
                 rate = batch * arguments.length / statistics.median(times[1:])
                 shape = {"batch": batch, "length": arguments.length, "steps": arguments.steps}
-                rows.append({"dtype": dtype, **shape, "cuda_graph": flag, "tokens_per_second": rate})
+                record.add({"dtype": dtype, **shape, "cuda_graph": flag, "tokens_per_second": rate})
                 print(f"{dtype:<9} batch {batch:>4}  cuda_graph {flag!s:<5}  {rate:>12,.0f} tokens/s", flush=True)
-    save(
-        arguments,
-        {"machine": about, "model": run.config()["model"], "rows": rows},
-    )
 
 
 if __name__ == "__main__":

@@ -24,10 +24,11 @@ import time
 
 import torch
 import torch.nn.functional as F
-from harness import choices, figure, machine, measure, parse, parser_of, peak_bytes, save
+from harness import Record, choices, figure, machine, measure, parse, parser_of, peak_bytes
 
 from klflow_ext import Denoiser, DenoiserConfig, LogitPath
 from klflow_ext.muon import Muon
+from klflow_ext.run import write_file
 
 STEPS = ("posterior", "simplex", "integer", "eager")
 BETA = 0.01
@@ -86,8 +87,7 @@ class Step:
             optimizer.zero_grad(set_to_none=True)
 
 
-def times(arguments):
-    results = []
+def times(arguments, record):
     device = torch.device(arguments.device)
     print(f"{'V':>8} {'step':<11}{'ms':>9}{'of integer':>12}{'of eager':>10}")
     for vocab in arguments.vocab:
@@ -95,10 +95,9 @@ def times(arguments):
         median, rounds = measure(steps, device, arguments.seconds, label=f"V = {vocab}: ")
         for kind in steps:
             ratios = {peer: median[kind] / median[peer] for peer in ("integer", "eager") if peer in median}
-            results.append({"vocab": vocab, "step": kind, "ms": median[kind], "rounds": rounds, "ratios": ratios})
+            record.add({"vocab": vocab, "step": kind, "ms": median[kind], "rounds": rounds, "ratios": ratios})
             print(f"{vocab:>8} {kind:<11}{median[kind]:>9.0f}" + "".join(f"{ratios.get(p, math.nan):>{w}.2f}" for p, w in
                   (("integer", 12), ("eager", 10))), flush=True)  # fmt: skip
-    return results
 
 
 def memory_of(kind, vocab, arguments):
@@ -125,9 +124,9 @@ def memory_of(kind, vocab, arguments):
     return peak_bytes(step.backward, device) - gradients - peak_bytes(nothing, device)
 
 
-def memories(arguments):
+def memories(arguments, record):
     """One process for each step and V, so that no freed memory of another counts."""
-    positions, results = arguments.batch * arguments.length, []
+    positions = arguments.batch * arguments.length
     matrix = 2 * positions * 50259
     print(f"{'V':>8} {'step':<11}{'peak MB':>9}  share of ({positions} x 50,259) bfloat16, {matrix / 1e6:.0f} MB")
     for vocab in arguments.vocab:
@@ -147,9 +146,8 @@ def memories(arguments):
                 print(f"{vocab:>8} {kind:<11} failed: {done.stderr.strip().splitlines()[-1:]}")
                 continue
             size = float(done.stdout.split()[-1])
-            results.append({"vocab": vocab, "step": kind, "peak_bytes": size, "share": size / matrix})
+            record.add({"vocab": vocab, "step": kind, "peak_bytes": size, "share": size / matrix})
             print(f"{vocab:>8} {kind:<11}{size / 1e6:>9.0f}{size / matrix:>8.1%}", flush=True)
-    return results
 
 
 def plot(results, path):
@@ -208,17 +206,21 @@ def main():
         print(memory_of(arguments.measure, arguments.vocab[0], arguments))
         return
     size = {name: getattr(arguments, name) for name in ("batch", "length", "width", "layers", "dtype")}
-    about = machine(arguments.device, size=size)
-    start = time.perf_counter()
     name = "memory" if arguments.memory else "times"
-    found = {name: memories(arguments) if arguments.memory else times(arguments), f"{name}_machine": about}
-    print(f"done in {time.perf_counter() - start:.0f} s")
     held = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
-    new = {(r["vocab"], r["step"]) for r in found[name]}
-    found[name] += [r for r in held.get(name, []) if (r["vocab"], r["step"]) not in new]
-    found[name].sort(key=lambda r: (r["vocab"], STEPS.index(r["step"])))
-    found = {**held, **found}
-    save(arguments, found, plot, found)
+
+    def join(rows):
+        new = {(r["vocab"], r["step"]) for r in rows}
+        rows = rows + [r for r in held.get(name, []) if (r["vocab"], r["step"]) not in new]
+        return sorted(rows, key=lambda r: (r["vocab"], STEPS.index(r["step"])))
+
+    about = {f"{name}_machine": machine(arguments.device, size=size)}
+    record = Record(arguments.json, name, join, **{**held, **about})
+    start = time.perf_counter()
+    (memories if arguments.memory else times)(arguments, record)
+    print(f"done in {time.perf_counter() - start:.0f} s")
+    if arguments.plot:
+        write_file(arguments.plot, lambda path: plot(record.whole(), path))
 
 
 if __name__ == "__main__":

@@ -382,7 +382,7 @@ def cross_entropy_grad(
 
 def linear_cross_entropy(
     hidden, weight, target, *, bias=None, class_weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
-    softcap=None, row_weight=None, reduction="mean", return_lse=False, chunk_rows=None,
+    softcap=None, row_weight=None, reduction="mean", return_lse=False, chunk_rows=None, logit_bytes=None,
 ):  # fmt: skip
     """The cross-entropy of logits = hidden @ weight.T + bias; the options are those of `cross_entropy`.
 

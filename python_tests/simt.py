@@ -21,6 +21,7 @@ SANITIZE_SIMT = os.environ.get("KLFLOW_SIMT_SANITIZE") == "1"
 SIMT_FLAGS = "-x c++ -O1 -fno-strict-aliasing -Wno-unused-function -Wno-unknown-pragmas -DKLFLOW_SIMT"
 
 # Kinds of devices: whether they have clusters, and shared memory in KB that a block may have and that a multiprocessor has.
+# sm_89 is as sm_86 here, sm_100 and 103 are as sm_90.
 KINDS = {"sm_80": (False, 163, 164), "sm_86": (False, 99, 100), "sm_90": (True, 227, 228), "sm_120": (True, 99, 100)}
 
 

@@ -77,6 +77,7 @@ void scatter_rows(Tensor order, Tensor starts, Tensor q, Tensor prior, Tensor g,
   const int64_t rows = q.size(0);
   p.top = q.size(1);
   p.pairs = rows * p.top;
+  check_pairs(p.pairs);
   p.vocab = dweight.size(0);
   p.width = dweight.size(1);
   check(order.dim() == 1 && order.size(0) == p.pairs && order.scalar_type() == ScalarType::Int && order.is_contiguous(),
@@ -88,7 +89,6 @@ void scatter_rows(Tensor order, Tensor starts, Tensor q, Tensor prior, Tensor g,
   p.g = vector_of(g, p.width, "g");
   p.dout = rows_of(dout, rows, p.width, "dout");
   p.dweight = rows_of(dweight, p.vocab, p.width, "dweight");
-  check_pairs(p.pairs);
   check(p.dweight.dtype == kFloat32, "dweight: dtype must be float32");
   prefer_huge_pages(dweight);
   KLFLOW_RUN(scatter_rows, p, dweight);
@@ -103,10 +103,10 @@ void group_by_token(Tensor ids, int64_t vocab, Tensor order, Tensor starts) {
   KLFLOW_CHECK_DEVICES(ids, order, starts);
   check(ids.dim() == 2, "ids: must have two axes");
   const int64_t pairs = ids.size(0) * ids.size(1);
+  check_pairs(pairs);
   const int32_t* id = matrix_of<int32_t>(ids, ids.size(0), ids.size(1), ScalarType::Int, "ids");
   check(order.dim() == 1 && order.size(0) == pairs && order.scalar_type() == ScalarType::Int && order.is_contiguous(),
         "order: must be contiguous int32 of shape (", pairs, ",)");
-  check_pairs(pairs);
   int32_t* out = static_cast<int32_t*>(order.data_ptr());
   int64_t* start = token_vector_of(starts, vocab + 1, "starts");
   std::vector<int32_t> next(vocab + 1);

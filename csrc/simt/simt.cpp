@@ -66,6 +66,7 @@ struct Block {
   unsigned rank;
   std::unique_ptr<unsigned char[]> shared;
   std::vector<Thread*> threads;
+  size_t waiting, exited;  // threads at its barrier, and at their end
 };
 
 struct Machine {
@@ -78,6 +79,7 @@ struct Machine {
   unsigned cluster = 1;
   size_t shared_bytes = 0;
   std::vector<Block> blocks;  // of the running cluster
+  size_t waiting = 0;         // threads at the cluster's barrier
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<unsigned char*> stacks;
   std::vector<Thread*> ready;
@@ -127,6 +129,7 @@ void entry() {
 #endif
   (*machine.kernel)();
   machine.running->state = State::kExited;
+  ++machine.running->block->exited;
   to_scheduler();
   std::abort();  // an exited thread is never resumed
 }
@@ -142,10 +145,8 @@ std::string where(const Thread& t) {
   return out.str();
 }
 
-// Releases a barrier that every thread of `all` has reached.
-void try_release(const std::vector<Thread*>& all, State kind) {
-  for (const Thread* t : all)
-    if (t->state != kind) return;
+// Releases a barrier that all threads have reached.
+void release(const std::vector<Thread*>& all) {
   for (const Thread* t : all)
     if (std::strcmp(t->site, all[0]->site) != 0)
       return fail("divergent barrier: " + where(*all[0]) + " waits at " + all[0]->site + ", " + where(*t) + " at " +
@@ -188,11 +189,13 @@ void report_deadlock() {
 void start_cluster(unsigned first_block, unsigned threads) {
   machine.blocks.clear();
   machine.blocks.resize(machine.cluster);
+  machine.waiting = 0;
   machine.ready.clear();
   for (unsigned rank = 0; rank < machine.cluster; ++rank) {
     Block& block = machine.blocks[rank];
     block.index = {first_block + rank, 1, 1};
     block.rank = rank;
+    block.waiting = block.exited = 0;
     block.shared.reset(new unsigned char[machine.shared_bytes]);  // exactly: a step beyond is the sanitizer's to see
     const bool ones = machine.random() % 2 == 0;                  // NaN in every dtype, or anything
     for (size_t i = 0; i < machine.shared_bytes; ++i)
@@ -260,12 +263,11 @@ unsigned char* map_shared(unsigned char* mine, unsigned rank) {
     to_scheduler();
   }
   const Block& other = machine.blocks[rank];
-  for (const Thread* t : other.threads)
-    if (t->state == State::kExited) {
-      fail(where(*machine.running) + " reads the shared memory of block " + std::to_string(other.index.x) +
-           ", which may have exited");
-      to_scheduler();
-    }
+  if (other.exited > 0) {
+    fail(where(*machine.running) + " reads the shared memory of block " + std::to_string(other.index.x) +
+         ", which may have exited");
+    to_scheduler();
+  }
   return other.shared.get() + offset;
 }
 
@@ -276,7 +278,11 @@ int block_count(bool vote, const char* site) {
   self->vote = vote;
   self->state = State::kBlockBarrier;
   self->site = site;
-  try_release(self->block->threads, State::kBlockBarrier);
+  Block& block = *self->block;
+  if (++block.waiting == block.threads.size()) {
+    block.waiting = 0;
+    release(block.threads);
+  }
   to_scheduler();
   return self->count;
 }
@@ -285,9 +291,12 @@ void cluster_barrier(const char* site) {
   Thread* self = machine.running;
   self->state = State::kClusterBarrier;
   self->site = site;
-  std::vector<Thread*> all;
-  for (Block& block : machine.blocks) all.insert(all.end(), block.threads.begin(), block.threads.end());
-  try_release(all, State::kClusterBarrier);
+  if (++machine.waiting == machine.cluster * self->block->threads.size()) {
+    machine.waiting = 0;
+    std::vector<Thread*> all;
+    for (Block& block : machine.blocks) all.insert(all.end(), block.threads.begin(), block.threads.end());
+    release(all);
+  }
   to_scheduler();
 }
 

@@ -20,12 +20,14 @@ from klflow_ext.ops.arguments import (
     register_fake_mutation,
 )
 from klflow_ext.ops.posterior import largest_entries
+from klflow_ext.ops.products import add_product
 
 _klflow = torch.ops.klflow
 
-# Rows and columns of the tiles that the dense forms multiply: one tile of noise, of the weight and of the result stay in
-# a CPU's L3, or a GPU's L2, cache.
-TILE = {"cpu": (512, 2048), "cuda": (2048, 4096)}
+# Rows and columns of the tiles that the dense forms multiply. On a CPU one tile of noise, of the weight and of the result
+# stay in the L3 cache; a GPU has as many rows as keep all its multiprocessors at work (192 blocks of 128 x 256 at D = 768).
+TILE = {"cpu": (512, 2048), "cuda": (8192, 4096)}
+PITCH = {"cpu": 1, "cuda": 64}  # the rows of a tile begin at a multiple of so many elements: a product on CUDA needs it
 
 
 def noise_embedding(
@@ -174,30 +176,26 @@ def _tile_dtype(weight_dtype, device):
     return torch.bfloat16 if device.type == "cuda" and weight_dtype == torch.bfloat16 else torch.float32
 
 
-def _add_product(out, a, b, first):
-    """out (float32) = or += a @ b."""
-    if a.dtype == torch.float32:
-        torch.mm(a, b.float(), out=out) if first else out.addmm_(a, b.float())
-    else:
-        product = torch.mm(a, b, out_dtype=torch.float32)
-        out.copy_(product) if first else out.add_(product)
-
-
 class _Noise:
     """The rows' noise, from which any tile can be made."""
 
     def __init__(self, target, t, rng, given, log_prior, stats, beta, row_offset, vocab, dtype):
         self.rows = (target, t, rng, given)
         self.log_prior, self.stats, self.beta, self.row_offset, self.vocab = log_prior, stats, beta, row_offset, vocab
-        height, breadth = TILE[target.device.type]
-        size = min(height, target.shape[0]) * min(breadth, vocab)
-        self.buffer = torch.empty(size, dtype=dtype, device=target.device)
+        (height, breadth), device = TILE[target.device.type], target.device
+        self.pitch = PITCH[device.type]
+        size = min(height, target.shape[0]) * self.padded(min(breadth, vocab))
+        self.buffer = torch.empty(size, dtype=dtype, device=device)
+
+    def padded(self, breadth):
+        return -(-breadth // self.pitch) * self.pitch
 
     def tile(self, rows, columns, total=None):
         """(rows, columns) of y, whose sums are added to total, or of q."""
         target, t, rng, given = self.rows
         height, breadth = rows.stop - rows.start, columns.stop - columns.start
-        out = self.buffer[: height * breadth].view(height, breadth)
+        wide = self.padded(breadth)
+        out = self.buffer[: height * wide].view(height, wide)[:, :breadth]
         dense = self.log_prior is not None
         _klflow.noise_tile(
             target[rows], t[rows], rng if rng.dim() == 1 else rng[rows], None if given is None else given[rows],
@@ -229,7 +227,8 @@ def _dense(
     for chunk in row_chunks:
         total = torch.empty(chunk.stop - chunk.start, width, dtype=torch.float32, device=device)
         for columns in column_tiles:
-            _add_product(total, noise.tile(chunk, columns, stats), weight[columns], columns.start == 0)
+            tile = noise.tile(chunk, columns, stats)
+            add_product(total, tile, weight[columns].to(tile.dtype), columns.start == 0)
         out[chunk] = total if log_prior is not None else total.div_(stats[chunk, None])
     return out, stats
 
@@ -247,7 +246,7 @@ def _dense_backward(
     row_chunks, column_tiles = _tiles(rows, vocab, device)
     for columns in column_tiles:
         for chunk in row_chunks:
-            _add_product(dweight[columns], noise.tile(chunk, columns).T, scaled[chunk], chunk.start == 0)
+            add_product(dweight[columns], noise.tile(chunk, columns).T, scaled[chunk], chunk.start == 0)
     return dweight
 
 

@@ -17,13 +17,16 @@ from klflow_ext.ops.arguments import (
     needs_grad,
 )
 from klflow_ext.ops.loss import check_reduction, cross_entropy, loss_arguments, mean_divisor
+from klflow_ext.ops.products import add_product
 
 _klflow = torch.ops.klflow
 
-# Logits held at a time: enough rows for an efficient matrix product (333 of V = 50,259 in float32), and the same for any V.
+# Logits held at a time on a CPU: enough rows for an efficient matrix product (333 of V = 50,259 in float32), and the same
+# for any V. A GPU's products need more rows, and every chunk reads and writes the float32 gradient of weight once.
 LOGIT_BYTES = 2**26
-LEAST_ROWS = 16
-BLOCK = 8192  # columns of a 16-bit product
+CUDA_LOGIT_BYTES = 2**29
+LEAST_ROWS, CUDA_LEAST_ROWS = 16, 2048
+CUDA_ROWS = 256  # a multiple of it: the height of a matrix product's tiles
 
 
 def linear_cross_entropy(
@@ -41,6 +44,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     return_lse: bool = False,
     chunk_rows: int | None = None,
+    logit_bytes: int | None = None,
 ) -> Any:
     """cross_entropy(hidden @ weight.T + bias, target) without the logits: those of a chunk of rows exist at a time.
 
@@ -55,7 +59,9 @@ def linear_cross_entropy(
             product. Gradients of weight and bias are summed in float32.
         target: token ids of shape rows, or soft targets (*rows, V).
         class_weight: (V,), the `weight` of `cross_entropy`, where the other options are described.
-        chunk_rows: rows at a time; None: as many as have 64 MB of logits, but at least 16.
+        chunk_rows: rows at a time; None: as logit_bytes says.
+        logit_bytes: of the logits at a time, at least those of 16 rows, on CUDA of 256; None: 64 MB, on CUDA 512 MB or what
+            2,048 rows have. The more, the fewer passes over the gradient of weight.
 
     Returns: loss (float32), or (loss, lse). Gradients flow to hidden, weight and bias.
     Errors: as `cross_entropy`.
@@ -83,9 +89,12 @@ def linear_cross_entropy(
     )  # fmt: skip
     flat = hidden.reshape(-1, width)
     rows = flat.shape[0]
+    if logit_bytes is not None:
+        check_int("logit_bytes", logit_bytes, 1, 2**62, "None or an integer in [1, 2^62]")
     if chunk_rows is None:
-        most = max(LEAST_ROWS, LOGIT_BYTES // (flat.element_size() * vocab))
-        chunk_rows = max(1, -(-rows // max(1, -(-rows // most))))  # chunks of one size
+        chunk_rows = rows_of_chunk(rows, vocab * flat.element_size(), device.type, logit_bytes)
+    elif logit_bytes is not None:
+        fail(ValueError, "logit_bytes", logit_bytes, "None beside chunk_rows")
     else:
         chunk_rows = check_int("chunk_rows", chunk_rows, 1, 2**30, "None or an integer in [1, 2^30]")
     lse: Any = None
@@ -111,6 +120,19 @@ def linear_cross_entropy(
         empty = divisor == 0  # then NaN, but with gradients of zero, as in torch
         loss = torch.where(empty, math.nan, loss / torch.where(empty, 1, divisor))
     return (loss, lse.reshape(shape)) if return_lse else loss
+
+
+def rows_of_chunk(rows, row_bytes, device_type, logit_bytes=None):
+    """How many rows a chunk has, whose logits take row_bytes each: chunks of one size, within the memory budget."""
+    on_cuda = device_type == "cuda"
+    step = CUDA_ROWS if on_cuda else 1
+    if logit_bytes is None:
+        budget, least = (CUDA_LOGIT_BYTES, CUDA_LEAST_ROWS) if on_cuda else (LOGIT_BYTES, LEAST_ROWS)
+    else:
+        budget, least = logit_bytes, CUDA_ROWS if on_cuda else LEAST_ROWS
+    most = max(least, budget // row_bytes // step * step)
+    each = -(-rows // max(1, -(-rows // most)))
+    return max(1, -(-each // step) * step)
 
 
 def _with_logits(
@@ -159,22 +181,14 @@ class _Gradients:
 
     def add(self, part, dlogits):
         (hidden, weight), (dhidden, dweight, dbias) = self.inputs, self.sums
-        hidden, beta = hidden[part], 0 if part.start == 0 else 1
+        hidden, first = hidden[part], part.start == 0
         if self.wanted[0]:
             torch.mm(dlogits, weight, out=dhidden[part])
         if self.wanted[1]:
-            if dlogits.dtype == torch.float32:
-                dweight.addmm_(dlogits.t(), hidden, beta=beta)
-            elif dlogits.is_cuda:
-                torch.addmm(dweight, dlogits.t(), hidden, out_dtype=torch.float32, beta=beta, out=dweight)
-            else:  # no such product on a CPU: 16-bit ones in blocks that stay in cache until they are added
-                for start in range(0, len(weight), BLOCK):
-                    block = slice(start, start + BLOCK)
-                    product = torch.mm(dlogits[:, block].t(), hidden)
-                    dweight[block].copy_(product) if beta == 0 else dweight[block].add_(product.float())
+            add_product(dweight, dlogits.t(), hidden, first)
         if self.wanted[2]:
             columns = dlogits.sum(0, dtype=torch.float32)
-            dbias.copy_(columns) if beta == 0 else dbias.add_(columns)
+            dbias.copy_(columns) if first else dbias.add_(columns)
 
 
 def _as_hidden(hidden, weight, bias):
@@ -319,6 +333,13 @@ _loss_rows.register_autograd(_gradients_from_inputs, setup_context=_save_inputs)
 _loss_and_gradients.register_autograd(_scaled_gradients, setup_context=_save_gradients)
 
 
+def _scale(gradient, factor, dtype):
+    """gradient * factor where it is, or on CUDA as the dtype of its input, in one pass."""
+    if gradient.is_cuda and dtype not in (None, gradient.dtype):
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    return gradient.float().mul_(factor)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """linear_cross_entropy_grad whose backward pass scales the gradients where they are; a second one makes them again."""
 
@@ -335,4 +356,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             return _gradients_from_inputs(ctx, dloss.expand(ctx.saved_tensors[-1].shape), None)
-        return _as_inputs(ctx, [g.float().mul_(dloss) for g in gradients])
+        return _as_inputs(ctx, [_scale(g, dloss, d) for g, d in zip(gradients, ctx.dtypes, strict=True)])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from klflow_ext import (
+    build_info,
     data,
 )
 
@@ -39,6 +40,24 @@ def test_command_line_as_a_program():
     assert done.returncode == 0 and "CPU kernels" in done.stdout, done.stderr
     done = subprocess.run([sys.executable, "-m", "klflow_ext", "sample", "nowhere"], capture_output=True, text=True)
     assert done.returncode == 1 and "no run folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_info_needs_no_extra(klflow, monkeypatch):
+    for module in ("tyro", "tokenizers", "safetensors"):
+        monkeypatch.setitem(sys.modules, module, None)
+    done = klflow("info")
+    assert done.returncode == 0 and "CUDA kernels" in done.stdout and "CPU kernels" in done.stdout
+    done = klflow("sample", "nowhere")
+    assert done.returncode == 1 and "this command needs the train extra: pip install" in done.stderr
+
+
+@pytest.mark.parametrize("source", ["bound by the loader", ""])
+def test_info_tells_where_the_stream_function_is(klflow, monkeypatch, source):
+    built = {**build_info(), "cuda": True, "nvcc": "13.0", "cuda_arch": "sm_90+PTX", "cuda_stream": source}
+    monkeypatch.setattr("klflow_ext.cli.info.build_info", lambda: built)
+    lines = klflow("info").stdout.splitlines()
+    assert "CUDA kernels     sm_90+PTX (nvcc 13.0)" in lines
+    assert f"torch's stream   {source or 'not found: this torch has no CUDA'}" in lines
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What setup.py decides (which architectures, how many compilers at once), and the device around a launch, without a GPU."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
+
+from klflow_ext import _C
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -69,17 +73,27 @@ def test_a_malformed_list_is_refused(setup_py, nvcc, monkeypatch):
 
 
 def test_cuda_of_another_major_is_told(setup_py, capsys):
-    for torch in (None, "13.1"):
-        setup_py["check_cuda_versions"]("13.0", torch)
+    for of_torch in (None, "13.1"):
+        setup_py["check_cuda_versions"]("13.0", of_torch)
         assert capsys.readouterr().out == ""
     setup_py["check_cuda_versions"]("13.0", "12.8")
     assert "nvcc is of CUDA 13.0, torch of CUDA 12.8" in capsys.readouterr().out
 
 
 def test_compilers_at_once(setup_py, monkeypatch):
-    assert int(setup_py["jobs"]()) >= 1
+    """As many as there are processors, fewer where they would not fit into the free memory."""
+    processors = int(setup_py["jobs"]())
+    monkeypatch.setattr(Path, "read_text", lambda path: "MemAvailable: 4000000 kB\n")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(64))
+    assert processors >= 1 and setup_py["jobs"]() == "2"
     monkeypatch.setenv("MAX_JOBS", "7")
     assert setup_py["jobs"]() == "7"
+
+
+def test_the_loader_looks_for_the_stream_function_in_torch():
+    """A library that needs libtorch.so is bound to the CUDA functions behind it, whatever torch it was linked against."""
+    needed = subprocess.run(["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
+    assert {"libtorch.so", "libtorch_cpu.so"} <= set(re.findall(r"NEEDED.*\[(.*?)\]", needed))
 
 
 # Two devices, of which 0 is the current one; a launch on 1 must see 1, and leave 0.
@@ -113,12 +127,125 @@ int main() {
 """
 
 
-def test_a_launch_sees_the_device_of_its_tensors(tmp_path):
-    source, program = tmp_path / "device.cpp", tmp_path / "device"
-    source.write_text(DEVICE)
-    subprocess.run(["g++", "-std=c++20", f"-I{ROOT / 'csrc'}", str(source), "-ldl", "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=True)
-    assert done.stdout == "1 1 0 1 1"
+@pytest.fixture
+def compiled(tmp_path):
+    """compiled(source, *options): what the C++ program prints."""
+
+    def run(source, *options):
+        path, program = tmp_path / "program.cpp", tmp_path / "program"
+        path.write_text(source)
+        command = ["g++", "-std=c++20", f"-I{ROOT / 'csrc'}", *options, str(path), "-ldl", "-o", str(program)]
+        subprocess.run(command, check=True)
+        return subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+
+    return run
+
+
+def test_a_launch_sees_the_device_of_its_tensors(compiled):
+    assert compiled(DEVICE) == "1 1 0 1 1"
+
+
+# torch's CUDA library, loaded as torch does it: the loader binds nothing of it, so it is looked up.
+STREAM = r"""
+#include <cstdio>
+#include "cuda/torch_stream.h"
+int main() {
+  if (dlopen(LIBRARY, RTLD_NOW | RTLD_LOCAL) == nullptr) return 1;
+  std::printf("%s, %d", klflow::stream_source(), static_cast<int>(reinterpret_cast<intptr_t>(klflow::torch_stream(3))));
+}
+"""
+
+
+def test_the_stream_function_is_looked_up_where_the_loader_did_not_bind_it(compiled, tmp_path):
+    source, library = tmp_path / "fake.cpp", tmp_path / "libtorch_cuda.so"
+    source.write_text(
+        'extern "C" int aoti_torch_get_current_cuda_stream(int device, void** stream) {\n'
+        "  *stream = reinterpret_cast<void*>(100 + device);\n  return 0;\n}\n"
+    )
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", str(source), "-o", str(library)], check=True
+    )
+    assert compiled(STREAM, f'-DLIBRARY="{library}"') == "found in libtorch_cuda.so, 103"
+
+
+# Two devices of compute capability 7.5 and 9.0, and a driver of CUDA 12.8.
+FAKE_RUNTIME = r"""
+#pragma once
+enum cudaError_t { cudaSuccess, cudaErrorInsufficientDriver, cudaErrorNoKernelImageForDevice,
+                   cudaErrorUnsupportedPtxVersion, cudaErrorInvalidValue };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor,
+                      cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                      cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
+#define CUDART_VERSION 13000
+inline int current = 0, asked = 0, set = 0, largest[2] = {};
+inline cudaError_t refuses = cudaSuccess;
+inline cudaError_t cudaGetDevice(int* index) { return *index = current, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
+  constexpr int values[2][5] = {{7, 5, 65536, 65536, 40}, {9, 0, 232448, 233472, 132}};
+  ++asked;
+  return *value = values[index][attribute], cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 12080, cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaErrorInvalidValue ? "invalid" : "wrong"; }
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  if (refuses != cudaSuccess) return refuses;
+  ++set;
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) largest[current] = value;
+  return cudaSuccess;
+}
+"""
+RUNTIME = r"""
+#include <cstdio>
+#include "cuda/runtime.h"
+using namespace klflow::cuda;
+int main() {
+  for (cudaError_t error : {cudaErrorNoKernelImageForDevice, cudaErrorInsufficientDriver, cudaErrorUnsupportedPtxVersion,
+                            cudaErrorInvalidValue})
+    std::puts(text_of(error));
+  asked = 0;
+  for (int call = 0; call < 3; ++call)
+    for (current = 0; current < 2; ++current)
+      std::printf("%d %d;", device().clusters, static_cast<int>(device().block_bytes));
+  std::printf("\n%d asked\n", asked);
+  const int kernels[2] = {};
+  for (int call = 0; call < 3; ++call)
+    for (current = 0; current < 2; ++current)
+      for (const int& kernel : kernels) allow_shared_memory(&kernel, device().block_bytes);
+  std::printf("%d set, %d %d\n", set, largest[0], largest[1]);
+  current = 0;
+  refuses = cudaErrorInvalidValue;
+  const int failed = allow_shared_memory(&current, 1);
+  refuses = cudaSuccess;
+  allow_shared_memory(&current, 1);
+  std::printf("%d %d\n", failed == cudaErrorInvalidValue, set);
+}
+"""
+
+
+@pytest.fixture
+def runtime(compiled, tmp_path):
+    (tmp_path / "cuda_runtime.h").write_text(FAKE_RUNTIME)
+    return compiled(RUNTIME, f"-I{tmp_path}", '-DKLFLOW_CUDA_ARCHES="sm_80,sm_90+PTX"').splitlines()
+
+
+def test_errors_of_a_wrong_build_say_what_was_built_and_what_is_here(runtime):
+    built = "wrong: klflow_ext was built for sm_80,sm_90+PTX by CUDA 13.0; "
+    driver = "the driver is of CUDA 12.8: update it, or build with an older nvcc"
+    assert runtime[:4] == [
+        f"{built}device 0 has compute capability 7.5: build with it in TORCH_CUDA_ARCH_LIST, from 8.0 on",
+        built + driver,
+        built + driver,
+        "invalid",
+    ]
+
+
+def test_a_device_is_asked_once_and_a_kernel_told_once(runtime):
+    assert runtime[4] == "0 65536;1 232448;" * 3
+    assert runtime[5] == "8 asked"
+    assert runtime[6] == "8 set, 65536 232448"  # two attributes of two kernels on two devices
+    assert runtime[7] == "1 10"  # what failed is tried again
 
 
 def test_every_launch_goes_through_the_device_guard():
@@ -126,6 +253,24 @@ def test_every_launch_goes_through_the_device_guard():
     lines = [line.strip() for source in sources for line in source.splitlines()]
     calls = [line for line in lines if "cuda::" in line and not line.startswith("//")]
     assert len(calls) == 2 and all("on_device_of" in line or line.startswith("scratch = ") for line in calls), calls
+
+
+def test_every_operator_checks_the_device_of_every_tensor():
+    inner = {"logit_interpolate": "logit_interpolate_out", "cross_entropy": "cross_entropy_out",
+             "cross_entropy_total": "cross_entropy"}  # what these pass all their tensors to  # fmt: skip
+    found = set()
+    for path in sorted((ROOT / "csrc" / "ops").glob("*.cpp")):
+        source = re.sub(r'"\s*\n\s*"', "", path.read_text())  # schemas in one piece
+        for name, schema in re.findall(r'KLFLOW(?:_CPU)?_OPERATOR\(\s*(\w+),\s*"(.*?)"\)', source, re.S):
+            tensors = re.findall(r"Tensor(?:\(\w!\))?\??\s+(\w+)", schema.split("->")[0])
+            body = re.search(rf"\b{name}\(Tensor[^{{]*\{{(.*?)\n\}}", source, re.S)[1]
+            checked = re.match(r"\s*KLFLOW_CHECK_DEVICES\((.*?)\);", body, re.S)
+            assert checked[1].split(", ") == tensors if checked else f"{inner[name]}({', '.join(tensors)}," in body, (
+                name
+            )
+            found.add(name)
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    assert found == {name.removeprefix("klflow::") for name in registered if name.startswith("klflow::")}
 
 
 def test_the_source_distribution_holds_all_that_is_built(tmp_path):

@@ -378,3 +378,12 @@ def test_the_device_is_checked_of_what_is_given_only():
     ):
         row_weight = torch.ones(N, device="meta")
         on_cpu(torch.ops.klflow.cross_entropy_out, X, Y, None, row_weight, -100, 0.0, 0.0, 0.0, *out)
+
+
+def test_more_pairs_than_their_numbers_can_name():
+    """Refused before anything else is looked at, on every device: the tensors of so many are views of one number."""
+    many, order, one = torch.ones(1, 1).expand(2**31, 1), torch.zeros(0, dtype=torch.int32), torch.ones(1)
+    with pytest.raises(RuntimeError, match=r"ids: 2147483648 entries, allowed are fewer than 2\^31"):
+        torch.ops.klflow.scatter_rows(order, Y, many, one, one, torch.ones(1, 1), torch.ones(1, 1))
+    with pytest.raises(RuntimeError, match=r"ids: 2147483648 entries, allowed are fewer than 2\^31"):
+        torch.ops.klflow.group_by_token(torch.zeros(1, 1, dtype=torch.int32).expand(2**31, 1), 4, order, Y)

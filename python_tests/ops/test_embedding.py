@@ -247,14 +247,29 @@ def test_slices_have_the_same_bits(vocab, device):
 def test_the_size_of_the_tiles_is_rounding(form, device, monkeypatch):
     target, t, rng, given = case_of(20, 1003, device)
     results = []
-    for tile in ((512, 2048), (7, 100), (20, 1003), (1, 4)):
+    for tile, pitch in (((512, 2048), 1), ((7, 100), 1), ((20, 1003), 1), ((1, 4), 1), ((7, 100), 64)):
         monkeypatch.setattr(embedding, "TILE", {"cpu": tile, "cuda": tile})
+        monkeypatch.setattr(embedding, "PITCH", {"cpu": pitch, "cuda": pitch})
         weight = weight_of(1003, 24, device).requires_grad_()
         out = embed(ops, form, target, t, weight, rng, given=given)
         out.square().sum().backward()
         results.append((out.detach(), weight.grad))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_a_tile_begin_where_a_product_wants_them(monkeypatch):
+    """64 elements, of any two dtypes a multiple of 128 bytes; the last tile is narrower than the others."""
+    target, t, rng, _ = case_of(20, 1003, "cpu")
+    tiles = []
+    for pitch in (1, 64):
+        monkeypatch.setattr(embedding, "TILE", {"cpu": (16, 600)})
+        monkeypatch.setattr(embedding, "PITCH", {"cpu": pitch})
+        noise = embedding._Noise(target, t, rng, None, None, None, 0.01, 0, 1003, torch.float32)
+        tiles.append([noise.tile(slice(16, 20), slice(j, min(j + 600, 1003))).clone() for j in (0, 600)])
+        strides = [noise.tile(slice(16, 20), slice(j, min(j + 600, 1003))).stride(0) for j in (0, 600)]
+        assert strides == {1: [600, 403], 64: [640, 448]}[pitch]
+    assert all(torch.equal(a, b) for a, b in zip(*tiles, strict=True))
 
 
 def test_the_sparse_gradient_has_the_same_bits_with_any_threads(device):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from klflow_ext import ops, reference
-from klflow_ext.ops import linear
+from klflow_ext.ops import linear, products
 
 NAMES = ("hidden", "weight", "bias")
 
@@ -211,7 +211,7 @@ def largest_allocation(function):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_tensor_of_all_logits(reduction, dtype, monkeypatch):
     monkeypatch.setattr(linear, "LOGIT_BYTES", 2**20)
-    monkeypatch.setattr(linear, "BLOCK", 512)
+    monkeypatch.setattr(products, "BLOCK", 512)
     tensors, target = case_of(400, 5001, 8, dtype=dtype)
     tensors = [x.requires_grad_() for x in tensors]
     logits = 400 * 5001 * dtype.itemsize
@@ -236,6 +236,33 @@ def test_default_chunks(monkeypatch):
         hidden, weight = (torch.empty(n, 1, dtype=dtype, device="meta") for n in (rows, vocab))
         ops.linear_cross_entropy(hidden, weight, torch.empty(rows, dtype=torch.int64, device="meta"), reduction="sum")
         assert seen.pop() == expected
+
+
+@pytest.mark.parametrize(
+    "rows,vocab,budget,expected",
+    [
+        (8192, 50259, None, 4096),  # two chunks of at most 5,120 rows
+        (8192, 128256, None, 2048),  # 525 MB
+        (16384, 262144, None, 2048),  # 1,074 MB: the least
+        (5000, 128256, None, 1792),  # three chunks, the last 1,416 rows
+        (8192, 128256, 2**31, 8192),
+        (8192, 128256, 2**30, 4096),
+        (8192, 128256, 2**27, 512),
+        (8192, 128256, 1, 256),
+        (100, 50259, None, 256),
+        (0, 50259, None, 1),
+    ],
+)
+def test_chunks_on_cuda(rows, vocab, budget, expected):
+    assert linear.rows_of_chunk(rows, 2 * vocab, "cuda", budget) == expected
+
+
+def test_a_budget_on_a_cpu():
+    tensors, target = case_of(40, 101, 8)
+    whole = run(ops.linear_cross_entropy, tensors, target, chunk_rows=20)
+    assert linear.rows_of_chunk(40, 404, "cpu", 404 * 30) == 20  # two chunks of at most 30
+    for a, b in zip(run(ops.linear_cross_entropy, tensors, target, logit_bytes=404 * 30), whole, strict=True):
+        assert torch.equal(a, b)
 
 
 # ---- compile, opcheck, DDP
@@ -328,6 +355,13 @@ BAD = [
     (lambda f: f(H, W, Y, label_smoothing=math.nan), ValueError, "label_smoothing: got nan"),
     (lambda f: f(H, W, Y, chunk_rows=0), ValueError, "chunk_rows: got 0"),
     (lambda f: f(H, W, Y, chunk_rows=2.0), TypeError, "chunk_rows: got 2.0"),
+    (lambda f: f(H, W, Y, logit_bytes=0), ValueError, "logit_bytes: got 0"),
+    (lambda f: f(H, W, Y, logit_bytes=2.5), TypeError, "logit_bytes: got 2.5"),
+    (
+        lambda f: f(H, W, Y, logit_bytes=64, chunk_rows=3),
+        ValueError,
+        "logit_bytes: got 64, allowed is None beside chunk_rows",
+    ),
 ]
 
 
