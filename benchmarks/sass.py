@@ -41,7 +41,7 @@ Pass = namedtuple("Pass", "name has lacks each size", defaults=(None,))
 Kernel = namedtuple("Kernel", "name unit pattern passes moved")
 SUM = Pass("sum", {"LDG.128"}, {"STS.128", "STG.128"}, "MUFU.EX2")
 SUM_KEPT = Pass("sum", {"LDG.128", "STS.128"}, {"STG.128"}, "MUFU.EX2")
-GRADIENT = Pass("gradient", {"STG.128", "LDS.128"}, {}, "MUFU.EX2")
+GRADIENT = Pass("gradient", {"STG.128", "LDS.128"}, {"SEL"}, "MUFU.EX2")  # of a row that lies as the logits do
 NOISE = Pass("noise", {"MUFU.LG2", "STS.128"}, {"STG", "STG.128"}, "MUFU.EX2")
 STORE = Pass("store", {"STG.128", "LDS.128"}, {"MUFU.LG2"}, "STG.128")
 NAME = r"%s_kernelI(f|13__nv_bfloat16|6__half)%s"
@@ -192,7 +192,9 @@ def count(loops, step, size):
     """What the dearest loop of a pass costs an element: {instructions, special, wide, global, shared}."""
     found = []
     for way in filter(None, (interior(ways, step) for ways in loops)):
-        elements = way[step.each] * (16 / (step.size or size) if step.each.endswith(".128") else 1)
+        elements = way[step.each] // 4 * 4  # special functions: a new maximum has one more
+        if step.each.endswith(".128"):
+            elements = way[step.each] * 16 // (step.size or size)
         moved, shared = total(way, r"(LDG|STG)\b"), total(way, r"(LDS|STS)\b")
         found.append((elements, way.total(), total(way, "MUFU"), way["IMAD.WIDE"], moved, shared))
     if not found:

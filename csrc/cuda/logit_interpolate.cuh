@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 2) logit_interpolate_kernel(LogitInt
         combine(column, l);
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
-        v[i] = p.log ? l[i] - all.shift - log_total : __expf(l[i] - all.shift) * inverse;
+        v[i] = p.log ? l[i] - all.shift - log_total : ex2_approx((l[i] - all.shift) * kLog2E) * inverse;
     });
     __syncthreads();  // the next row writes what was read here
   }

@@ -122,10 +122,6 @@ struct NoiseSource {
 struct Boosted {
   float value, noise, boost;
   int column;
-  __device__ __forceinline__ Boosted shuffle_down(int offset) const {
-    return {__shfl_down_sync(~0u, value, offset), __shfl_down_sync(~0u, noise, offset),
-            __shfl_down_sync(~0u, boost, offset), __shfl_down_sync(~0u, column, offset)};
-  }
 };
 __device__ __forceinline__ Boosted larger(const Boosted& a, const Boosted& b) {
   return a.value > b.value || (a.value == b.value && a.column < b.column) ? a : b;
@@ -161,7 +157,7 @@ struct BoostedSource {
     each_slot(p, n, noise.key, [&](int column, float e, float boost) {
       mine = larger(mine, {column < 0 ? infinity() : e * expf(boost), e, boost, column});
     });
-    mine = row_reduce<false, false>(mine, [](const Boosted& a, const Boosted& b) { return larger(a, b); });
+    mine = row_reduce<false>(mine, [](const Boosted& a, const Boosted& b) { return larger(a, b); });
     if (!(mine.value < infinity())) return false;
     row.set_token(mine.column);
     noise.own = mine.noise;
@@ -209,7 +205,7 @@ struct BoostedSource {
     Boosted most{-infinity(), 0.0f, 0.0f, -1};
     for (int column = static_cast<int>(threadIdx.x); column < row.size; column += kThreads)
       most = larger(most, {row.kept[column], row.kept[column], 0.0f, row.begin + column});
-    most = row_reduce<true, false>(most, [](const Boosted& a, const Boosted& b) { return larger(a, b); });
+    most = row_reduce(most, [](const Boosted& a, const Boosted& b) { return larger(a, b); });
     if (most.value > own_raised || row.token < 0) {
       row.set_token(most.column);
       noise.own = most.noise;
@@ -231,10 +227,6 @@ struct Peak {
   float value;
   int column;
   uint32_t entries;
-  __device__ __forceinline__ Peak shuffle_down(int offset) const {
-    return {__shfl_down_sync(~0u, value, offset), __shfl_down_sync(~0u, column, offset),
-            __shfl_down_sync(~0u, entries, offset)};
-  }
 };
 __device__ __forceinline__ Peak higher(const Peak& a, const Peak& b) {
   const bool first = a.value > b.value || (a.value == b.value && a.column < b.column);

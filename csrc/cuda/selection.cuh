@@ -48,12 +48,8 @@ __device__ __forceinline__ void store_quad(float* address, const float (&x)[kQua
 // Larger z have smaller falling bits.
 __device__ __forceinline__ uint32_t falling_bits(float z) { return ~ordered_bits(z); }
 
-struct Largest {
-  float value;
-  __device__ __forceinline__ Largest shuffle_down(int offset) const { return {__shfl_down_sync(~0u, value, offset)}; }
-};
 __device__ __forceinline__ float row_max(float value) {
-  return row_reduce(Largest{value}, [](Largest a, Largest b) { return Largest{fmaxf(a.value, b.value)}; }).value;
+  return row_reduce(value, [](float a, float b) { return fmaxf(a, b); });
 }
 
 // The bin of kBins in which a running count reaches k, what is left of k within it, and what it holds; of this block,
@@ -205,9 +201,6 @@ __device__ __forceinline__ Selected select_top(const KeptRow& row, int64_t top, 
 // Of the selected entries and of all others, relative to exp(shift).
 struct Masses {
   double selected, rest;
-  __device__ __forceinline__ Masses shuffle_down(int offset) const {
-    return {__shfl_down_sync(~0u, selected, offset), __shfl_down_sync(~0u, rest, offset)};
-  }
 };
 
 // A contiguous piece of the slice for each thread: an odd number of quads, so that the threads of a warp read different

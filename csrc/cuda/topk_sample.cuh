@@ -58,10 +58,6 @@ __device__ __forceinline__ uint64_t key_reaching(unsigned long long wanted, Each
 struct Best {
   float score, logit;
   int32_t column;  // -1: none
-  __device__ __forceinline__ Best shuffle_down(int offset) const {
-    return {__shfl_down_sync(~0u, score, offset), __shfl_down_sync(~0u, logit, offset),
-            __shfl_down_sync(~0u, column, offset)};
-  }
 };
 __device__ __forceinline__ Best better(Best a, Best b) {
   if (a.column < 0 || b.column < 0) return a.column < 0 ? b : a;

@@ -135,5 +135,10 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   if (f != f) return {0x7fff};
   return {static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1)) >> 16)};
 }
+inline __half __ushort_as_half(uint16_t bits) {
+  __half h;
+  std::memcpy(&h, &bits, 2);
+  return h;
+}
 inline float __half2float(__half h) { return static_cast<float>(h.value); }
 inline __half __float2half_rn(float f) { return {static_cast<_Float16>(f)}; }
