@@ -31,7 +31,7 @@ ARCH = "sm_90"
 GPUS = {"H100": 3.0e12, "H200": 4.3e12}  # bytes a second of a copy
 PROCESSORS, CLOCK = 132, 1.98e9
 ISSUE, SPECIAL, WIDE = 128, 16, 32  # instructions of threads a clock and multiprocessor
-ACCESSES = ("LDG.128", "STG.128", "LDS.128", "STS.128")
+ACCESSES = ("LDG.128", "STG.128", "LDS.128", "STS.128", "LD.128")
 TYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 
 # The loop of a pass has all of `has`, and its interior path nothing of `lacks`; an element is one of the instructions `each`
@@ -39,15 +39,14 @@ TYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 Pass = namedtuple("Pass", "name has lacks each size", defaults=(None,))
 # Kernels whose mangled name matches: its group is the dtype. moved: bytes of global memory for an element of n bytes.
 Kernel = namedtuple("Kernel", "name unit pattern passes moved")
-SUM = Pass("sum", {"LDG.128"}, {"STS.128", "STG.128"}, "MUFU.EX2")
-SUM_KEPT = Pass("sum", {"LDG.128", "STS.128"}, {"STG.128"}, "MUFU.EX2")
-GRADIENT = Pass("gradient", {"STG.128", "LDS.128"}, {"SEL"}, "MUFU.EX2")  # of a row that lies as the logits do
+SUM = Pass("sum", {"LDG.128"}, {"STG.128"}, "MUFU.EX2")
+GRADIENT = Pass("gradient", {"STG.128", "LDS.128"}, {"LD.128"}, "MUFU.EX2")  # of a row that lies as the logits do
 NOISE = Pass("noise", {"MUFU.LG2", "STS.128"}, {"STG", "STG.128"}, "MUFU.EX2")
 STORE = Pass("store", {"STG.128", "LDS.128"}, {"MUFU.LG2"}, "STG.128")
 NAME = r"%s_kernelI(f|13__nv_bfloat16|6__half)%s"
 KERNELS = [
     Kernel("cross_entropy", "cross_entropy", NAME % ("cross_entropy", "Lb1E"), [SUM], lambda n: n),
-    Kernel("cross_entropy + gradient", "cross_entropy", NAME % ("cross_entropy", "Lb1E"), [SUM_KEPT, GRADIENT], lambda n: 2 * n),
+    Kernel("cross_entropy + gradient", "cross_entropy", NAME % ("cross_entropy", "Lb1E"), [SUM, GRADIENT], lambda n: 2 * n),
     Kernel("noise_interpolate", "noise_interpolate", NAME % ("noise_interpolate", "Lb0E"), [NOISE, STORE], lambda n: n),
     Kernel("noise_interpolate, log", "noise_interpolate", NAME % ("noise_interpolate", "Lb1E"), [NOISE, STORE], lambda n: n),
     Kernel("topk_sample", "topk_sample", NAME % ("topk_sample", "EEv"), [
@@ -98,7 +97,6 @@ def parse(lines):
             continue
         address, predicate, opcode, operands = match.groups()
         first, *rest = opcode.split(".")
-        first = {"LD": "LDS", "ST": "STS"}.get(first, first)  # by generic addresses: of the kept row
         kinds = [kind for kind in rest if kind in ("128", "EX2", "LG2", "WIDE")]
         branch = first == "BRA" and re.search(r"(.*?)(?:`\(\S*\)|0x([0-9a-f]+))\s*$", operands)
         conditional = predicate is not None or bool(branch and branch[1].strip())
@@ -195,7 +193,7 @@ def count(loops, step, size):
         elements = way[step.each] // 4 * 4  # special functions: a new maximum has one more
         if step.each.endswith(".128"):
             elements = way[step.each] * 16 // (step.size or size)
-        moved, shared = total(way, r"(LDG|STG)\b"), total(way, r"(LDS|STS)\b")
+        moved, shared = total(way, r"(LDG|STG)\b"), total(way, r"(LDS|STS|LD)\b")
         found.append((elements, way.total(), total(way, "MUFU"), way["IMAD.WIDE"], moved, shared))
     if not found:
         return None

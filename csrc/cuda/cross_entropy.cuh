@@ -45,12 +45,13 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropy
     T* kept = reinterpret_cast<T*>(shared_memory() + kPartialBytes) + past_boundary(logits);
     if constexpr (kPlain) {
       const Interior interior(slice.size);
+      const SharedAddress image = shared_address(kept);
       read_interior(logits, interior, [&](int column, const auto& window) {
         float z[kVector];
 #pragma unroll
         for (int i = 0; i < kVector; ++i) z[i] = window.at(i);
         sum.add(z);
-        if (keep) store_image(kept, column, window);
+        store_image_if(keep, image, column, window);
       });
       if (interior.single >= 0) sum.add(to_float(logits[interior.single]));
       if (keep) store_image_ends(kept, logits, slice.size, interior);

@@ -1,5 +1,5 @@
-// Reductions over a row in a fixed order, so that a row has the same bits wherever it lies in the batch: sums, and sums
-// of exponentials.
+// Reductions over a row in a fixed order, so that a row has the same bits wherever it lies in the batch: sums, prefix
+// sums, bins of counts, and sums of exponentials.
 #pragma once
 
 #include "vector.cuh"
@@ -63,7 +63,72 @@ __device__ __forceinline__ double row_sum(double value) {
   return row_reduce<clustered>(value, [](double a, double b) { return a + b; });
 }
 
-// exp(x) of x in units of log 2, and the unit.
+constexpr int kBins = 256;
+// The bin of kBins in which a running count reaches k, what is left of k within it, and what it holds; of this block,
+// or (clustered) of the sum over the cluster's blocks. The same in every thread.
+struct Bin {
+  uint32_t index, left, count;
+};
+template <bool clustered>
+__device__ __forceinline__ Bin find_bin(uint32_t* counts, uint32_t k) {
+  constexpr int kOwn = kBins / 32;
+  const uint32_t lane = threadIdx.x % 32;
+  uint32_t own[kOwn] = {};
+  for (uint32_t rank = 0; rank < (clustered ? cluster_size() : 1); ++rank) {
+    unsigned char* mine = reinterpret_cast<unsigned char*>(counts + kOwn * lane);
+    const unsigned char* theirs = clustered && cluster_size() > 1 ? map_shared(mine, rank) : mine;
+#pragma unroll
+    for (int part = 0; part < kOwn / 4; ++part) {
+      const Words16 words = load16(theirs + 16 * part);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) own[4 * part + i] += words.w[i];
+    }
+  }
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) sum += own[i];
+  uint32_t before = sum;
+  for (uint32_t offset = 1; offset < 32; offset *= 2) {
+    const uint32_t other = __shfl_up_sync(~0u, before, offset);
+    if (lane >= offset) before += other;
+  }
+  before -= sum;
+  Bin bin{0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    if (before < k && k <= before + own[i]) bin = {kOwn * lane + i, k - before, own[i]};
+    before += own[i];
+  }
+  const int source = __ffs(__ballot_sync(~0u, bin.left > 0)) - 1;
+  return {__shfl_sync(~0u, bin.index, source), __shfl_sync(~0u, bin.left, source), __shfl_sync(~0u, bin.count, source)};
+}
+
+// The sum of the values of all threads before this one, in order of the cluster's blocks and their threads.
+template <bool clustered = true>
+__device__ __forceinline__ uint64_t row_prefix(uint64_t value) {
+  uint64_t* partial = reinterpret_cast<uint64_t*>(shared_memory());
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint64_t inclusive = value;
+  for (uint32_t offset = 1; offset < 32; offset *= 2) {
+    const uint64_t other = __shfl_up_sync(~0u, inclusive, offset);
+    if (lane >= offset) inclusive += other;
+  }
+  __syncthreads();  // the previous reduction's results have been read
+  if (lane == 31) partial[warp] = inclusive;
+  __syncthreads();
+  uint64_t before = inclusive - value;
+  for (uint32_t w = 0; w < warp; ++w) before += partial[w];
+  if (clustered && cluster_size() > 1) {
+    unsigned char* slot = shared_memory() + kWarps * kSlotBytes;
+    if (threadIdx.x == kThreads - 1) *reinterpret_cast<uint64_t*>(slot) = before + value;
+    klflow_cluster_sync();
+    for (uint32_t rank = 0; rank < cluster_rank(); ++rank)
+      before += *reinterpret_cast<const uint64_t*>(map_shared(slot, rank));
+    klflow_cluster_sync();
+  }
+  return before;
+}
+
 constexpr float kLog2E = 1.44269504f;
 
 // total * exp(scale * shift): a sum of exponentials of scale * z that never overflows. The shift is some z, or the least

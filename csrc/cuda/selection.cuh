@@ -9,7 +9,6 @@ namespace klflow::cuda {
 
 constexpr int kQuad = 4;  // columns that a thread handles together: one counter of the noise
 constexpr int kStride = kQuad * kThreads;
-constexpr int kBins = 256;
 constexpr int kDigits = 4;
 constexpr int kQueuedZ = 1024;
 constexpr int kGroups = 2 * kThreads;  // of columns: each thread has two
@@ -48,72 +47,8 @@ __device__ __forceinline__ void store_quad(float* address, const float (&x)[kQua
 // Larger z have smaller falling bits.
 __device__ __forceinline__ uint32_t falling_bits(float z) { return ~ordered_bits(z); }
 
-__device__ __forceinline__ float row_max(float value) {
-  return row_reduce(value, [](float a, float b) { return fmaxf(a, b); });
-}
-
-// The bin of kBins in which a running count reaches k, what is left of k within it, and what it holds; of this block,
-// or (clustered) of the sum over the cluster's blocks. The same in every thread.
-struct Bin {
-  uint32_t index, left, count;
-};
-template <bool clustered>
-__device__ __forceinline__ Bin find_bin(uint32_t* counts, uint32_t k) {
-  constexpr int kOwn = kBins / 32;
-  const uint32_t lane = threadIdx.x % 32;
-  uint32_t own[kOwn] = {};
-  for (uint32_t rank = 0; rank < (clustered ? cluster_size() : 1); ++rank) {
-    unsigned char* mine = reinterpret_cast<unsigned char*>(counts + kOwn * lane);
-    const unsigned char* theirs = clustered && cluster_size() > 1 ? map_shared(mine, rank) : mine;
-#pragma unroll
-    for (int part = 0; part < kOwn / 4; ++part) {
-      const Words16 words = load16(theirs + 16 * part);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) own[4 * part + i] += words.w[i];
-    }
-  }
-  uint32_t sum = 0;
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) sum += own[i];
-  uint32_t before = sum;
-  for (uint32_t offset = 1; offset < 32; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(~0u, before, offset);
-    if (lane >= offset) before += other;
-  }
-  before -= sum;
-  Bin bin{0, 0, 0};
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    if (before < k && k <= before + own[i]) bin = {kOwn * lane + i, k - before, own[i]};
-    before += own[i];
-  }
-  const int source = __ffs(__ballot_sync(~0u, bin.left > 0)) - 1;
-  return {__shfl_sync(~0u, bin.index, source), __shfl_sync(~0u, bin.left, source), __shfl_sync(~0u, bin.count, source)};
-}
-
-// The sum of the values of all threads before this one, in order of the cluster's blocks and their threads.
-__device__ __forceinline__ uint64_t row_prefix(uint64_t value) {
-  uint64_t* partial = reinterpret_cast<uint64_t*>(shared_memory());
-  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint64_t inclusive = value;
-  for (uint32_t offset = 1; offset < 32; offset *= 2) {
-    const uint64_t other = __shfl_up_sync(~0u, inclusive, offset);
-    if (lane >= offset) inclusive += other;
-  }
-  __syncthreads();  // the previous reduction's results have been read
-  if (lane == 31) partial[warp] = inclusive;
-  __syncthreads();
-  uint64_t before = inclusive - value;
-  for (uint32_t w = 0; w < warp; ++w) before += partial[w];
-  if (cluster_size() > 1) {
-    unsigned char* slot = shared_memory() + kWarps * kSlotBytes;
-    if (threadIdx.x == kThreads - 1) *reinterpret_cast<uint64_t*>(slot) = before + value;
-    klflow_cluster_sync();
-    for (uint32_t rank = 0; rank < cluster_rank(); ++rank)
-      before += *reinterpret_cast<const uint64_t*>(map_shared(slot, rank));
-    klflow_cluster_sync();
-  }
-  return before;
+__device__ __forceinline__ float row_max(float value) {  // NaN where one is that
+  return row_reduce(value, [](float a, float b) { return max_nan(a, b); });
 }
 
 // What is selected: every z above `last`, the top-th largest, and the first `wanted` of the `equals` z that equal it.
@@ -255,6 +190,7 @@ __device__ __forceinline__ void store_selected(const KeptRow& row, int first_col
   for (int column = piece.begin; column < piece.end && piece.above + piece.equal > 0; column += kQuad) {
     float z[kQuad];
     load_quad(row.kept + column, z);
+    if (!(fmaxf(fmaxf(z[0], z[1]), fmaxf(z[2], z[3])) >= selected.last)) continue;
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
       if (!(z[i] >= selected.last) || column + i >= row.size) continue;
