@@ -29,7 +29,7 @@ __device__ __forceinline__ Slice slice_of(int64_t vocab) {
   return {begin, begin + share < columns ? share : begin < columns ? columns - begin : 0};
 }
 __device__ __forceinline__ int64_t first_row() { return blockIdx.x / cluster_size(); }
-__device__ __forceinline__ int64_t row_step() { return gridDim.x / cluster_size(); }
+__device__ __forceinline__ int64_t row_step() { return grid_of_row() / cluster_size(); }
 __device__ __forceinline__ bool is_leader() { return threadIdx.x == 0 && cluster_rank() == 0; }
 
 }  // namespace klflow::cuda

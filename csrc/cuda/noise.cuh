@@ -36,7 +36,7 @@ __device__ __forceinline__ void store_round_keys(const NoiseKey& key, unsigned c
   }
 }
 __device__ __forceinline__ void store_round_keys(const NoiseKey& key) {
-  store_round_keys(key, shared_memory() + kRoundKeys, threadIdx.x);
+  store_round_keys(key, shared_memory() + kRoundKeys, static_cast<uint32_t>(thread_of_row()));
   __syncthreads();
 }
 // Of several quads of columns at once, which read the keys once.

@@ -44,7 +44,7 @@ template <bool kLargeW>
 __device__ __forceinline__ void make_z(const PosteriorRow& row, const Evidence& evidence, const float* log_prior,
                                        int in_words, float own_z, float (&maxima)[2]) {
   if (row.narrow) {
-    for (int column = static_cast<int>(threadIdx.x); column < row.size; column += kThreads)
+    for (int column = thread_of_row(); column < row.size; column += kThreads)
       row.kept[column] = evidence.narrow(row.kept[column]) + log_prior[column];
     __syncthreads();
   }
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams 
     row.kept = kScratch ? p.scratch + unhoisted(static_cast<int>(blockIdx.x)) * scratch_columns(p.vocab)
                         : reinterpret_cast<float*>(shared_memory() + kPosteriorBytes);
     row.size = slice.size;
-    row.first = unhoisted(kQuad * static_cast<int>(threadIdx.x));
+    row.first = kQuad * thread_of_row();
     row.begin = slice.begin;
     row.narrow = !kScratch && p.vocab <= kNarrow;
     row.t = p.t.at(n);

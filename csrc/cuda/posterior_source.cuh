@@ -34,7 +34,7 @@ struct PosteriorRow : KeptRow {
 template <class Make>
 __device__ __forceinline__ void add_row(const PosteriorRow& row, double& sum, Make&& make) {
   if (row.narrow) {
-    for (int column = static_cast<int>(threadIdx.x); column < row.size; column += kThreads) {
+    for (int column = thread_of_row(); column < row.size; column += kThreads) {
       float e[kQuad];
       make(column, e);
       if (column != row.own_column) sum += e[0];
@@ -98,8 +98,9 @@ struct RowNoise {
         partial += (e[1][0] + e[1][1]) + (e[1][2] + e[1][3]);
       }
     }
-    column = unhoisted(row.size) / kQuad * kQuad + static_cast<int>(threadIdx.x);
-    if (threadIdx.x < kQuad && row.size % kQuad != 0) {  // a cut quad
+    const int thread = thread_of_row();
+    column = unhoisted(row.size) / kQuad * kQuad + thread;
+    if (thread < kQuad && row.size % kQuad != 0) {  // a cut quad
       const int of_row = row.begin + column;
       const float e = column < row.size ? exponential_noise(word_at(row_noise_words(of_row), of_row)) : 0.0f;
       row.kept[column] = e;
@@ -162,7 +163,7 @@ __device__ __forceinline__ Boosted larger(const Boosted& a, const Boosted& b) {
 // Calls f(column, E, boost) for this thread's slots of a row; the column is -1 where they hold no token or no number.
 template <class F>
 __device__ __forceinline__ void each_slot(const PosteriorParams& p, int64_t row, F&& f) {
-  for (int slot = static_cast<int>(threadIdx.x); slot < p.slots; slot += kThreads) {
+  for (int slot = thread_of_row(); slot < p.slots; slot += kThreads) {
     const int64_t column = p.target.at(row, slot);
     if (column == -1) continue;
     const float boost = p.boost[row * p.slots + slot];
@@ -236,7 +237,7 @@ struct BoostedSource {
     if (threadIdx.x == 0 && row.own_column >= 0 && row.own_column < row.size) row.kept[row.own_column] = own_raised;
     __syncthreads();
     Boosted most{-infinity(), 0.0f, 0.0f, -1};
-    for (int column = static_cast<int>(threadIdx.x); column < row.size; column += kThreads)
+    for (int column = thread_of_row(); column < row.size; column += kThreads)
       most = larger(most, {row.kept[column], row.kept[column], 0.0f, row.begin + column});
     most = row_reduce(most, [](const Boosted& a, const Boosted& b) { return larger(a, b); });
     if (most.value > own_raised || row.token < 0) {
@@ -245,7 +246,7 @@ struct BoostedSource {
       noise.boost = 0.0f;
     }
     double sum = noise.first_of_sum(row);
-    for (int column = static_cast<int>(threadIdx.x); column < row.size; column += kThreads)
+    for (int column = thread_of_row(); column < row.size; column += kThreads)
       if (column != row.own_column) sum += row.kept[column];
     return row_sum(sum);
   }
@@ -278,7 +279,7 @@ struct StateSource {
   __device__ __forceinline__ Start start(const PosteriorParams& p, int64_t n, PosteriorRow& row) {
     peak = {-infinity(), 0, 0};
     const T* log_x = row_of<T>(p.log_x, n) + row.begin;
-    for (int column = kVector * static_cast<int>(threadIdx.x); column < row.size; column += kVector * kThreads) {
+    for (int column = kVector * thread_of_row(); column < row.size; column += kVector * kThreads) {
       const Vector<T> raw = load_vector<T>(log_x, column, row.size, from_float<T>(-infinity()));
       float v[kVector];
 #pragma unroll

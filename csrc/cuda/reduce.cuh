@@ -17,7 +17,7 @@ __device__ __forceinline__ float value_of_bits(uint32_t ordered) {
 
 // A value of another lane of the warp.
 template <class T>
-__device__ __forceinline__ T from_lane(const T& value, int lane) {
+__device__ __forceinline__ T from_lane(const T& value, uint32_t lane) {
   static_assert(sizeof(T) % 4 == 0);
   union Words {
     T value;
@@ -26,7 +26,7 @@ __device__ __forceinline__ T from_lane(const T& value, int lane) {
   } words;
   words.value = value;
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i) words.word[i] = __shfl_sync(~0u, words.word[i], lane);
+  for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i) words.word[i] = __shfl_sync(~0u, words.word[i], static_cast<int>(lane));
   return words.value;
 }
 
@@ -36,24 +36,24 @@ template <bool clustered = true, class T, class Combine>
 __device__ __forceinline__ T row_reduce(T value, Combine combine) {
   static_assert(sizeof(T) <= kSlotBytes);
   T* partial = reinterpret_cast<T*>(shared_memory());
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  auto over_lanes = [&](int lanes) {  // into the first of so many lanes
+  const uint32_t thread = static_cast<uint32_t>(thread_of_row()), lane = thread % 32;
+  auto over_lanes = [&](uint32_t lanes) {  // into the first of so many lanes
 #pragma unroll 1
-    for (int offset = lanes / 2; offset > 0; offset /= 2) value = combine(value, from_lane(value, lane + offset));
+    for (uint32_t offset = lanes / 2; offset > 0; offset /= 2) value = combine(value, from_lane(value, lane + offset));
   };
   over_lanes(32);
   __syncthreads();  // the previous reduction's results have been read
-  if (lane == 0) partial[threadIdx.x / 32] = value;
+  if (lane == 0) partial[thread / 32] = value;
   __syncthreads();
   value = partial[lane % kWarps];
   over_lanes(kWarps);
   if (clustered && cluster_size() > 1) {
     unsigned char* slot = shared_memory() + kWarps * kSlotBytes;
-    if (threadIdx.x == 0) *reinterpret_cast<T*>(slot) = value;
+    if (thread == 0) *reinterpret_cast<T*>(slot) = value;
     klflow_cluster_sync();
-    value = *reinterpret_cast<const T*>(map_shared(slot, static_cast<uint32_t>(lane) % cluster_size()));
+    value = *reinterpret_cast<const T*>(map_shared(slot, lane % cluster_size()));
     klflow_cluster_sync();  // read by all before the next reduction, or the end of a block
-    over_lanes(static_cast<int>(cluster_size()));
+    over_lanes(cluster_size());
   }
   return from_lane(value, 0);
 }
@@ -72,8 +72,9 @@ struct Bin {
 template <bool clustered>
 __device__ __forceinline__ Bin find_bin(uint32_t* counts, uint32_t k) {
   constexpr int kOwn = kBins / 32;
-  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t lane = static_cast<uint32_t>(thread_of_row()) % 32;
   uint32_t own[kOwn] = {};
+#pragma unroll 1  // registers
   for (uint32_t rank = 0; rank < (clustered ? cluster_size() : 1); ++rank) {
     unsigned char* mine = reinterpret_cast<unsigned char*>(counts + kOwn * lane);
     const unsigned char* theirs = clustered && cluster_size() > 1 ? map_shared(mine, rank) : mine;
@@ -107,7 +108,7 @@ __device__ __forceinline__ Bin find_bin(uint32_t* counts, uint32_t k) {
 template <bool clustered = true>
 __device__ __forceinline__ uint64_t row_prefix(uint64_t value) {
   uint64_t* partial = reinterpret_cast<uint64_t*>(shared_memory());
-  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t thread = static_cast<uint32_t>(thread_of_row()), lane = thread % 32, warp = thread / 32;
   uint64_t inclusive = value;
   for (uint32_t offset = 1; offset < 32; offset *= 2) {
     const uint64_t other = __shfl_up_sync(~0u, inclusive, offset);
@@ -117,11 +118,13 @@ __device__ __forceinline__ uint64_t row_prefix(uint64_t value) {
   if (lane == 31) partial[warp] = inclusive;
   __syncthreads();
   uint64_t before = inclusive - value;
+#pragma unroll 1
   for (uint32_t w = 0; w < warp; ++w) before += partial[w];
   if (clustered && cluster_size() > 1) {
     unsigned char* slot = shared_memory() + kWarps * kSlotBytes;
-    if (threadIdx.x == kThreads - 1) *reinterpret_cast<uint64_t*>(slot) = before + value;
+    if (thread == kThreads - 1) *reinterpret_cast<uint64_t*>(slot) = before + value;
     klflow_cluster_sync();
+#pragma unroll 1
     for (uint32_t rank = 0; rank < cluster_rank(); ++rank)
       before += *reinterpret_cast<const uint64_t*>(map_shared(slot, rank));
     klflow_cluster_sync();

@@ -22,8 +22,9 @@ struct SelectionShared {
   uint32_t unused[3];
 
   __device__ __forceinline__ void clear() {
+    const int thread = thread_of_row();
 #pragma unroll
-    for (int i = 0; i < kDigits * kBins / kThreads; ++i) counts[kThreads * i + threadIdx.x] = 0;
+    for (int i = 0; i < kDigits * kBins / kThreads; ++i) counts[kThreads * i + thread] = 0;
     if (threadIdx.x == 0) queued = 0;
   }
 };
@@ -82,7 +83,8 @@ __device__ __forceinline__ Selected select_top(const KeptRow& row, int64_t top, 
     const uint32_t bin = find_bin<false>(counts, static_cast<uint32_t>(top)).index;
     if (bin < kBins - 1) bound = most - (static_cast<float>(bin) + 1.001f) / kBinsPerNat;
     bound = row_max(bound);
-    if (threadIdx.x < kBins) counts[threadIdx.x] = 0;
+    const int thread = thread_of_row();
+    if (thread < kBins) counts[thread] = 0;
   }
 
   // Queue
@@ -110,7 +112,7 @@ __device__ __forceinline__ Selected select_top(const KeptRow& row, int64_t top, 
       if (digit == 0 || bits >> (low + 8) == prefix) atomicAdd(&s.counts[digit * kBins + (bits >> low & 255)], 1u);
     };
     if (queued <= kQueuedZ) {
-      for (uint32_t i = threadIdx.x; i < queued; i += kThreads) count(s.queue[i]);
+      for (uint32_t i = static_cast<uint32_t>(thread_of_row()); i < queued; i += kThreads) count(s.queue[i]);
     } else {
       for (int column = row.first; column < row.size; column += kStride) {
         float z[kQuad];
@@ -147,7 +149,7 @@ struct Piece {
 
 __device__ __forceinline__ Masses weigh_row(const KeptRow& row, const Selected& selected, float shift, Piece& piece) {
   const int length = kQuad * (((unhoisted(row.size) + kQuad - 1) / kQuad + kThreads - 1) / kThreads | 1);
-  const int begin = length * static_cast<int>(threadIdx.x);
+  const int begin = length * thread_of_row();
   piece = {begin, begin + length < row.size ? begin + length : row.size, 0, 0};
   float above = 0.0f, rest = 0.0f;  // masses
 #pragma unroll 1                    // registers
