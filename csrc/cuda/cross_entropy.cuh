@@ -19,6 +19,7 @@ constexpr int kCrossEntropyBytes = kPartialBytes + 16;
 // kPlain: integer targets, no label smoothing, no softcap.
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropyParams p, bool keep) {
+  const Cluster cluster;
   const float uniform = p.label_smoothing / static_cast<float>(p.vocab);
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const Slice slice = slice_of(p.vocab);  // `column` below is of the slice, j of the row

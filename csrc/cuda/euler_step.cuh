@@ -9,6 +9,7 @@ namespace klflow::cuda {
 
 template <class L, class S, class X>
 __global__ void __launch_bounds__(kThreads, 2) euler_step_kernel(EulerStepParams p, bool keep) {
+  const Cluster cluster;
   float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kPartialBytes) : nullptr;
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     if (p.given.at(row)) {

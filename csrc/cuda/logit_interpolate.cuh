@@ -9,6 +9,7 @@ namespace klflow::cuda {
 
 template <class In, class Out>
 __global__ void __launch_bounds__(kThreads, 2) logit_interpolate_kernel(LogitInterpolateParams p, bool keep) {
+  const Cluster cluster;
   float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kPartialBytes) : nullptr;
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const float t = p.t.at(row);

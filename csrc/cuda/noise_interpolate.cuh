@@ -7,6 +7,7 @@ namespace klflow::cuda {
 
 template <class Out, bool kLog>
 __global__ void __launch_bounds__(kThreads, 2) noise_interpolate_kernel(NoiseInterpolateParams p, bool keep) {
+  const Cluster cluster;
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const int64_t token = p.target.at(row);
     if (p.given.at(row))

@@ -92,6 +92,7 @@ __device__ __forceinline__ void make_z(const PosteriorRow& row, const Evidence& 
 // kScratch: rows wait in the scratch tensor.
 template <bool kScratch, class Source>
 __global__ void __launch_bounds__(kThreads, 2) posterior_kernel(PosteriorParams p, bool) {
+  const Cluster cluster;
   SelectionShared& s = *reinterpret_cast<SelectionShared*>(shared_memory() + kPartialBytes);
   // (A scratch row has no cluster; to say so saves registers here, and costs some of a state.)
   const Slice slice = kScratch && !Source::kDense ? Slice{0, static_cast<int>(p.vocab)} : slice_of(p.vocab);

@@ -48,11 +48,8 @@ __device__ __forceinline__ T row_reduce(T value, Combine combine) {
   value = partial[lane % kWarps];
   over_lanes(kWarps);
   if (clustered && cluster_size() > 1) {
-    unsigned char* slot = shared_memory() + kWarps * kSlotBytes;
-    if (thread == 0) *reinterpret_cast<T*>(slot) = value;
-    klflow_cluster_sync();
+    unsigned char* slot = Cluster::show(value, thread == 0);
     value = *reinterpret_cast<const T*>(map_shared(slot, lane % cluster_size()));
-    klflow_cluster_sync();  // read by all before the next reduction, or the end of a block
     over_lanes(cluster_size());
   }
   return from_lane(value, 0);
@@ -121,13 +118,10 @@ __device__ __forceinline__ uint64_t row_prefix(uint64_t value) {
 #pragma unroll 1
   for (uint32_t w = 0; w < warp; ++w) before += partial[w];
   if (clustered && cluster_size() > 1) {
-    unsigned char* slot = shared_memory() + kWarps * kSlotBytes;
-    if (thread == kThreads - 1) *reinterpret_cast<uint64_t*>(slot) = before + value;
-    klflow_cluster_sync();
+    unsigned char* slot = Cluster::show(before + value, thread == kThreads - 1);
 #pragma unroll 1
     for (uint32_t rank = 0; rank < cluster_rank(); ++rank)
       before += *reinterpret_cast<const uint64_t*>(map_shared(slot, rank));
-    klflow_cluster_sync();
   }
   return before;
 }

@@ -140,8 +140,7 @@ __device__ __forceinline__ bool select_queued(const T* slice, int begin, int siz
   if (static_cast<int>(threadIdx.x) < k)
     s.sorted[threadIdx.x] =
         reinterpret_cast<const uint64_t*>(map_shared(reinterpret_cast<unsigned char*>(s.merged), 0))[threadIdx.x];
-  klflow_cluster_sync();
-  return true;
+  return true;  // the next row's reductions lie before s.merged is written again
 }
 
 // The first column of the row whose logit is `top`. mine: this thread's maximum.
@@ -267,6 +266,7 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) topk_sample_kernel(TopkSampleParams p, bool keep) {
+  const Cluster cluster;
   T* room = keep ? reinterpret_cast<T*>(shared_memory() + kTopkRow) : nullptr;
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     float log_prob;
@@ -282,6 +282,7 @@ __global__ void __launch_bounds__(kThreads, 2) topk_sample_kernel(TopkSamplePara
 // The kept bytes hold the logits first and the noise afterwards; barriers of the draw and of the noise lie between.
 template <class T, class Out>
 __global__ void __launch_bounds__(kThreads, 2) topk_renoise_kernel(TopkRenoiseParams p, bool keep) {
+  const Cluster cluster;
   T* room = keep ? reinterpret_cast<T*>(shared_memory() + kTopkRow) : nullptr;
   const TopkSampleParams& s = p.sample;
   for (int64_t row = first_row(); row < s.rows; row += row_step()) {

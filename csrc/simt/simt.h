@@ -1,6 +1,7 @@
 // The host machine that runs cuda/*.cuh in tests: what the kernels need of CUDA, on fibers (one per thread). Threads of
-// a block run in a random order (a seed picks it) between barriers, shared memory is poisoned at start, and a deadlock,
-// a divergent barrier or a wrong shuffle mask ends the launch with an error that names kernel, block and threads.
+// a block run in a random order (a seed picks it) between barriers, in half of the launches with one block of a cluster
+// ahead of the others, shared memory is poisoned at start, and a deadlock, a divergent barrier or a wrong shuffle mask
+// ends the launch with an error that names kernel, block and threads.
 #pragma once
 
 #include <cmath>

@@ -44,6 +44,7 @@ RIGHT = {
     "reverse": (1, lambda x: x[::-1]),
     "sum_warp": (1, lambda x: x.reshape(-1, 32).sum(1).repeat(32)),
     "neighbour": (4, lambda x: np.roll(x.reshape(-1, 4, 64), -1, axis=1).reshape(-1)),
+    "neighbour_twice": (4, lambda x: 2 * np.roll(x.reshape(-1, 4, 64)[:, :, 0], -1, axis=1).repeat(64) + 1000),
     "count": (1, lambda x: np.arange(64)),
 }
 
@@ -65,6 +66,16 @@ def test_missing_barriers_and_unwritten_memory_show_in_the_result(planted, name,
         assert error is None
         expected = RIGHT[right][1](x) if right in RIGHT else x
         assert not np.array_equal(out, expected)
+
+
+def test_a_block_that_is_ahead_shows_in_the_result(planted):
+    """In some schedules a block writes its next result before the others have read this one."""
+    wrong = 0
+    for seed in range(20):
+        x, out, error = planted("neighbour_twice_one_slot", 4, 4, seed)
+        assert error is None
+        wrong += not np.array_equal(out, RIGHT["neighbour_twice"][1](x))
+    assert wrong >= 5
 
 
 @pytest.mark.parametrize(
