@@ -263,7 +263,9 @@ def main():
     results = measure()
     print_table(results)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"arch": ARCH, "results": results}, indent=1) + "\n")
+        version = subprocess.run([tools()[0], "--version"], capture_output=True, text=True, check=True).stdout
+        found = {"arch": ARCH, "nvcc": re.search(r"release ([\d.]+)", version)[1], "results": results}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ void neighbour(const float* in, float* out, bool first_barrier, bool last_barrie
   if (last_barrier) simt::cluster_barrier(KLFLOW_SITE);
 }
 
-// Twice the neighbour's value by way of two rounds; with one slot, the second round's value may come before the first one's
-// is read.
+// Twice the neighbour's value by way of two rounds; with one slot, the second round's value may come before the first
+// one's is read.
 void neighbour_twice(const float* in, float* out, unsigned slots) {
   float* s = shared_floats();
   const unsigned other = (simt::cluster_rank() + 1) % simt::cluster_size();

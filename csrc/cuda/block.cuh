@@ -11,8 +11,8 @@ namespace klflow::cuda {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
-// The dynamic shared memory begins with the warps' results of a reduction, two slots for the block's own, the round keys
-// of a row's noise, and which slot's turn it is; then comes what the kernel itself lays out.
+// The dynamic shared memory begins with the warps' results of a reduction, two slots for the block's own, the round
+// keys of a row's noise, and which slot's turn it is; then comes what the kernel itself lays out.
 constexpr int kSlotBytes = 32;
 constexpr int kSlots = kWarps * kSlotBytes;
 constexpr int kRoundKeys = kSlots + 2 * kSlotBytes;
@@ -40,9 +40,7 @@ struct Cluster {
   __device__ __forceinline__ ~Cluster() {
     if (cluster_size() > 1) klflow_cluster_sync();  // no block ends while another reads its slot
   }
-  static __device__ __forceinline__ uint32_t& turn() {
-    return *reinterpret_cast<uint32_t*>(shared_memory() + kTurn);
-  }
+  static __device__ __forceinline__ uint32_t& turn() { return *reinterpret_cast<uint32_t*>(shared_memory() + kTurn); }
   // The value of the one thread `mine` is written; returns its place, to be read in any block (map_shared).
   template <class T>
   static __device__ __forceinline__ unsigned char* show(const T& value, bool mine) {

@@ -69,8 +69,8 @@ __device__ __forceinline__ void store16_global(void* address, const Words16& x) 
                : "memory");
 }
 
-// An address of shared memory that is worked out once; from a pointer the compiler works it out again in every iteration of
-// a loop, five instructions each time.
+// An address of shared memory that is worked out once; from a pointer the compiler works it out again in every
+// iteration of a loop, five instructions each time.
 using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(void* place) {
   SharedAddress address = static_cast<uint32_t>(__cvta_generic_to_shared(place));

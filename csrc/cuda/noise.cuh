@@ -48,7 +48,7 @@ __device__ __forceinline__ void row_noise_words(const int (&column)[quads], Shar
     const Words16 keys = load16_shared(round_keys + 16 * pair);
 #pragma unroll
     for (int quad = 0; quad < quads; ++quad) {
-      uint32_t(&c)[4] = words[quad].w;
+      uint32_t (&c)[4] = words[quad].w;
       if (pair == 0) {
         const uint64_t first = static_cast<uint64_t>(kPhiloxM0) * (static_cast<uint32_t>(column[quad]) / 4);
         const uint64_t second = static_cast<uint64_t>(kPhiloxM1) * (static_cast<uint32_t>(first >> 32) ^ keys.w[1]);
@@ -76,9 +76,7 @@ __device__ __forceinline__ Words4 row_noise_words(int column, SharedAddress roun
   row_noise_words(columns, round_keys, words);
   return words[0];
 }
-__device__ __forceinline__ Words4 row_noise_words(int column) {
-  return row_noise_words(column, round_keys_of_row());
-}
+__device__ __forceinline__ Words4 row_noise_words(int column) { return row_noise_words(column, round_keys_of_row()); }
 
 // log2 (E / ln 2), E = -log U, in two special-function operations; the constant cancels in every softmax. Near U = 1
 // the first one's absolute error would be a large relative one, so there E comes from the series of -log(1 - v), v = 1
@@ -90,7 +88,8 @@ __device__ __forceinline__ float log2_noise(uint32_t word) {
   const float slope = coarse ? 1.442695f + v * 0.7213475f
                              : 1.442695f + v * (0.7213475f + v * (0.48089835f + v * (0.36067376f + v * 0.28853901f)));
   float minus = lg2_approx(u);
-  if (v < (coarse ? 0.015625f : 0.0625f)) minus = 1e-14f - v * slope;  // 1e-14: positive, so that its lg2 is NaN, at v = 0
+  if (v < (coarse ? 0.015625f : 0.0625f))
+    minus = 1e-14f - v * slope;  // 1e-14: positive, so that its lg2 is NaN, at v = 0
   return lg2_approx(-minus);
 }
 

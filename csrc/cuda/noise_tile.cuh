@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, 2) noise_tile_kernel(NoiseTileParams
         for (int half = 0; half < 2; ++half) {
           const Words4 words = words_of(column + 4 * half);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) v[4 * half + i] = ex2_approx(power * log2_noise<coarse, true>(words.w[i]) + shift);
+          for (int i = 0; i < 4; ++i)
+            v[4 * half + i] = ex2_approx(power * log2_noise<coarse, true>(words.w[i]) + shift);
         }
         float partial = 0.0f;
 #pragma unroll

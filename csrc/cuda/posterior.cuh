@@ -48,7 +48,8 @@ __device__ __forceinline__ void make_z(const PosteriorRow& row, const Evidence& 
       row.kept[column] = evidence.narrow(row.kept[column]) + log_prior[column];
     __syncthreads();
   }
-  const bool owns = row.own_column >= 0 && row.own_column < row.size && row.own_column % kStride / kQuad * kQuad == row.first;
+  const bool owns =
+      row.own_column >= 0 && row.own_column < row.size && row.own_column % kStride / kQuad * kQuad == row.first;
   if (owns) row.kept[row.own_column] = row.narrow ? log_prior[row.own_column] : 0.0f;
   maxima[0] = own_z < infinity() ? -infinity() : infinity();
   maxima[1] = -infinity();

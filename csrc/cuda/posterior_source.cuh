@@ -62,9 +62,7 @@ struct Start {
 struct RowNoise {
   float own, boost;  // the token's noise, and the logarithm of what multiplies it
 
-  __device__ __forceinline__ void open(const PosteriorParams& p, int64_t n) {
-    store_round_keys(noise_key(p.rng, n));
-  }
+  __device__ __forceinline__ void open(const PosteriorParams& p, int64_t n) { store_round_keys(noise_key(p.rng, n)); }
   __device__ __forceinline__ float exact(int column) const { return exact_noise(row_noise_words(column), column); }
   // E of the noise into row.kept.
   __device__ __forceinline__ void make(const PosteriorRow& row, int column, float (&e)[kQuad]) const {

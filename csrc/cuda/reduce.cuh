@@ -26,7 +26,8 @@ __device__ __forceinline__ T from_lane(const T& value, uint32_t lane) {
   } words;
   words.value = value;
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i) words.word[i] = __shfl_sync(~0u, words.word[i], static_cast<int>(lane));
+  for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i)
+    words.word[i] = __shfl_sync(~0u, words.word[i], static_cast<int>(lane));
   return words.value;
 }
 
@@ -128,9 +129,9 @@ __device__ __forceinline__ uint64_t row_prefix(uint64_t value) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// total * exp(scale * shift): a sum of exponentials of scale * z that never overflows. The shift is some z, or the least
-// number while there is none above it, subtracted before anything is multiplied, so that a common offset, and masks of any
-// size, leave the differences as they are. NaN and +infinity end as NaN, as in torch.
+// total * exp(scale * shift): a sum of exponentials of scale * z that never overflows. The shift is some z, or the
+// least number while there is none above it, subtracted before anything is multiplied, so that a common offset, and
+// masks of any size, leave the differences as they are. NaN and +infinity end as NaN, as in torch.
 struct ExpSum {
   float shift, total;
   // unit: scale log2(e).

@@ -19,8 +19,8 @@ __device__ __forceinline__ void store_onehot(const Rows& out, int64_t row, int64
 }
 
 // What the two passes of noise_interpolate_row keep of an element in shared memory: float32, or, where the output is
-// bfloat16 and 11 bits are enough, float16 scaled by 2^10 (holding E from 6e-8 to 22.9 as normal numbers). Not of log x,
-// which cancels near 0.
+// bfloat16 and 11 bits are enough, float16 scaled by 2^10 (holding E from 6e-8 to 22.9 as normal numbers). Not of log
+// x, which cancels near 0.
 template <class Out, bool log = false>
 struct Kept {
   using Type = float;
@@ -100,9 +100,10 @@ __device__ __forceinline__ void noise_interpolate_row(Out* row, int64_t vocab, c
   const int last = slice.size / kVector * kVector + static_cast<int>(threadIdx.x);
   if (threadIdx.x < kVector && last < slice.size) sum += make_single(last);
   double total = row_sum(is_leader() ? sum + boosted : sum);  // its barriers also publish what is kept
-  if (!(total == total)) {  // some word is so large that U is clamped
+  if (!(total == total)) {                                    // some word is so large that U is clamped
     sum = 0.0f;
-    for (int column = static_cast<int>(threadIdx.x); column < slice.size; column += kThreads) sum += make_single(column);
+    for (int column = static_cast<int>(threadIdx.x); column < slice.size; column += kThreads)
+      sum += make_single(column);
     total = row_sum(is_leader() ? sum + boosted : sum);
   }
   const float scale = static_cast<float>(1.0 / total), log_total = static_cast<float>(::log(total));

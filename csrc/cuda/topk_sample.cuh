@@ -2,9 +2,9 @@
 // a unique 64-bit key, (ordered value, ~column): a larger key is a larger logit or, on ties, a lower column, so the
 // result never depends on the order of arrival; the masses are whole numbers for the same reason. k <= 256: one read of
 // the row, which stays in shared memory; the k-th largest of the threads' maxima bounds the k-th logit from below, and
-// the few logits above it are queued and ranked. Otherwise, or where ties overflow the queue: an 8-bit radix descent over
-// the row, by count for k and by mass for top_p. Never materialised: sorted rows, probabilities, x_0. Bytes: one read of the logits (topk_renoise: and one
-// write of x).
+// the few logits above it are queued and ranked. Otherwise, or where ties overflow the queue: an 8-bit radix descent
+// over the row, by count for k and by mass for top_p. Never materialised: sorted rows, probabilities, x_0. Bytes: one
+// read of the logits (topk_renoise: and one write of x).
 #pragma once
 
 #include "row.cuh"
@@ -250,17 +250,16 @@ __device__ __forceinline__ int64_t draw_token(const TopkSampleParams& p, int64_t
       threshold = key_reaching(p.k, [&](auto&& f) { each(0, [&](float z, int64_t j) { f(key_of(z, j), 1); }); });
     total = mass_from(threshold);
     if (top_p < 1.0f) {
-      const uint64_t reached = key_reaching(share_of(total), [&](auto&& f) {
-        each(threshold, [&](float z, int64_t j) { f(key_of(z, j), mass(z)); });
-      });
+      const uint64_t reached = key_reaching(
+          share_of(total), [&](auto&& f) { each(threshold, [&](float z, int64_t j) { f(key_of(z, j), mass(z)); }); });
       threshold = reached > threshold ? reached : threshold;
       total = mass_from(threshold);
     }
     each(threshold, [&](float z, int64_t j) { choice = better(choice, score(z, j)); });
   }
   choice = row_reduce<false>(choice, [](Best a, Best b) { return better(a, b); });
-  log_prob = static_cast<float>(static_cast<double>(choice.logit - top) * inverse -
-                                log(static_cast<double>(total) / unit));
+  log_prob =
+      static_cast<float>(static_cast<double>(choice.logit - top) * inverse - log(static_cast<double>(total) / unit));
   return choice.column;
 }
 

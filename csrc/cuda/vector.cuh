@@ -76,7 +76,8 @@ __device__ __forceinline__ void store_aligned(T* address, const Vector<T>& vecto
     store16(reinterpret_cast<Words16*>(address) + i, x.part[i]);
 }
 
-// The elements of a 16-byte unit of memory, and how many of them lie between the boundary at or before a row and the row.
+// The elements of a 16-byte unit of memory, and how many of them lie between the boundary at or before a row and the
+// row.
 template <class T>
 constexpr int kUnit = 16 / static_cast<int>(sizeof(T));
 template <class T>
@@ -205,9 +206,9 @@ __device__ __forceinline__ void store_row(T* row, int vocab, Values&& values) {
   }
 }
 
-// The vectors of a row that Window reads at any alignment without leaving it: whole ones from column 8 to `end`. The few
-// columns outside (at most 23) are one each of the first threads; so which thread has a column, and in what order, depends
-// on the column alone.
+// The vectors of a row that Window reads at any alignment without leaving it: whole ones from column 8 to `end`. The
+// few columns outside (at most 23) are one each of the first threads; so which thread has a column, and in what order,
+// depends on the column alone.
 struct Interior {
   int end, single;  // single: this thread's other column, -1: none
   __device__ __forceinline__ explicit Interior(int size) {
@@ -220,15 +221,17 @@ struct Interior {
 template <class T, class F>
 __device__ __forceinline__ void read_interior(const T* row, const Interior& interior, F&& f) {
   with_constant<0, kUnit<T> - 1>(past_boundary(row), [&](auto past) {
-    for (int column = kVector * (static_cast<int>(threadIdx.x) + 1); column < interior.end; column += kVector * kThreads)
+    for (int column = kVector * (static_cast<int>(threadIdx.x) + 1); column < interior.end;
+         column += kVector * kThreads)
       f(column, Window<T, decltype(past)::value>(row + column));
   });
 }
 
-// A row kept in shared memory as it lies in global memory, past_boundary(row) elements past a boundary too: its windows'
-// units are copied as they are, by store_image_if, and the rest by store_image_ends.
+// A row kept in shared memory as it lies in global memory, past_boundary(row) elements past a boundary too: its
+// windows' units are copied as they are, by store_image_if, and the rest by store_image_ends.
 template <class T, int past>
-__device__ __forceinline__ void store_image_if(bool keep, SharedAddress kept, int column, const Window<T, past>& window) {
+__device__ __forceinline__ void store_image_if(bool keep, SharedAddress kept, int column,
+                                               const Window<T, past>& window) {
 #pragma unroll
   for (int i = 0; i < window.kParts; ++i)
     store16_shared_if(keep, kept + (column - past) * static_cast<int>(sizeof(T)) + 16 * i, window.unit[i]);
@@ -240,8 +243,8 @@ __device__ __forceinline__ void store_image_ends(T* kept, const T* row, int size
   if (thread < 32 && column < size) kept[column] = row[column];
 }
 
-// Reads a row in any order of its columns: unit(column, words) gets its aligned units of 16 bytes, single(column) one of the
-// few columns at its ends.
+// Reads a row in any order of its columns: unit(column, words) gets its aligned units of 16 bytes, single(column) one
+// of the few columns at its ends.
 template <class T, class ReadUnit, class ReadSingle>
 __device__ __forceinline__ void read_units(const T* row, int size, ReadUnit&& unit, ReadSingle&& single) {
   const int thread = static_cast<int>(threadIdx.x), before = first_vector(row);
@@ -282,8 +285,8 @@ __device__ __forceinline__ float max_of_word(uint32_t word) {
   return max_nan(float_of<T>(word, false), float_of<T>(word, true));
 }
 
-// Writes a row. write_vectors: vector(column, v) gives 8 columns that lie in it; write_ends: single(column) gives one of
-// the few at its ends.
+// Writes a row. write_vectors: vector(column, v) gives 8 columns that lie in it; write_ends: single(column) gives one
+// of the few at its ends.
 template <class T, class MakeVector>
 __device__ __forceinline__ void write_vectors(T* row, int size, MakeVector&& vector) {
   const int end = size - kVector + 1;
