@@ -8,7 +8,7 @@
 // 4. Each thread weighs and counts what is selected of a contiguous piece of the row.
 // 5. Prefix sums of the counts give every entry its place in ascending order of column, ties going to the lower column.
 // Never materialised: x_t, evidence, q. Bytes: 8 top a row written, a state read; log_prior stays in L2. Bound:
-// instructions, about 50 an element, 21 of them the noise.
+// instructions, about 40 an element, 18 of them the noise.
 #pragma once
 
 #include "posterior_source.cuh"

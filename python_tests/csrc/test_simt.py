@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import simt
 import torch
+from cases import assert_close
 
-from klflow_ext import _C, ops
+from klflow_ext import _C, ops, reference
 
 SANITIZED = os.environ.get("KLFLOW_SIMT_SANITIZE") == "1"
 
@@ -169,6 +170,27 @@ def test_a_prior_that_is_none_gives_nan_and_tokens(simt_library, bad):
         _C.use_backend(None)
     assert torch.equal(ids, torch.arange(top, dtype=torch.int32).expand(3, -1))
     assert q.isnan().all() and rest.isnan().all() and stats.isnan().all()
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("token", [3, 846])
+def test_a_row_in_which_u_is_clamped(simt_library, token, dtype, log):
+    """Column 846 of this row has a word so near 2^32 that U = 1 - 2^-24 by the contract, E the least there is."""
+    vocab, seed, row = 1003, 5, 10172
+    assert reference.words(1, vocab, seed, 0, row_offset=row)[0, 846] == 0xFFFFFFEB
+    target = torch.tensor([token])
+    want = reference.noise_interpolate(
+        target, 0.2, seed, vocab_size=vocab, row_offset=row, log=log, dtype=torch.float64
+    )
+    _C.use_backend(str(simt_library))
+    try:
+        x = ops.noise_interpolate(target, 0.2, seed, vocab_size=vocab, row_offset=row, log=log, dtype=dtype)
+    finally:
+        _C.use_backend(None)
+    assert_close(
+        x, want, dtype, scale={torch.float32: 8.0, torch.bfloat16: 1.125}[dtype], absolute=1e-5 if log else 1e-12
+    )
 
 
 def test_wide_rows_are_summed_in_pieces(simt_library):
