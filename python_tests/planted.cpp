@@ -58,6 +58,23 @@ void neighbour(const float* in, float* out, bool first_barrier, bool last_barrie
   if (last_barrier) simt::cluster_barrier(KLFLOW_SITE);
 }
 
+// Twice the neighbour's value by way of two rounds; with one slot, the second round's value may come before the first
+// one's is read.
+void neighbour_twice(const float* in, float* out, unsigned slots) {
+  float* s = shared_floats();
+  const unsigned other = (simt::cluster_rank() + 1) % simt::cluster_size();
+  const unsigned i = blockIdx.x * kThreads + threadIdx.x;
+  out[i] = 0.0f;
+  for (unsigned round = 0; round < 2; ++round) {
+    float* slot = s + round % slots;
+    for (int barriers = 0; barriers < 8; ++barriers) __syncthreads();  // work that takes a while
+    if (threadIdx.x == 0) *slot = in[blockIdx.x * kThreads] + static_cast<float>(1000 * round);
+    simt::cluster_barrier(KLFLOW_SITE);
+    out[i] += *reinterpret_cast<float*>(simt::map_shared(reinterpret_cast<unsigned char*>(slot), other));
+  }
+  simt::cluster_barrier(KLFLOW_SITE);
+}
+
 void count(float* out) {
   unsigned* counter = reinterpret_cast<unsigned*>(shared_memory());
   if (threadIdx.x == 0) *counter = 0;
@@ -85,6 +102,8 @@ extern "C" __attribute__((visibility("default"))) const char* planted(const char
     if (name == "neighbour") return neighbour(in, out, true, true);
     if (name == "neighbour_no_barrier") return neighbour(in, out, false, true);
     if (name == "neighbour_exits_early") return neighbour(in, out, true, false);
+    if (name == "neighbour_twice") return neighbour_twice(in, out, 2);
+    if (name == "neighbour_twice_one_slot") return neighbour_twice(in, out, 1);
     if (name == "count") return count(out);
   };
   return simt::launch(what, kernel, blocks, kThreads, kThreads * sizeof(float), cluster);

@@ -43,9 +43,12 @@ KLFLOW_HD Words4 philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint
 }
 
 // U in (0, 1 - 2^-24]: the argument of E = -log U of the simplex noise. Its large-E tail (to 22.9) is fine.
+KLFLOW_HD float unclamped_uniform(uint32_t word) {
+  return static_cast<float>(word) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;  // 2^-32, 2^-33
+}
 KLFLOW_HD float simplex_uniform(uint32_t word) {
-  const float u = static_cast<float>(word) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;  // 2^-32, 2^-33
-  return u < 0.99999994f ? u : 0.99999994f;                                                      // 1 - 2^-24
+  const float u = unclamped_uniform(word);
+  return u < 0.99999994f ? u : 0.99999994f;  // 1 - 2^-24
 }
 
 // E ~ Exp(1) of a token draw from two words: the small-E tail, which decides the draws, reaches 2^-65.

@@ -25,8 +25,31 @@ inline unsigned char* map_shared(unsigned char* mine, uint32_t rank) { return si
 inline Words16 load16(const void* address) { return *static_cast<const Words16*>(address); }
 inline void store16(void* address, const Words16& x) { *static_cast<Words16*>(address) = x; }
 inline void store16_global(void* address, const Words16& x) { *static_cast<Words16*>(address) = x; }
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(void* place) { return static_cast<unsigned char*>(place); }
+inline Words16 load16_shared(SharedAddress address) { return load16(address); }
+inline void store16_shared_if(bool condition, SharedAddress address, const Words16& x) {
+  if (condition) store16(address, x);
+}
 #define klflow_cluster_sync() ::simt::cluster_barrier(KLFLOW_SITE)
 inline int unhoisted(int x) { return x; }
+inline int thread_of_row() { return static_cast<int>(threadIdx.x); }
+inline uint32_t grid_of_row() { return gridDim.x; }
+inline float max_nan(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
+inline uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  auto larger = [](uint32_t x, uint32_t y) {  // of the upper halves
+    const float f = __int_as_float(static_cast<int32_t>(x & 0xffff0000u));
+    return max_nan(f, __int_as_float(static_cast<int32_t>(y & 0xffff0000u))) == f || f != f ? x : y;
+  };
+  return (larger(a, b) & 0xffff0000u) | larger(a << 16, b << 16) >> 16;
+}
+inline uint32_t max_f16x2(uint32_t a, uint32_t b) {
+  auto larger = [](uint32_t x, uint32_t y) {  // of the lower halves
+    const float f = __half2float(__ushort_as_half(static_cast<uint16_t>(x)));
+    return max_nan(f, __half2float(__ushort_as_half(static_cast<uint16_t>(y)))) == f || f != f ? x : y;
+  };
+  return (larger(a, b) & 0xffffu) | larger(a >> 16, b >> 16) << 16;
+}
 inline float lg2_approx(float x) { return simt::lg2_approx(x); }
 inline float ex2_approx(float x) { return simt::ex2_approx(x); }
 #else
@@ -43,6 +66,28 @@ __device__ __forceinline__ void store16(void* address, const Words16& x) {
 __device__ __forceinline__ void store16_global(void* address, const Words16& x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(x.w[0]),
                "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3])
+               : "memory");
+}
+
+// An address of shared memory that is worked out once; from a pointer the compiler works it out again in every
+// iteration of a loop, five instructions each time.
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(void* place) {
+  SharedAddress address = static_cast<uint32_t>(__cvta_generic_to_shared(place));
+  asm volatile("" : "+r"(address));
+  return address;
+}
+__device__ __forceinline__ Words16 load16_shared(SharedAddress address) {
+  Words16 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3])
+               : "r"(address)
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ void store16_shared_if(bool condition, SharedAddress address, const Words16& x) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n}" ::"r"(address),
+               "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3]), "r"(static_cast<uint32_t>(condition))
                : "memory");
 }
 
@@ -79,6 +124,37 @@ __device__ __forceinline__ void klflow_cluster_sync() { __syncthreads(); }
 // from one row to the next.
 __device__ __forceinline__ int unhoisted(int x) {
   asm volatile("" : "+r"(x));
+  return x;
+}
+
+// The larger, or NaN where one is that.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+// The same of the two 16-bit numbers in a word.
+__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+__device__ __forceinline__ uint32_t max_f16x2(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+// The same of the thread's number and the grid's size, which are read again.
+__device__ __forceinline__ int thread_of_row() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+__device__ __forceinline__ uint32_t grid_of_row() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(x));
   return x;
 }
 

@@ -9,6 +9,7 @@ namespace klflow::cuda {
 
 template <class L, class S, class X>
 __global__ void __launch_bounds__(kThreads, 2) euler_step_kernel(EulerStepParams p, bool keep) {
+  const Cluster cluster;
   float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kPartialBytes) : nullptr;
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     if (p.given.at(row)) {
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, 2) euler_step_kernel(EulerStepParams
     for (int column = kVector * static_cast<int>(threadIdx.x); column < slice.size; column += kVector * kThreads) {
       float z[kVector];
       read_logits(column, z);
-      logits_sum.add(z, inverse);
+      logits_sum.add(z, inverse * kLog2E);
       if (keep) store_kept(kept, column, z);
     }
     const ExpSum logits_all = row_exp_sum(logits_sum, inverse);
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 2) euler_step_kernel(EulerStepParams
       const Vector<S> raw = stay != 0.0f ? load_vector<S>(state, column, slice.size, from_float<S>(0.0f)) : Vector<S>{};
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        float value = gain * __expf((l[i] - logits_all.shift) * inverse);
+        float value = gain * ex2_approx((l[i] - logits_all.shift) * (inverse * kLog2E));
         if (stay != 0.0f) value += stay * to_float(raw.element[i]);
         l[i] = column + i >= 0 && column + i < slice.size ? value : -infinity();
       }
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 2) euler_step_kernel(EulerStepParams
     store_row(row_of<X>(p.x_next, row) + slice.begin, slice.size, [&](int column, float (&v)[kVector]) {
       next(column, v);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) v[i] = __expf(v[i]) * inverse_total;
+      for (int i = 0; i < kVector; ++i) v[i] = ex2_approx(v[i] * kLog2E) * inverse_total;
     });
     __syncthreads();  // x_next has read log_x everywhere before log_x_next may overwrite it
     store_row(row_of<S>(p.log_x_next, row) + slice.begin, slice.size, [&](int column, float (&v)[kVector]) {

@@ -9,6 +9,7 @@ namespace klflow::cuda {
 
 template <class In, class Out>
 __global__ void __launch_bounds__(kThreads, 2) logit_interpolate_kernel(LogitInterpolateParams p, bool keep) {
+  const Cluster cluster;
   float* kept = keep ? reinterpret_cast<float*>(shared_memory() + kPartialBytes) : nullptr;
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const float t = p.t.at(row);
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 2) logit_interpolate_kernel(LogitInt
         combine(column, l);
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
-        v[i] = p.log ? l[i] - all.shift - log_total : __expf(l[i] - all.shift) * inverse;
+        v[i] = p.log ? l[i] - all.shift - log_total : ex2_approx((l[i] - all.shift) * kLog2E) * inverse;
     });
     __syncthreads();  // the next row writes what was read here
   }

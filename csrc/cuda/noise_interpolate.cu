@@ -8,13 +8,11 @@ namespace klflow::cuda {
 const char* noise_interpolate(const NoiseInterpolateParams& p, void* stream) {
   return for_dtype(p.out.dtype, [&](auto type) {
     using Out = decltype(type);
-    using K = typename Kept<Out>::Type;
-    // log x cancels near 0, where 11 bits are too few: there 16-bit rows are made twice instead.
-    Layout layout = layout_of(p.vocab, sizeof(K));
-    if (p.log && sizeof(K) < sizeof(float)) layout.keep = 0;
-    return launch_rows("noise_interpolate",
-                       p.log ? noise_interpolate_kernel<Out, true> : noise_interpolate_kernel<Out, false>, p, p.rows,
-                       layout, stream);
+    auto run = [&](auto kernel, int64_t element) {
+      return launch_rows("noise_interpolate", kernel, p, p.rows, layout_of(p.vocab, element), stream);
+    };
+    if (p.log) return run(noise_interpolate_kernel<Out, true>, sizeof(typename Kept<Out, true>::Type));
+    return run(noise_interpolate_kernel<Out, false>, sizeof(typename Kept<Out, false>::Type));
   });
 }
 

@@ -7,14 +7,14 @@ namespace klflow::cuda {
 
 template <class Out, bool kLog>
 __global__ void __launch_bounds__(kThreads, 2) noise_interpolate_kernel(NoiseInterpolateParams p, bool keep) {
-  auto* kept = keep ? reinterpret_cast<typename Kept<Out>::Type*>(shared_memory() + kPartialBytes) : nullptr;
+  const Cluster cluster;
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const int64_t token = p.target.at(row);
     if (p.given.at(row))
       store_onehot(p.out, row, p.vocab, token, p.log);
     else
-      noise_interpolate_row<kLog>(row_of<Out>(p.out, row), p.vocab, noise_key(p.rng, row), token, p.t.at(row), p.c,
-                                  kept);
+      noise_interpolate_row<kLog, kPartialBytes>(row_of<Out>(p.out, row), p.vocab, noise_key(p.rng, row), token,
+                                                 p.t.at(row), p.c, keep);
   }
 }
 

@@ -41,7 +41,8 @@ __device__ __forceinline__ void store_tile_row(T* out, int64_t columns, int lane
 template <class Out, bool kPosterior, bool kLog>
 __global__ void __launch_bounds__(kThreads, 2) noise_tile_kernel(NoiseTileParams p, bool) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  unsigned char* round_keys = shared_memory() + kWarpKeys * warp;
+  unsigned char* stored_keys = shared_memory() + kWarpKeys * warp;
+  const SharedAddress round_keys = shared_address(stored_keys);
   const int first = static_cast<int>(p.column);
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp; row < p.rows;
        row += static_cast<int64_t>(gridDim.x) * kWarps) {
@@ -62,9 +63,9 @@ __global__ void __launch_bounds__(kThreads, 2) noise_tile_kernel(NoiseTileParams
     }
     const NoiseKey key = noise_key(p.rng, row);
     __syncwarp();  // the previous row's keys have been read
-    store_round_keys(key, round_keys, lane);
+    store_round_keys(key, stored_keys, lane);
     __syncwarp();
-    auto words_of = [&](int column) { return row_noise_words(key, first + column, round_keys); };
+    auto words_of = [&](int column) { return row_noise_words(first + column, round_keys); };
     const float own_noise = exact_noise(words_of(own), token);
     if (kPosterior) {
       const float* stats = p.stats + 3 * row;
@@ -106,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, 2) noise_tile_kernel(NoiseTileParams
         for (int half = 0; half < 2; ++half) {
           const Words4 words = words_of(column + 4 * half);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) v[4 * half + i] = ex2_approx(power * log2_noise<coarse>(words.w[i]) + shift);
+          for (int i = 0; i < 4; ++i)
+            v[4 * half + i] = ex2_approx(power * log2_noise<coarse, true>(words.w[i]) + shift);
         }
         float partial = 0.0f;
 #pragma unroll

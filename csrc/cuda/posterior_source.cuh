@@ -34,7 +34,7 @@ struct PosteriorRow : KeptRow {
 template <class Make>
 __device__ __forceinline__ void add_row(const PosteriorRow& row, double& sum, Make&& make) {
   if (row.narrow) {
-    for (int column = static_cast<int>(threadIdx.x); column < row.size; column += kThreads) {
+    for (int column = thread_of_row(); column < row.size; column += kThreads) {
       float e[kQuad];
       make(column, e);
       if (column != row.own_column) sum += e[0];
@@ -60,25 +60,51 @@ struct Start {
 
 // The noise of a row, and what its token's E is.
 struct RowNoise {
-  NoiseKey key;
   float own, boost;  // the token's noise, and the logarithm of what multiplies it
 
-  __device__ __forceinline__ void open(const PosteriorParams& p, int64_t n) {
-    key = noise_key(p.rng, n);
-    store_round_keys(key);
-  }
-  __device__ __forceinline__ float exact(int column) const { return exact_noise(row_noise_words(key, column), column); }
+  __device__ __forceinline__ void open(const PosteriorParams& p, int64_t n) { store_round_keys(noise_key(p.rng, n)); }
+  __device__ __forceinline__ float exact(int column) const { return exact_noise(row_noise_words(column), column); }
   // E of the noise into row.kept.
   __device__ __forceinline__ void make(const PosteriorRow& row, int column, float (&e)[kQuad]) const {
     if (row.narrow) {
       e[0] = exact(column);
       row.kept[column] = e[0];
     } else {
-      const Words4 words = row_noise_words(key, row.begin + column);
+      const Words4 words = row_noise_words(row.begin + column);
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) e[i] = exponential_noise(words.w[i]);
       store_quad(row.kept + column, e);
     }
+  }
+  // The same of all of a row that is not narrow; returns this thread's share of the sum.
+  __device__ __forceinline__ double make_all(const PosteriorRow& row) const {
+    const SharedAddress round_keys = round_keys_of_row();
+    float partial = 0.0f;
+    const int end = row.size - kQuad + 1;
+    int column = row.first;
+    for (; column < end; column += 2 * kStride) {  // two quads; where the second is not whole it waits
+      const int columns[2] = {row.begin + column, row.begin + column + kStride};
+      Words4 words[2];
+      row_noise_words(columns, round_keys, words);
+      float e[2][kQuad];
+#pragma unroll
+      for (int i = 0; i < 2 * kQuad; ++i) e[i / kQuad][i % kQuad] = exponential_noise(words[i / kQuad].w[i % kQuad]);
+      store_quad(row.kept + column, e[0]);
+      partial += (e[0][0] + e[0][1]) + (e[0][2] + e[0][3]);
+      if (column + kStride < end) {
+        store_quad(row.kept + column + kStride, e[1]);
+        partial += (e[1][0] + e[1][1]) + (e[1][2] + e[1][3]);
+      }
+    }
+    const int thread = thread_of_row();
+    column = unhoisted(row.size) / kQuad * kQuad + thread;
+    if (thread < kQuad && row.size % kQuad != 0) {  // a cut quad
+      const int of_row = row.begin + column;
+      const float e = column < row.size ? exponential_noise(word_at(row_noise_words(of_row), of_row)) : 0.0f;
+      row.kept[column] = e;
+      partial += e;
+    }
+    return partial;
   }
   // What a sum over the row begins with: the token's share, in one thread.
   __device__ __forceinline__ double first_of_sum(const PosteriorRow& row) const {
@@ -110,7 +136,13 @@ struct NoiseSource {
   }
   __device__ __forceinline__ double sum(const PosteriorParams&, int64_t, PosteriorRow& row) {
     double sum = noise.first_of_sum(row);
-    add_row(row, sum, [&](int column, float (&e)[kQuad]) { noise.make(row, column, e); });
+    if (row.narrow) {
+      add_row(row, sum, [&](int column, float (&e)[kQuad]) { noise.make(row, column, e); });
+    } else {
+      sum += noise.make_all(row);
+      if (threadIdx.x == 0 && row.begin == 0)  // the token's, which is counted with its share
+        sum -= exponential_noise(word_at(row_noise_words(row.token), row.token));
+    }
     return row_sum(sum);
   }
   __device__ __forceinline__ Split<float> split(double sum, float gain) const {
@@ -122,25 +154,21 @@ struct NoiseSource {
 struct Boosted {
   float value, noise, boost;
   int column;
-  __device__ __forceinline__ Boosted shuffle_down(int offset) const {
-    return {__shfl_down_sync(~0u, value, offset), __shfl_down_sync(~0u, noise, offset),
-            __shfl_down_sync(~0u, boost, offset), __shfl_down_sync(~0u, column, offset)};
-  }
 };
 __device__ __forceinline__ Boosted larger(const Boosted& a, const Boosted& b) {
   return a.value > b.value || (a.value == b.value && a.column < b.column) ? a : b;
 }
 // Calls f(column, E, boost) for this thread's slots of a row; the column is -1 where they hold no token or no number.
 template <class F>
-__device__ __forceinline__ void each_slot(const PosteriorParams& p, int64_t row, const NoiseKey& key, F&& f) {
-  for (int slot = static_cast<int>(threadIdx.x); slot < p.slots; slot += kThreads) {
+__device__ __forceinline__ void each_slot(const PosteriorParams& p, int64_t row, F&& f) {
+  for (int slot = thread_of_row(); slot < p.slots; slot += kThreads) {
     const int64_t column = p.target.at(row, slot);
     if (column == -1) continue;
     const float boost = p.boost[row * p.slots + slot];
     if (column < 0 || column >= p.vocab || !(boost == boost))
       f(-1, 0.0f, 0.0f);
     else
-      f(static_cast<int>(column), exact_noise(row_noise_words(key, static_cast<int>(column)), column),
+      f(static_cast<int>(column), exact_noise(row_noise_words(static_cast<int>(column)), column),
         fminf(fmaxf(boost, -kMostBoost), kMostBoost));
   }
 }
@@ -158,10 +186,10 @@ struct BoostedSource {
   __device__ __forceinline__ bool open(const PosteriorParams& p, int64_t n, PosteriorRow& row) {
     noise.open(p, n);
     Boosted mine{-infinity(), 0.0f, 0.0f, -1};
-    each_slot(p, n, noise.key, [&](int column, float e, float boost) {
+    each_slot(p, n, [&](int column, float e, float boost) {
       mine = larger(mine, {column < 0 ? infinity() : e * expf(boost), e, boost, column});
     });
-    mine = row_reduce<false, false>(mine, [](const Boosted& a, const Boosted& b) { return larger(a, b); });
+    mine = row_reduce<false>(mine, [](const Boosted& a, const Boosted& b) { return larger(a, b); });
     if (!(mine.value < infinity())) return false;
     row.set_token(mine.column);
     noise.own = mine.noise;
@@ -178,7 +206,7 @@ struct BoostedSource {
       noise.make(row, column, e);
     }
     auto each_boosted = [&](auto&& f) {  // f(column of the slice, what its boost makes of it), the row's token aside
-      each_slot(p, n, noise.key, [&](int column, float e, float boost) {
+      each_slot(p, n, [&](int column, float e, float boost) {
         const int in_slice = column - row.begin;
         if (column != row.token && in_slice >= 0 && in_slice < row.size) f(in_slice, e * expf(boost));
       });
@@ -207,16 +235,16 @@ struct BoostedSource {
     if (threadIdx.x == 0 && row.own_column >= 0 && row.own_column < row.size) row.kept[row.own_column] = own_raised;
     __syncthreads();
     Boosted most{-infinity(), 0.0f, 0.0f, -1};
-    for (int column = static_cast<int>(threadIdx.x); column < row.size; column += kThreads)
+    for (int column = thread_of_row(); column < row.size; column += kThreads)
       most = larger(most, {row.kept[column], row.kept[column], 0.0f, row.begin + column});
-    most = row_reduce<true, false>(most, [](const Boosted& a, const Boosted& b) { return larger(a, b); });
+    most = row_reduce(most, [](const Boosted& a, const Boosted& b) { return larger(a, b); });
     if (most.value > own_raised || row.token < 0) {
       row.set_token(most.column);
       noise.own = most.noise;
       noise.boost = 0.0f;
     }
     double sum = noise.first_of_sum(row);
-    for (int column = static_cast<int>(threadIdx.x); column < row.size; column += kThreads)
+    for (int column = thread_of_row(); column < row.size; column += kThreads)
       if (column != row.own_column) sum += row.kept[column];
     return row_sum(sum);
   }
@@ -231,10 +259,6 @@ struct Peak {
   float value;
   int column;
   uint32_t entries;
-  __device__ __forceinline__ Peak shuffle_down(int offset) const {
-    return {__shfl_down_sync(~0u, value, offset), __shfl_down_sync(~0u, column, offset),
-            __shfl_down_sync(~0u, entries, offset)};
-  }
 };
 __device__ __forceinline__ Peak higher(const Peak& a, const Peak& b) {
   const bool first = a.value > b.value || (a.value == b.value && a.column < b.column);
@@ -253,7 +277,7 @@ struct StateSource {
   __device__ __forceinline__ Start start(const PosteriorParams& p, int64_t n, PosteriorRow& row) {
     peak = {-infinity(), 0, 0};
     const T* log_x = row_of<T>(p.log_x, n) + row.begin;
-    for (int column = kVector * static_cast<int>(threadIdx.x); column < row.size; column += kVector * kThreads) {
+    for (int column = kVector * thread_of_row(); column < row.size; column += kVector * kThreads) {
       const Vector<T> raw = load_vector<T>(log_x, column, row.size, from_float<T>(-infinity()));
       float v[kVector];
 #pragma unroll

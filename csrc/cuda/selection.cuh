@@ -9,7 +9,6 @@ namespace klflow::cuda {
 
 constexpr int kQuad = 4;  // columns that a thread handles together: one counter of the noise
 constexpr int kStride = kQuad * kThreads;
-constexpr int kBins = 256;
 constexpr int kDigits = 4;
 constexpr int kQueuedZ = 1024;
 constexpr int kGroups = 2 * kThreads;  // of columns: each thread has two
@@ -23,8 +22,9 @@ struct SelectionShared {
   uint32_t unused[3];
 
   __device__ __forceinline__ void clear() {
+    const int thread = thread_of_row();
 #pragma unroll
-    for (int i = 0; i < kDigits * kBins / kThreads; ++i) counts[kThreads * i + threadIdx.x] = 0;
+    for (int i = 0; i < kDigits * kBins / kThreads; ++i) counts[kThreads * i + thread] = 0;
     if (threadIdx.x == 0) queued = 0;
   }
 };
@@ -48,76 +48,8 @@ __device__ __forceinline__ void store_quad(float* address, const float (&x)[kQua
 // Larger z have smaller falling bits.
 __device__ __forceinline__ uint32_t falling_bits(float z) { return ~ordered_bits(z); }
 
-struct Largest {
-  float value;
-  __device__ __forceinline__ Largest shuffle_down(int offset) const { return {__shfl_down_sync(~0u, value, offset)}; }
-};
-__device__ __forceinline__ float row_max(float value) {
-  return row_reduce(Largest{value}, [](Largest a, Largest b) { return Largest{fmaxf(a.value, b.value)}; }).value;
-}
-
-// The bin of kBins in which a running count reaches k, what is left of k within it, and what it holds; of this block,
-// or (clustered) of the sum over the cluster's blocks. The same in every thread.
-struct Bin {
-  uint32_t index, left, count;
-};
-template <bool clustered>
-__device__ __forceinline__ Bin find_bin(uint32_t* counts, uint32_t k) {
-  constexpr int kOwn = kBins / 32;
-  const uint32_t lane = threadIdx.x % 32;
-  uint32_t own[kOwn] = {};
-  for (uint32_t rank = 0; rank < (clustered ? cluster_size() : 1); ++rank) {
-    unsigned char* mine = reinterpret_cast<unsigned char*>(counts + kOwn * lane);
-    const unsigned char* theirs = clustered && cluster_size() > 1 ? map_shared(mine, rank) : mine;
-#pragma unroll
-    for (int part = 0; part < kOwn / 4; ++part) {
-      const Words16 words = load16(theirs + 16 * part);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) own[4 * part + i] += words.w[i];
-    }
-  }
-  uint32_t sum = 0;
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) sum += own[i];
-  uint32_t before = sum;
-  for (uint32_t offset = 1; offset < 32; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(~0u, before, offset);
-    if (lane >= offset) before += other;
-  }
-  before -= sum;
-  Bin bin{0, 0, 0};
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    if (before < k && k <= before + own[i]) bin = {kOwn * lane + i, k - before, own[i]};
-    before += own[i];
-  }
-  const int source = __ffs(__ballot_sync(~0u, bin.left > 0)) - 1;
-  return {__shfl_sync(~0u, bin.index, source), __shfl_sync(~0u, bin.left, source), __shfl_sync(~0u, bin.count, source)};
-}
-
-// The sum of the values of all threads before this one, in order of the cluster's blocks and their threads.
-__device__ __forceinline__ uint64_t row_prefix(uint64_t value) {
-  uint64_t* partial = reinterpret_cast<uint64_t*>(shared_memory());
-  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint64_t inclusive = value;
-  for (uint32_t offset = 1; offset < 32; offset *= 2) {
-    const uint64_t other = __shfl_up_sync(~0u, inclusive, offset);
-    if (lane >= offset) inclusive += other;
-  }
-  __syncthreads();  // the previous reduction's results have been read
-  if (lane == 31) partial[warp] = inclusive;
-  __syncthreads();
-  uint64_t before = inclusive - value;
-  for (uint32_t w = 0; w < warp; ++w) before += partial[w];
-  if (cluster_size() > 1) {
-    unsigned char* slot = shared_memory() + kWarps * kSlotBytes;
-    if (threadIdx.x == kThreads - 1) *reinterpret_cast<uint64_t*>(slot) = before + value;
-    klflow_cluster_sync();
-    for (uint32_t rank = 0; rank < cluster_rank(); ++rank)
-      before += *reinterpret_cast<const uint64_t*>(map_shared(slot, rank));
-    klflow_cluster_sync();
-  }
-  return before;
+__device__ __forceinline__ float row_max(float value) {  // NaN where one is that
+  return row_reduce(value, [](float a, float b) { return max_nan(a, b); });
 }
 
 // What is selected: every z above `last`, the top-th largest, and the first `wanted` of the `equals` z that equal it.
@@ -151,7 +83,8 @@ __device__ __forceinline__ Selected select_top(const KeptRow& row, int64_t top, 
     const uint32_t bin = find_bin<false>(counts, static_cast<uint32_t>(top)).index;
     if (bin < kBins - 1) bound = most - (static_cast<float>(bin) + 1.001f) / kBinsPerNat;
     bound = row_max(bound);
-    if (threadIdx.x < kBins) counts[threadIdx.x] = 0;
+    const int thread = thread_of_row();
+    if (thread < kBins) counts[thread] = 0;
   }
 
   // Queue
@@ -179,7 +112,7 @@ __device__ __forceinline__ Selected select_top(const KeptRow& row, int64_t top, 
       if (digit == 0 || bits >> (low + 8) == prefix) atomicAdd(&s.counts[digit * kBins + (bits >> low & 255)], 1u);
     };
     if (queued <= kQueuedZ) {
-      for (uint32_t i = threadIdx.x; i < queued; i += kThreads) count(s.queue[i]);
+      for (uint32_t i = static_cast<uint32_t>(thread_of_row()); i < queued; i += kThreads) count(s.queue[i]);
     } else {
       for (int column = row.first; column < row.size; column += kStride) {
         float z[kQuad];
@@ -205,9 +138,6 @@ __device__ __forceinline__ Selected select_top(const KeptRow& row, int64_t top, 
 // Of the selected entries and of all others, relative to exp(shift).
 struct Masses {
   double selected, rest;
-  __device__ __forceinline__ Masses shuffle_down(int offset) const {
-    return {__shfl_down_sync(~0u, selected, offset), __shfl_down_sync(~0u, rest, offset)};
-  }
 };
 
 // A contiguous piece of the slice for each thread: an odd number of quads, so that the threads of a warp read different
@@ -219,7 +149,7 @@ struct Piece {
 
 __device__ __forceinline__ Masses weigh_row(const KeptRow& row, const Selected& selected, float shift, Piece& piece) {
   const int length = kQuad * (((unhoisted(row.size) + kQuad - 1) / kQuad + kThreads - 1) / kThreads | 1);
-  const int begin = length * static_cast<int>(threadIdx.x);
+  const int begin = length * thread_of_row();
   piece = {begin, begin + length < row.size ? begin + length : row.size, 0, 0};
   float above = 0.0f, rest = 0.0f;  // masses
 #pragma unroll 1                    // registers
@@ -262,6 +192,7 @@ __device__ __forceinline__ void store_selected(const KeptRow& row, int first_col
   for (int column = piece.begin; column < piece.end && piece.above + piece.equal > 0; column += kQuad) {
     float z[kQuad];
     load_quad(row.kept + column, z);
+    if (!(fmaxf(fmaxf(z[0], z[1]), fmaxf(z[2], z[3])) >= selected.last)) continue;
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
       if (!(z[i] >= selected.last) || column + i >= row.size) continue;

@@ -226,9 +226,13 @@ void run_cluster(unsigned first_block, unsigned threads) {
   start_cluster(first_block, threads);
   size_t exited = 0;
   const size_t all = static_cast<size_t>(threads) * machine.cluster;
+  // In half of them one block of the cluster is ahead of the others, as far as barriers let it.
+  const unsigned ahead = static_cast<unsigned>(machine.random() % (2 * machine.cluster));
   while (exited < all && machine.error.empty()) {
     if (machine.ready.empty()) return report_deadlock();
-    const size_t pick = machine.random() % machine.ready.size();
+    size_t pick = machine.random() % machine.ready.size();
+    for (int i = 0; i < 8 && ahead < machine.cluster && machine.ready[pick]->block->rank != ahead; ++i)
+      pick = machine.random() % machine.ready.size();
     std::swap(machine.ready[pick], machine.ready.back());
     Thread* thread = machine.ready.back();
     machine.ready.pop_back();

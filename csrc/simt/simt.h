@@ -1,6 +1,7 @@
 // The host machine that runs cuda/*.cuh in tests: what the kernels need of CUDA, on fibers (one per thread). Threads of
-// a block run in a random order (a seed picks it) between barriers, shared memory is poisoned at start, and a deadlock,
-// a divergent barrier or a wrong shuffle mask ends the launch with an error that names kernel, block and threads.
+// a block run in a random order (a seed picks it) between barriers, in half of the launches with one block of a cluster
+// ahead of the others, shared memory is poisoned at start, and a deadlock, a divergent barrier or a wrong shuffle mask
+// ends the launch with an error that names kernel, block and threads.
 #pragma once
 
 #include <cmath>
@@ -134,6 +135,11 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   const uint32_t u = __float_as_uint(f);
   if (f != f) return {0x7fff};
   return {static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1)) >> 16)};
+}
+inline __half __ushort_as_half(uint16_t bits) {
+  __half h;
+  std::memcpy(&h, &bits, 2);
+  return h;
 }
 inline float __half2float(__half h) { return static_cast<float>(h.value); }
 inline __half __float2half_rn(float f) { return {static_cast<_Float16>(f)}; }

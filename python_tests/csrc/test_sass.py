@@ -1,7 +1,9 @@
 """What the compiler made of the CUDA kernels, read from the installed library without a GPU: code for every architecture that
 it was built for, no register spills, no local memory, at most 64 registers so that two blocks of 512 threads share a
-multiprocessor, 128-bit accesses where rows are read and written. Prints the table (pytest -s)."""
+multiprocessor, 128-bit accesses where rows are read and written. Prints the table (pytest -s). And, of kernels compiled for it,
+that they need no more instructions an element than benchmarks/sass.py once counted."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -96,3 +98,28 @@ def test_rows_are_read_and_written_128_bits_at_a_time(cuobjdump, arch):
         loads, stores = VECTORIZED[kernel_of(name)]
         assert not loads or "LDG" in found, f"{name}: no 128-bit load from global memory"
         assert not stores or "STG" in found, f"{name}: no 128-bit store to global memory"
+
+
+# (kernel, dtype): the most instructions an element
+GOALS = {
+    ("cross_entropy", "bfloat16"): 9,
+    ("cross_entropy + gradient", "bfloat16"): 18,
+    ("noise_interpolate", "bfloat16"): 26,
+    ("noise_interpolate, log", "bfloat16"): 29,
+    ("topk_sample", "bfloat16"): 2,
+    ("posterior", "float32"): 40,
+}
+
+
+def test_instructions_per_element():
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "sass.py"
+    spec = importlib.util.spec_from_file_location("sass", path)
+    sass = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sass)
+    nvcc, folder = sass.tools()
+    if nvcc is None or folder is None:
+        pytest.skip("no nvcc" if nvcc is None else "no cuobjdump and nvdisasm (extra: test)")
+    results = sass.measure()
+    sass.print_table(results)
+    counted = {(r["kernel"], r["dtype"]): r["instructions"] for r in results}
+    assert {key: counted[key] for key, most in GOALS.items() if counted[key] > most} == {}

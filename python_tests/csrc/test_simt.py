@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import simt
 import torch
+from cases import assert_close
 
-from klflow_ext import _C, ops
+from klflow_ext import _C, ops, reference
 
 SANITIZED = os.environ.get("KLFLOW_SIMT_SANITIZE") == "1"
 
@@ -44,6 +45,7 @@ RIGHT = {
     "reverse": (1, lambda x: x[::-1]),
     "sum_warp": (1, lambda x: x.reshape(-1, 32).sum(1).repeat(32)),
     "neighbour": (4, lambda x: np.roll(x.reshape(-1, 4, 64), -1, axis=1).reshape(-1)),
+    "neighbour_twice": (4, lambda x: 2 * np.roll(x.reshape(-1, 4, 64)[:, :, 0], -1, axis=1).repeat(64) + 1000),
     "count": (1, lambda x: np.arange(64)),
 }
 
@@ -65,6 +67,16 @@ def test_missing_barriers_and_unwritten_memory_show_in_the_result(planted, name,
         assert error is None
         expected = RIGHT[right][1](x) if right in RIGHT else x
         assert not np.array_equal(out, expected)
+
+
+def test_a_block_that_is_ahead_shows_in_the_result(planted):
+    """In some schedules a block writes its next result before the others have read this one."""
+    wrong = 0
+    for seed in range(20):
+        x, out, error = planted("neighbour_twice_one_slot", 4, 4, seed)
+        assert error is None
+        wrong += not np.array_equal(out, RIGHT["neighbour_twice"][1](x))
+    assert wrong >= 5
 
 
 @pytest.mark.parametrize(
@@ -159,6 +171,27 @@ def test_a_prior_that_is_none_gives_nan_and_tokens(simt_library, bad):
         _C.use_backend(None)
     assert torch.equal(ids, torch.arange(top, dtype=torch.int32).expand(3, -1))
     assert q.isnan().all() and rest.isnan().all() and stats.isnan().all()
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("token", [3, 846])
+def test_a_row_in_which_u_is_clamped(simt_library, token, dtype, log):
+    """Column 846 of this row has a word so near 2^32 that U = 1 - 2^-24 by the contract, E the least there is."""
+    vocab, seed, row = 1003, 5, 10172
+    assert reference.words(1, vocab, seed, 0, row_offset=row)[0, 846] == 0xFFFFFFEB
+    target = torch.tensor([token])
+    want = reference.noise_interpolate(
+        target, 0.2, seed, vocab_size=vocab, row_offset=row, log=log, dtype=torch.float64
+    )
+    _C.use_backend(str(simt_library))
+    try:
+        x = ops.noise_interpolate(target, 0.2, seed, vocab_size=vocab, row_offset=row, log=log, dtype=dtype)
+    finally:
+        _C.use_backend(None)
+    assert_close(
+        x, want, dtype, scale={torch.float32: 8.0, torch.bfloat16: 1.125}[dtype], absolute=1e-5 if log else 1e-12
+    )
 
 
 def test_wide_rows_are_summed_in_pieces(simt_library):
