@@ -98,11 +98,33 @@ def method_samples():
     return "\n\n".join(tables)
 
 
+def method_likelihood():
+    """Nats per token of held-out text, mean over seeds: exact by passes, and the path's bound."""
+    columns = (4, 8, 16, 32, 64, None)
+    tables = []
+    for (vocab, steps), group in sorted(grouped(results(), lambda r: (r["vocab_size"], r["steps"])).items()):
+        cells = []
+        for (name,), runs in sorted(grouped(group, lambda r: (r["name"],)).items()):
+            runs = [{row["steps"]: row for row in r["likelihood"]} for r in runs if "likelihood" in r]
+            if not runs:
+                continue
+            cells.append([name, str(len(runs))])
+            for column in columns:
+                found = [r[column] for r in runs if column in r]
+                mean = f"{sum(row['nats'] for row in found) / len(found):.3f}" if found else ""
+                cells[-1].append(mean if not found or found[0]["exact"] else f"<= {mean}")
+        if cells:
+            head = [f"V = {vocab:,}, {steps:,} steps", "seeds", *(f"{n} passes" for n in columns[:-1]), "the path's own"]
+            tables.append(table(head, cells))
+    return "\n\n".join(tables)
+
+
 TABLES = (
     ("kernels", kernels),
     ("train step", train_step),
     ("method loss", method_loss),
     ("method samples", method_samples),
+    ("method likelihood", method_likelihood),
 )
 
 
