@@ -57,12 +57,16 @@ def results(rows, vocab, dtype, device):
         "topk_sample": lambda: ops.topk_sample(logits.float(), top, rng, top_p=0.9),
         "topk_renoise": lambda: ops.topk_renoise(logits.float(), top, T, rng, dtype=dtype),
         "euler_step": lambda: ops.euler_step(log_x, logits, 0.1),
+        "softmax_expectation": lambda: ops.softmax_expectation(logits, -torch.linspace(-32, 0, 257, device=device)),
         "noise_posterior": lambda: ops.noise_posterior(target, T, rng, log_prior, top=top),
         "noise_posterior boosts": lambda: ops.noise_posterior(boosted, T, rng, log_prior, top=top, boost=boost),
         "token_posterior": lambda: ops.token_posterior(log_x, T, log_prior, top=top),
         "noise_embedding": embedding(),
         "noise_embedding posterior": embedding(log_prior=log_prior, top=None),
         "noise_embedding top": embedding(log_prior=log_prior, top=top),
+        "posterior_embedding": lambda: with_gradients(
+            lambda w: ops.posterior_embedding(*ops.token_posterior(log_x, T, log_prior, top=top), w, log_prior), weight
+        ),
         "linear_cross_entropy": lambda: with_gradients(
             lambda h, w: ops.linear_cross_entropy(h, w, target), hidden, weight
         ),

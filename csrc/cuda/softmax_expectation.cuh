@@ -16,13 +16,11 @@ inline __host__ __device__ int expectation_bytes(int64_t knots) {
 
 struct WeightedSum {
   double weight, product;
-  __device__ __forceinline__ WeightedSum shuffle_down(int offset) const {
-    return {__shfl_down_sync(~0u, weight, offset), __shfl_down_sync(~0u, product, offset)};
-  }
 };
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) softmax_expectation_kernel(SoftmaxExpectationParams p, bool keep) {
+  const Cluster cluster;
   RowPlaces* shared_places = reinterpret_cast<RowPlaces*>(shared_memory() + kPartialBytes);
   Cell* cells = reinterpret_cast<Cell*>(shared_memory() + kPartialBytes + kPlacesBytes);
   T* kept = keep ? reinterpret_cast<T*>(shared_memory() + expectation_bytes(p.knots)) : nullptr;

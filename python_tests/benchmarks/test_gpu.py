@@ -171,6 +171,11 @@ def test_the_smoke_passes_kernels_that_are_right(simt_library, rows, vocab, dtyp
     assert any(value > 0 for value in errors.values())
 
 
+def test_the_smoke_has_every_operator():
+    names = {name.split()[0] for name in smoke.results(1, 31, torch.float32, "cpu")}
+    assert names == set(smoke.ops.__all__) - {"merge_boosts"}  # which is torch's own operators
+
+
 def test_the_smoke_finds_what_is_wrong(monkeypatch, capsys):
     right = smoke.ops.euler_step
     monkeypatch.setattr(smoke.ops, "euler_step", lambda *a, **k: [x + torch.rand(()) for x in right(*a, **k)])
