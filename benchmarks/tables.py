@@ -114,7 +114,12 @@ def method_likelihood():
                 mean = f"{sum(row['nats'] for row in found) / len(found):.3f}" if found else ""
                 cells[-1].append(mean if not found or found[0]["exact"] else f"<= {mean}")
         if cells:
-            head = [f"V = {vocab:,}, {steps:,} steps", "seeds", *(f"{n} passes" for n in columns[:-1]), "the path's own"]
+            head = [
+                f"V = {vocab:,}, {steps:,} steps",
+                "seeds",
+                *(f"{n} passes" for n in columns[:-1]),
+                "the path's own",
+            ]
             tables.append(table(head, cells))
     return "\n\n".join(tables)
 

@@ -222,7 +222,10 @@ causal = {"input": "tokens", "causal": True, "time": "none"}
             lambda: make(**causal).hidden(torch.zeros(1, 2, 16), 0, cache=make(**causal).cache(2)),
             "cache: got one of 2 sequences, allowed is one of 1",
         ),
-        (lambda: make().hidden(torch.zeros(2, 2, 16), 0, cache=make(**causal).cache(2)), "cache: got one, allowed is None"),
+        (
+            lambda: make().hidden(torch.zeros(2, 2, 16), 0, cache=make(**causal).cache(2)),
+            "cache: got one, allowed is None",
+        ),
     ],
 )
 def test_errors(call, message):
