@@ -133,3 +133,38 @@ def test_command_line_of_the_baselines(klflow, tmp_path, path):
     assert done.returncode == 0 and "unigram entropy" in done.stdout, done.stderr
     done = klflow("complete", str(run), "--steps", "3", "--length", "8", "--prompt", "one two")
     assert done.returncode == 0 and done.stdout.startswith("one two"), done.stderr
+    done = klflow("eval", str(run), "--likelihood", "--count", "3", "--length", "16")
+    assert done.returncode == 0, done.stderr
+    exact = [line for line in done.stdout.splitlines() if line.endswith(" bits per byte")]
+    bounds = [line for line in done.stdout.splitlines() if line.endswith(" bits per byte (upper bound)")]
+    assert [line.split()[0] for line in exact] == (["left"] if path == "autoregressive" else ["segments,"] * 3)
+    assert [line.split()[0] for line in bounds] == (["masks,"] if path == "mask" else [])
+
+
+def test_command_line_of_slices(klflow, tmp_path):
+    """Trained on two streams, such a run samples by slices without being told, and goes on as any other."""
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(f"one two three {i} four\n" * 20 for i in range(60)))
+    run = tmp_path / "run"
+    small = ["--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--vocab-size", "300", "--length", "16"]
+    done = klflow("train", "--slices", "--data", str(tmp_path / "t.txt"), "--out", str(run), "--steps", "3", *small)
+    assert done.returncode == 0, done.stderr
+    assert klflow("train", "--resume", str(run), "--more-steps", "1").returncode == 0
+    for command in (
+        ["sample", str(run), "--steps", "4", "--length", "8", "--count", "2"],
+        ["sample", str(run), "--steps", "4", "--length", "8", "--slice-steps", "2"],
+        ["complete", str(run), "--steps", "4", "--length", "9", "--prompt", "one two"],
+        ["infill", str(run), "--steps", "4", "--text", "one {?5} three {?3} four"],
+    ):
+        done = klflow(*command)
+        assert done.returncode == 0 and "4 passes" in done.stdout, (command, done.stderr)
+    done = klflow("eval", str(run), "--likelihood", "--count", "3", "--length", "16")
+    assert done.returncode == 0, done.stderr
+    names = [line.split("  ")[1].strip() for line in done.stdout.splitlines() if "bits per byte" in line]
+    assert names == ["slices, 4 passes", "slices, 8 passes", "slices, 16 passes", "all at once, race of the noise"]
+    done = klflow(
+        "train", "--slices", "--time", "token", "--data", str(tmp_path / "t.txt"), "--out", str(tmp_path / "b"), *small
+    )
+    assert (
+        done.returncode != 0
+        and "time: got 'token', allowed is 'none', 'add' or 'adaln' where slices is True" in done.stderr
+    )
