@@ -53,7 +53,7 @@ struct Cluster {
   }
 };
 __device__ __forceinline__ int64_t first_row() { return blockIdx.x / cluster_size(); }
-__device__ __forceinline__ int64_t row_step() { return grid_of_row() / cluster_size(); }
+__device__ __forceinline__ int64_t row_step() { return gridDim.x / cluster_size(); }
 __device__ __forceinline__ bool is_leader() { return threadIdx.x == 0 && cluster_rank() == 0; }
 
 }  // namespace klflow::cuda

@@ -34,7 +34,6 @@ inline void store16_shared_if(bool condition, SharedAddress address, const Words
 #define klflow_cluster_sync() ::simt::cluster_barrier(KLFLOW_SITE)
 inline int unhoisted(int x) { return x; }
 inline int thread_of_row() { return static_cast<int>(threadIdx.x); }
-inline uint32_t grid_of_row() { return gridDim.x; }
 inline float max_nan(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
 inline uint32_t max_bf16x2(uint32_t a, uint32_t b) {
   auto larger = [](uint32_t x, uint32_t y) {  // of the upper halves
@@ -146,15 +145,10 @@ __device__ __forceinline__ uint32_t max_f16x2(uint32_t a, uint32_t b) {
   return y;
 }
 
-// The same of the thread's number and the grid's size, which are read again.
+// The same of the thread's number, which is read again.
 __device__ __forceinline__ int thread_of_row() {
   int x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-  return x;
-}
-__device__ __forceinline__ uint32_t grid_of_row() {
-  uint32_t x;
-  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(x));
   return x;
 }
 
