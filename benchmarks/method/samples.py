@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -60,7 +61,9 @@ def likelihood(arguments) -> None:
     rows = []
     if sampler.path.way is None and (sampler.network.slices or arguments.name in ("segments", "mask")):
         for steps in arguments.nfe:
-            rows.append({"steps": steps, "found": sampler.likelihood(tokens, steps=steps, progress=True)})
+            rows.append(
+                {"steps": steps, "found": sampler.likelihood(tokens, steps=steps, progress=sys.stdout.isatty())}
+            )
     if not isinstance(sampler.path, (LinearPath, SpherePath, UniformPath)):
         rows.append({"steps": None, "found": sampler.path.likelihood(sampler.model, tokens)})
     for row in rows:

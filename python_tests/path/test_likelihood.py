@@ -138,6 +138,12 @@ def test_autoregression_and_segments_are_exact():
         found = Sampler(model, path).likelihood(sequences, method="segments", steps=3)
         assert found.exact
         torch.testing.assert_close(found.nats, -weights.log(), rtol=1e-5, atol=1e-5)
+        given = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(0)) < 0.5  # of each text others
+        given[given.all(1), 0] = False
+        agrees = ((sequences[:, None] == sequences) | ~given[:, None]).all(-1).double() @ weights  # p(what is given)
+        found = Sampler(model, path).likelihood(sequences, given, method="segments", steps=3)
+        assert torch.equal(found.tokens, (~given).sum(1))
+        torch.testing.assert_close(found.nats, agrees.log() - weights.log(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", [LogitPath(4), MaskPath(4), Autoregressive(4)], ids=lambda path: path.kind)

@@ -22,6 +22,7 @@ from klflow_ext import (
 )
 from klflow_ext.path import Prediction, Streams
 from klflow_ext.path.network import as_network
+from klflow_ext.sample import Passes
 
 VOCAB, LENGTH = 60, 12
 PATHS = [LogitPath(VOCAB), MaskPath(VOCAB), UniformPath(VOCAB)]
@@ -164,6 +165,27 @@ def test_samples_of_any_prompts_do_not_depend_on_the_batch(path, slice_steps):
     given[:, [0, 4, 11]] = True  # a hole with both sides
     filled = sampler.infill(tokens, given, steps=4).tokens
     assert filled[given].eq(8).all()
+
+
+def test_steps_within_a_slice_are_those_of_the_sampling_scheme(monkeypatch):
+    """A slice begins as noise, its draws are re-noised to the next time, and its last draw is as `final` says."""
+    path, asked, drawn = PATHS[0], [], []
+    predict, draw = Passes.predict, Passes.draw
+    monkeypatch.setattr(
+        Passes, "predict", lambda self, state, t, *a, **k: asked.append((t, state)) or predict(self, state, t, *a, **k)
+    )
+    monkeypatch.setattr(
+        Passes, "draw", lambda self, p, places, k, *a: drawn.append((k, draw(self, p, places, k, *a))) or drawn[-1][1]
+    )
+    sampler = Sampler(slices_model(path), path)
+    result = sampler.sample((2, LENGTH), steps=12, slice_steps=3, top_k=7)
+    grid = path.time_grid(2).tolist()
+    assert result.nfe == 12 and [t for t, _ in asked] == grid * 4 and [k for k, _ in drawn] == [7, 7, 1] * 4
+    for number, ((t, state), (_, tokens)) in enumerate(zip(asked[1:], drawn, strict=False)):
+        assert state.t == t and torch.equal(state.tokens, tokens if number % 3 < 2 else torch.zeros_like(tokens))
+    drawn.clear()
+    sampler.sample((1, LENGTH), steps=6, slice_steps=3, top_k=7, final="draw")
+    assert [k for k, _ in drawn] == [7] * 6
 
 
 def test_every_scheme_takes_what_is_given_as_slice_zero():
