@@ -44,9 +44,9 @@ def softmax_expectation(
 
     Returns: (mean, lse), float32 of shape rows, lse = logsumexp(logits). Not differentiable. A row that holds a NaN or +inf
         has NaN in both; one of only -inf has a mean of NaN and an lse of -inf, as torch.logsumexp.
-    Accuracy: log p is float32 inside, so a mean is within 1e-6 of the largest |f| and 2e-6 of the steepest slope of f: of
-        a table that is smooth (a slope of a few times its size at most), a few units of float32; of one that jumps from
-        knot to knot, less.
+    Accuracy: log p is float32 inside, so a mean is within 1e-6 of the largest |f| and 2e-6 of the steepest slope of f
+        (6e-6 in a row of 262,144 equal logits, on a card without clusters): of a table that is smooth (a slope of a few
+        times its size at most), a few units of float32; of one that jumps from knot to knot, less.
     Errors: TypeError, ValueError.
     """
     check_tensor("logits", logits, FLOATS)
