@@ -67,6 +67,7 @@ def gpu(tmp_path):
     return Run
 
 
+@pytest.mark.slow
 def test_all_parts_and_one_archive(gpu):
     run = gpu()
     code, summary = run.finish()
@@ -112,6 +113,7 @@ def test_a_step_that_fails_does_not_end_the_others(gpu):
     assert [p.name for p in gpu.folder.iterdir()] == ["gpu-kernels.tar.gz"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_call_that_is_stopped_brings_back_what_it_has(gpu, how):
     run = gpu("kernels", HANGS="--no-peers")
@@ -127,6 +129,7 @@ def test_a_call_that_is_stopped_brings_back_what_it_has(gpu, how):
         os.kill(int(run.calls()[-1].removeprefix("pid ")), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_the_limit_of_a_call(gpu):
     run = gpu("kernels", "peers", HANGS="--no-peers", KLFLOW_LIMIT="3")
     code, summary = run.finish()

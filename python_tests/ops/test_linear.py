@@ -330,6 +330,7 @@ def ddp_worker(rank, path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ddp(tmp_path):
     torch.multiprocessing.spawn(ddp_worker, (tmp_path / "rendezvous",), nprocs=2)
 

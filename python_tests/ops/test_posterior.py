@@ -439,6 +439,7 @@ torch.save((build_info()["cpu_capability"], dense, half,
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(capability, tmp_path):
     rows, vocab, path = 6, 5003, tmp_path / "x.pt"

@@ -70,6 +70,7 @@ class Race(Network):
         return Prediction(marginals.clamp_min(1e-300).log())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab, length, count", [(4, 3, 1000), (64, 2, 300)])
 def test_the_race_bound_of_the_exact_denoiser_is_the_entropy(vocab, length, count):
     sequences, weights = sticky(vocab, length)
@@ -80,6 +81,7 @@ def test_the_race_bound_of_the_exact_denoiser_is_the_entropy(vocab, length, coun
     assert error < 0.1 and abs(mean) < 3 * error, (mean, error)
 
 
+@pytest.mark.slow
 def test_what_the_normalised_row_hides_is_paid_for():
     """x_t has lost the scale of the race, which tells something of four tokens: the bound is then above the entropy."""
     sequences, weights = sticky(4, 3)
@@ -88,6 +90,7 @@ def test_what_the_normalised_row_hides_is_paid_for():
     assert 0.15 + 3 * error < mean < 0.5
 
 
+@pytest.mark.slow
 def test_the_rate_is_its_integral():
     """Beside a quadrature of its definition, in float64 and in y = -log w, for p from one to very small."""
     generator = torch.Generator().manual_seed(0)
@@ -114,6 +117,7 @@ def test_the_rate_is_its_integral():
     torch.testing.assert_close(large, nats, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_bound_of_masks_with_the_exact_denoiser_is_the_entropy(schedule):
     """In any order the chain rule is exact, so every estimate has that mean; and the time is that of the share shown."""

@@ -58,6 +58,7 @@ torch.save((build_info()["cpu_capability"], x), "{path}")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_noise(capability, tmp_path):
     path = tmp_path / "x.pt"

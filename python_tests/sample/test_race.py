@@ -29,6 +29,7 @@ class Clocks(Network):
         return Prediction(torch.einsum("bs,slv->blv", joint.softmax(-1), onehot).clamp_min(1e-300).log())
 
 
+@pytest.mark.slow
 def test_many_passes_draw_from_the_joint_distribution():
     draws, weights = 4000, small_chain()[1]
     floor = (weights * (1 - weights) / (2 * math.pi * draws)).sqrt().sum().item()
