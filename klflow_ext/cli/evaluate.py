@@ -60,7 +60,7 @@ class Eval:
 
     run_folder: tyro.conf.Positional[Path]
     likelihood: bool = False
-    """-log p of `count` held-out texts, exactly where the method allows it, else as a bound; about a minute on two cores."""
+    """-log p of `count` held-out texts, exactly where the method allows it, else as a bound."""
     judge: Path | None = None
     """Folder with stories260K.bin and tok512.bin."""
     count: int = 32

@@ -42,7 +42,7 @@ class NetworkChoice:
     time: Time | None = None
     """How the network is told the time."""
     slices: bool = False
-    """Train on two streams, for method="slices": text as good as left to right from fewer passes. A step takes twice as long."""
+    """Train on two streams, for method="slices". A step has twice the rows."""
 
     def make(self, vocab_size: int, length: int) -> tuple[NoisePath, DenoiserConfig]:
         """(path, shape) for V tokens and sequences of `length`. Paths of tokens read tokens; the baselines on the simplex x_t.
