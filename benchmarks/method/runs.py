@@ -83,9 +83,16 @@ def grouped(found: list[dict], key) -> dict[tuple, list[dict]]:
     return groups
 
 
+def order_of(name: str) -> str | None:
+    """The order of its draws that a run was trained for, its method; None: it moves all positions together."""
+    word = name.split()[-1]
+    return word if word in ("segments", "slices") else None
+
+
 def sampled_as(name: str, method: str) -> str:
     """A run with the scheme it was sampled by, where that is not its usual one."""
-    usual = (name.split()[-1],) if name.split()[-1] in ("segments", "slices") else ("basic", "sampling")
+    order = order_of(name)
+    usual = ("basic", "sampling") if order is None else (order,)
     return name if method in usual else f"{name}, {method}"
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import LENGTH, RESULTS, label, load_sampler, text_streams, update
+from runs import LENGTH, RESULTS, label, load_sampler, order_of, text_streams, update
 
-from klflow_ext import LinearPath, LogitPath, SpherePath, UniformPath, data, evaluate
+from klflow_ext import LogitPath, data, evaluate
 
 
 def samples(arguments, sampler, tokenizer, scorer, **options):
@@ -35,8 +35,7 @@ def judge(arguments) -> None:
     """Bits per byte and token entropy of samples at each NFE and top-k, by the path's best scheme."""
     scorer, rows = load_judge(), []
     sampler, tokenizer = load_sampler(arguments)
-    usual = "sampling" if isinstance(sampler.path, LogitPath) else "basic"
-    usual = arguments.name.split()[-1] if arguments.name.split()[-1] in ("segments", "slices") else usual
+    usual = order_of(arguments.name) or ("sampling" if isinstance(sampler.path, LogitPath) else "basic")
     for top_k in arguments.top_k:
         for nfe in [LENGTH] if arguments.name == "autoregressive" else arguments.nfe:
             options = {"steps": nfe, "top_k": top_k, "method": arguments.method or usual}
@@ -59,12 +58,12 @@ def likelihood(arguments) -> None:
     _, _, held = text_streams(arguments)
     tokens = data.batch(held, 4 * arguments.count, LENGTH, 12345, 0)
     rows = []
-    if sampler.path.way is None and (sampler.network.slices or arguments.name in ("segments", "mask")):
+    if order_of(arguments.name) or arguments.name == "mask":
         for steps in arguments.nfe:
             rows.append(
                 {"steps": steps, "found": sampler.likelihood(tokens, steps=steps, progress=sys.stdout.isatty())}
             )
-    if not isinstance(sampler.path, (LinearPath, SpherePath, UniformPath)):
+    if sampler.path.has_likelihood:
         rows.append({"steps": None, "found": sampler.path.likelihood(sampler.model, tokens)})
     for row in rows:
         found = row.pop("found")

@@ -43,9 +43,10 @@ def print_likelihoods(sampler: Sampler, tokenizer, tokens: torch.Tensor) -> None
 
     path, progress = sampler.path, sys.stdout.isatty()
     if path.way is None:
-        method = "slices" if sampler.network.slices else "segments"
         for steps in sorted({min(n, length) for n in (4, 8, 16, 32, length)}):
-            show(f"{method}, {steps} passes", sampler.likelihood(tokens, steps=steps, progress=progress))
+            show(
+                f"{sampler.default_method}, {steps} passes", sampler.likelihood(tokens, steps=steps, progress=progress)
+            )
     if path.has_likelihood:
         name = {"logit": "all at once, race of the noise", "mask": "masks, in random order"}.get(
             path.kind, "left to right"
@@ -101,8 +102,7 @@ class Eval:
             "sampling, top-k 1": {"method": "sampling", "top_k": 1},
             "hybrid, top-k 20": {"method": "hybrid", "top_k": 20},
         }
-        last = "slices" if sampler.network.slices else "segments"
-        schemes[f"{last}, top-k 20"] = {"method": last, "top_k": 20}
+        schemes[f"{sampler.default_method}, top-k 20"] = {"top_k": 20}
         if path.way is not None:
             schemes = {"left to right, top-k 20": {"top_k": 20}}
         for name, options in schemes.items():

@@ -72,8 +72,8 @@ class Demo(Settings):
         length, seed = self.train.length, self.train.seed
         print_losses(model, path, trainer.stream, prepared.heldout, length)
         sampler = Sampler(model, path, trainer.device)
-        last = "slices" if model.slices else "segments"
-        for method in ("basic", "sampling", "hybrid", last) if path.way is None else (last,):
+        methods = ("basic", "sampling", "hybrid", sampler.default_method)
+        for method in methods if path.way is None else methods[-1:]:
             result = sampler.sample((2, length), steps=32, method=method, seed=seed)
             print(f"\n--- {path.way or method}, {result.nfe} passes, {result.seconds:.1f} s")
             for tokens in result.tokens:

@@ -11,7 +11,7 @@ from torch import Tensor
 from klflow_ext.checks import check_field
 from klflow_ext.ops.arguments import INTEGERS, check_tensor, check_tokens, looks_at_values
 from klflow_ext.path.likelihood import Likelihood
-from klflow_ext.path.network import Called, Model, Network, Streams, as_network
+from klflow_ext.path.network import Called, Model, Network, Streams, as_network, slice_order
 from klflow_ext.path.state import Move, Prediction, State
 
 IGNORE = -100  # a target with this value is padding: no loss, and its row carries noise only
@@ -151,7 +151,7 @@ class Path:
     ) -> Prediction:  # fmt: skip
         """What a network says of a state of the tokens target (B, L) at times t (B,); given and order as in `loss`."""
         if order is None and network.slices and given is not None:
-            order = (~given).long()
+            order = slice_order(given, 1)
         if order is None:
             return network.predict(state, self.model_times(t, given, network.times_by_position))
         _check_order(network, order, target)

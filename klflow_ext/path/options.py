@@ -107,11 +107,11 @@ class ResolvedOptions(SampleOptions):
 
     @classmethod
     def of(
-        cls, options: SampleOptions, *, vocab_size: int, t_split: float, reads: str, sparse: bool, slices: bool
+        cls, options: SampleOptions, *, vocab_size: int, t_split: float, reads: str, sparse: bool, default_method: str
     ) -> ResolvedOptions:
-        """For a path of this vocab_size, t_split and reads; sparse, slices: whether the network takes boosts and streams."""
+        """For a path of this vocab_size, t_split and reads; sparse: whether the network takes boosts."""
         found = {field.name: getattr(options, field.name) for field in fields(SampleOptions)}
-        found["method"] = options.method or ("slices" if slices else "segments")
+        found["method"] = options.method or default_method
         found["top_k"] = vocab_size if options.top_k is None else min(options.top_k, vocab_size)
         found["t_split"] = t_split if options.t_split is None else options.t_split
         found["final"] = options.final or ("draw" if reads == "tokens" else "argmax")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from klflow_ext.path import Path, Prediction, State
-from klflow_ext.path.network import Called, Network, Streams
+from klflow_ext.path.network import Called, Network, Streams, slice_order
 
 
 class Passes:
@@ -72,7 +72,7 @@ class Passes:
         times = torch.full((len(given),), t, dtype=torch.float32, device=given.device)
         times = self.path.model_times(times, given, self.network.times_by_position)
         if self.network.slices and streams is None and self._some_given:
-            streams = Streams.of_text(self.known, (~self.given).long())
+            streams = Streams.of_text(self.known, slice_order(self.given, 1))
         self._latest = self.network.predict(state, times, previous=previous, cache=cache, streams=streams)
         self.advance()
         return self._latest
@@ -94,6 +94,7 @@ class Passes:
         step: int,
         temperature: float,
         top_p: float,
+        *,
         row_offset: int = 0,
         wanted: Tensor | None = None,
     ) -> Tensor:

@@ -99,6 +99,11 @@ class Sampler:
         if cuda_graph:
             self._replays = Replays(self._recordable(), path, self.device)
 
+    @property
+    def default_method(self) -> str:
+        """ "slices" for a network that was trained with them, else "segments"."""
+        return "slices" if self.network.slices else "segments"
+
     def _recordable(self) -> Network:
         """The network, if its steps can be recorded."""
         network = self.network
@@ -252,7 +257,7 @@ class Sampler:
             t_split=path.t_split,
             reads=path.reads,
             sparse=self.network.reads_posterior,
-            slices=self.network.slices,
+            default_method=self.default_method,
         )
 
     def _infill_ragged(self, tokens, given, seeds: list[int], way: Way, request: _Request) -> Samples:

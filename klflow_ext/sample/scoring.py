@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,16 +26,9 @@ class Scoring(Passes):
         self._times = torch.zeros_like(tokens)  # that a token was asked for
 
     def draw(
-        self,
-        prediction: Prediction,
-        places: Tensor,
-        k: int,
-        step: int,
-        temperature: float,
-        top_p: float,
-        row_offset: int = 0,
-        wanted: Tensor | None = None,
+        self, prediction: Prediction, places: Tensor, *knobs: Any, wanted: Tensor | None = None, **more: Any
     ) -> Tensor:
+        """As `Passes.draw`, whatever its knobs say."""
         tokens = self.text.gather(1, places)
         counts = ~self.given.gather(1, places)
         if wanted is not None:

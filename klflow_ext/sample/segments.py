@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from klflow_ext.path import ResolvedOptions
+from klflow_ext.path.network import slice_order
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.ways import register_way
 
@@ -13,11 +14,10 @@ from klflow_ext.sample.ways import register_way
 @register_way("segments", ordered=True)
 def segments(passes: Passes, options: ResolvedOptions) -> Tensor:
     """Pass i draws the free positions whose number is i modulo the number of passes."""
-    free = ~passes.given
-    count = min(options.steps, int(free.sum(1).max()))
+    count = min(options.steps, int((~passes.given).sum(1).max()))
     temperatures = options.temperatures(options.steps)  # not of the passes made, which depend on the batch
     passes.expect(count)
-    turn, found = torch.where(free, (free.cumsum(1) - 1) % count, -1), passes.known
+    turn, found = slice_order(passes.given, count) - 1, passes.known
     for i in range(count):
         now, shown = turn == i, turn < i
         prediction = passes.predict(passes.path.renoise(found, 0.0, passes.rng(i), shown), 0.0, shown)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from klflow_ext.path import ResolvedOptions
-from klflow_ext.path.network import Network, Streams
+from klflow_ext.path.network import Network, Streams, slice_order
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.ways import register_way
 
@@ -19,18 +19,19 @@ def slices(passes: Passes, options: ResolvedOptions) -> Tensor:
     and once as it stands, whatever the number of slices. With slice_steps > 1 a slice is asked for again after its draws were
     re-noised, as in the sampling scheme.
     """
-    network, path, free = passes.network, passes.path, ~passes.given
+    network, path = passes.network, passes.path
     if not isinstance(network, Network) or not network.slices:
         raise ValueError(
             "method: got 'slices', allowed is another for a network that was not trained with them (DenoiserConfig.slices)"
         )
-    count = min(max(1, options.steps // options.slice_steps), int(free[0].sum()))
-    order = torch.where(free, (free.cumsum(1) - 1) % count + 1, 0)
-    steps = 1 if count == int(free[0].sum()) else options.slice_steps  # single positions gain nothing by more
+    free = int((~passes.given[0]).sum())  # of all
+    count = min(max(1, options.steps // options.slice_steps), free)
+    order = slice_order(passes.given, count)
+    steps = 1 if count == free else options.slice_steps  # single positions gain nothing by more
     temperatures = options.temperatures(options.steps)  # not of the passes made, which depend on the batch
     grid = path.time_grid(steps - 1, options.grid_power).tolist()
     passes.expect(count * steps)
-    found, cache, clean = passes.known, network.cache(len(free)), _places(order == 0)
+    found, cache, clean = passes.known, network.cache(len(order)), _places(order == 0)
     for i in range(count):
         query = _places(order == i + 1)
         drawn = torch.zeros_like(query)

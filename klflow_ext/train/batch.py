@@ -10,6 +10,7 @@ from torch import Tensor
 
 from klflow_ext import data
 from klflow_ext.path import IGNORE, Path
+from klflow_ext.path.network import slice_order
 from klflow_ext.train.config import TrainConfig
 
 
@@ -105,9 +106,9 @@ class Batches:
         b, length = given.shape
         least = min(4, length)
         count = np.round(least * (length / least) ** np.minimum(1, 1.5 * generator.random(b))).astype(np.int64)
-        free = ~given
-        order = torch.where(free, (free.cumsum(1) - 1) % torch.from_numpy(count)[:, None] + 1, 0)
-        return order, torch.from_numpy(generator.random(b) >= self.config.flow_share)
+        return slice_order(given, torch.from_numpy(count)[:, None]), torch.from_numpy(
+            generator.random(b) >= self.config.flow_share
+        )
 
     def times(self, generator: np.random.Generator) -> Tensor:
         """(B,) times of a batch, as config.time_sampling says."""
