@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from klflow_ext.path.base import IGNORE, Path, check_targets, check_text
-from klflow_ext.path.likelihood import Likelihood
-from klflow_ext.path.network import Model, as_network, evaluating
+from klflow_ext.path.base import IGNORE, Path, check_targets
+from klflow_ext.path.network import Called, Network
 
 
 class Autoregressive(Path):
@@ -25,6 +24,7 @@ class Autoregressive(Path):
     """
 
     kind: ClassVar[str] = "autoregressive"
+    likelihood_kind = "exact"
     reads: ClassVar[str] = "tokens"
     way: ClassVar[str | None] = "left_to_right"
     fields: ClassVar[tuple[str, ...]] = ("vocab_size",)
@@ -50,14 +50,10 @@ class Autoregressive(Path):
         inputs[..., 1:] = target[..., :-1].masked_fill(target[..., :-1] == IGNORE, self.vocab_size)
         return inputs
 
-    def likelihood(
-        self, model: Model, target: Tensor, *, given: Tensor | None = None, seed: int = 0, strata: int = 32
-    ) -> Likelihood:
+    def _nats(
+        self, network: Network | Called, target: Tensor, label: Tensor, given: Tensor | None, seed: int, strata: int
+    ) -> Tensor:
         """Exact, by one pass; a given token counts nothing, and is seen by the positions behind it. seed and strata say nothing."""
-        network = as_network(model, self.vocab_size)
-        label, count = check_text(target, given)
         t = torch.zeros(len(target), dtype=torch.float32, device=target.device)
-        with torch.no_grad(), evaluating(network):
-            prediction = network.predict(self.noisy(target, t, 0), t)
-            nats = prediction.cross_entropy(label, ignore_index=IGNORE, reduction="none").double().sum(1)
-        return Likelihood(nats, count, exact=True)
+        prediction = network.predict(self.noisy(target, t, 0), t)
+        return prediction.cross_entropy(label, ignore_index=IGNORE, reduction="none").double().sum(1)

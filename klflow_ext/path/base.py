@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from klflow_ext.checks import check_field
+from klflow_ext.checks import check_field, check_int
 from klflow_ext.ops.arguments import INTEGERS, check_tensor, check_tokens, looks_at_values
 from klflow_ext.path.likelihood import Likelihood
-from klflow_ext.path.network import Called, Model, Network, Streams, as_network, slice_order
+from klflow_ext.path.network import Called, Model, Network, Streams, as_network, evaluating, slice_order
 from klflow_ext.path.state import Move, Prediction, State
 
 IGNORE = -100  # a target with this value is padding: no loss, and its row carries noise only
@@ -40,6 +40,7 @@ class Path:
     kind: ClassVar[str]
     reads: ClassVar[str] = "rows"
     way: ClassVar[str | None] = None
+    likelihood_kind: ClassVar[Literal["exact", "bound"] | None] = None  # what `likelihood` gives
     fields: ClassVar[tuple[str, ...]] = ("vocab_size", "t_max", "t_split")  # the arguments, all of them attributes
     _kinds: ClassVar[dict[str, type[Path]]] = {}
 
@@ -64,7 +65,7 @@ class Path:
     @property
     def has_likelihood(self) -> bool:
         """Whether `likelihood` gives one."""
-        return type(self).likelihood is not Path.likelihood
+        return self.likelihood_kind is not None
 
     # ---- times
 
@@ -169,21 +170,34 @@ class Path:
     def likelihood(
         self, model: Model, target: Tensor, *, given: Tensor | None = None, seed: int = 0, strata: int = 32
     ) -> Likelihood:
-        """-log p of texts to a model of this path, or an upper bound of it.
+        """-log p of texts to a model of this path, or an upper bound of it, as `_nats` of the path says.
 
         Args:
             model: as in `loss`.
             target: (B, L) tokens; `IGNORE` marks padding.
             given: (B, L) bool, positions whose tokens are known, and not counted.
             seed: of the noise that a bound is estimated with, >= 0.
-            strata: passes of a bound, equally spaced in the noise.
+            strata: passes of a bound, at least 1, equally spaced in the noise.
 
         Raises:
-            ValueError: this path has none.
+            ValueError: this path has none, or an argument is outside its range.
         """
-        raise ValueError(
-            f"path: got {self!r}, allowed where a likelihood is asked for is logit, mask or autoregressive"
-        )
+        if not self.has_likelihood:
+            raise ValueError(
+                f"path: got {self!r}, allowed where a likelihood is asked for is logit, mask or autoregressive"
+            )
+        strata = check_int("strata", strata, 1, 2**20, "an integer in [1, 2^20]")
+        network = as_network(model, self.vocab_size)
+        label, count = check_text(target, given)
+        with torch.no_grad(), evaluating(network):
+            nats = self._nats(network, target, label, given, seed, strata)
+        return Likelihood(nats, count, exact=self.likelihood_kind == "exact")
+
+    def _nats(
+        self, network: Network | Called, target: Tensor, label: Tensor, given: Tensor | None, seed: int, strata: int
+    ) -> Tensor:
+        """(B,) float64, -log p of each text or its bound; label: target with IGNORE where a token is not counted."""
+        raise NotImplementedError
 
     # ---- sampling
 

@@ -9,10 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from klflow_ext.checks import check_int
-from klflow_ext.path.base import IGNORE, Path, check_targets, check_text, hide_padding
-from klflow_ext.path.likelihood import Likelihood
-from klflow_ext.path.network import Model, as_network, evaluating
+from klflow_ext.path.base import IGNORE, Path, check_targets, hide_padding
+from klflow_ext.path.network import Called, Network
 from klflow_ext.path.noise import row_words, uniform
 from klflow_ext.path.state import Move, Prediction, State
 
@@ -75,6 +73,7 @@ class MaskPath(_DiscretePath):
     """
 
     kind: ClassVar[str] = "mask"
+    likelihood_kind = "bound"
 
     def _noise(self, words: Tensor) -> Tensor:
         return torch.full(words.shape[:-1], self.vocab_size, dtype=torch.int64, device=words.device)
@@ -86,32 +85,29 @@ class MaskPath(_DiscretePath):
             return super()._cross_entropy(prediction, state, label, reduction)
         return super()._cross_entropy(prediction, state, label, "sum") / (label != IGNORE).sum().clamp_min(1)
 
-    def likelihood(
-        self, model: Model, target: Tensor, *, given: Tensor | None = None, seed: int = 0, strata: int = 32
-    ) -> Likelihood:
+    def _nats(
+        self, network: Network | Called, target: Tensor, label: Tensor, given: Tensor | None, seed: int, strata: int
+    ) -> Tensor:
         """The bound of writing the text in a random order (ARDM, Hoogeboom et al. 2021, arXiv 2110.02037).
 
         Of f tokens to be written, m = 1 .. f are still masked, all m as likely: the bound is f / m times the cross-entropy summed
         over the masked ones. It does not depend on the schedule of kappa.
         """
-        strata = check_int("strata", strata, 1, 2**20, "an integer in [1, 2^20]")
-        network = as_network(model, self.vocab_size)
-        label, count = check_text(target, given)
         free, generator = label != IGNORE, np.random.default_rng((seed, 2))
+        count = free.sum(1)
         nats = torch.zeros(len(target), dtype=torch.float64, device=target.device)
-        with torch.no_grad(), evaluating(network):
-            for i in range(strata):
-                u = torch.from_numpy((i + generator.random(len(target))) / strata).to(target.device)
-                masked = (1 + (u * count).long()).clamp_max(count)
-                scores = torch.from_numpy(generator.random(target.shape)).to(target.device).masked_fill(~free, 2.0)
-                hidden = (scores.argsort(1).argsort(1) < masked[:, None]) & free
-                t = self.time_of_share(1 - masked / count.clamp_min(1)).float()
-                state = State(torch.where(hidden | (target == IGNORE), self.vocab_size, target))
-                prediction = self.predict(network, state, target, t, given)
-                shown = label.masked_fill(~hidden, IGNORE)
-                sums = prediction.cross_entropy(shown, ignore_index=IGNORE, reduction="none").double().sum(1)
-                nats += sums * count / masked.clamp_min(1) / strata
-        return Likelihood(nats, count, exact=False)
+        for i in range(strata):
+            u = torch.from_numpy((i + generator.random(len(target))) / strata).to(target.device)
+            masked = (1 + (u * count).long()).clamp_max(count)
+            scores = torch.from_numpy(generator.random(target.shape)).to(target.device).masked_fill(~free, 2.0)
+            hidden = (scores.argsort(1).argsort(1) < masked[:, None]) & free
+            t = self.time_of_share(1 - masked / count.clamp_min(1)).float()
+            state = State(torch.where(hidden | (target == IGNORE), self.vocab_size, target))
+            prediction = self.predict(network, state, target, t, given)
+            shown = label.masked_fill(~hidden, IGNORE)
+            sums = prediction.cross_entropy(shown, ignore_index=IGNORE, reduction="none").double().sum(1)
+            nats += sums * count / masked.clamp_min(1) / strata
+        return nats
 
     def time_of_share(self, share: Tensor) -> Tensor:
         """The times, float64, at which tokens show with probabilities `share` in [0, 1]: kappa, inverted."""

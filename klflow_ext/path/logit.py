@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from klflow_ext import ops
-from klflow_ext.checks import check_field, check_int
-from klflow_ext.path.base import IGNORE, Path, check_targets, check_text, hide_padding
+from klflow_ext.checks import check_field
+from klflow_ext.path.base import IGNORE, Path, check_targets, hide_padding
 from klflow_ext.path.likelihood import Likelihood
-from klflow_ext.path.network import Model, as_network, evaluating
+from klflow_ext.path.network import Called, Model, Network
 from klflow_ext.path.noise import log_gamma
 from klflow_ext.path.race import race_rate
 from klflow_ext.path.state import Move, Prediction, State
@@ -84,6 +84,7 @@ class LogitPath(Path):
     """
 
     kind: ClassVar[str] = "logit"
+    likelihood_kind = "bound"
     fields: ClassVar[tuple[str, ...]] = ("vocab_size", "beta", "t_max", "t_split", "alpha")
 
     def __init__(
@@ -177,38 +178,37 @@ class LogitPath(Path):
         tokens, times, shown = hide_padding(target, t, given)
         return self._hidden(tokens, times, rng, shown, row_offset)
 
-    def likelihood(
-        self, model: Model, target: Tensor, *, given: Tensor | None = None, seed: int = 0, strata: int = 32
-    ) -> Likelihood:
-        """The race bound (`klflow_ext.path.race`), with noise of alpha = 1; `strata` passes and one more.
+    def _nats(
+        self, network: Network | Called, target: Tensor, label: Tensor, given: Tensor | None, seed: int, strata: int
+    ) -> Tensor:
+        """The race bound (`klflow_ext.path.race`); `strata` passes and one more.
 
         Each sequence has its own s in each of the strata, so the standard error tells all of the noise.
         """
-        if not self.closed_form:
-            raise ValueError(f"alpha: got {self.alpha}, allowed is 1 where a likelihood is asked for")
-        strata = check_int("strata", strata, 1, 2**20, "an integer in [1, 2^20]")
-        network = as_network(model, self.vocab_size)
-        label, count = check_text(target, given)
         most = float(self.odds(self.t_max))
         generator = np.random.default_rng((seed, 2))
         nats = torch.zeros(len(target), dtype=torch.float64, device=target.device)
-        with torch.no_grad(), evaluating(network):
-            for i in range(strata + 1):
-                if i == strata:
-                    s = torch.full((len(target),), most, dtype=torch.float64)
-                else:
-                    s = torch.from_numpy((i + generator.random(len(target))) / strata * most).clamp_min(1e-3 / strata)
-                s = s.to(target.device)
-                t = (s / (self.c + s)).float()
-                rng = torch.tensor([seed, i], dtype=torch.int64, device=target.device)
-                state = self.noisy(target, t[:, None], rng, given=given)
-                prediction = self.predict(network, state, target, t, given)
-                if i == strata:
-                    rate = prediction.cross_entropy(label, ignore_index=IGNORE, reduction="none").double()
-                else:
-                    rate = race_rate(prediction, label.clamp_min(0), s).masked_fill(label == IGNORE, 0) * most / strata
-                nats += rate.sum(1)
-        return Likelihood(nats, count, exact=False)
+        for i in range(strata + 1):
+            if i == strata:
+                s = torch.full((len(target),), most, dtype=torch.float64)
+            else:
+                s = torch.from_numpy((i + generator.random(len(target))) / strata * most).clamp_min(1e-3 / strata)
+            s = s.to(target.device)
+            t = (s / (self.c + s)).float()
+            rng = torch.tensor([seed, i], dtype=torch.int64, device=target.device)
+            prediction = self.predict(network, self.noisy(target, t[:, None], rng, given=given), target, t, given)
+            if i == strata:
+                rate = prediction.cross_entropy(label, ignore_index=IGNORE, reduction="none").double()
+            else:
+                rate = race_rate(prediction, label.clamp_min(0), s).masked_fill(label == IGNORE, 0) * most / strata
+            nats += rate.sum(1)
+        return nats
+
+    def likelihood(self, model: Model, target: Tensor, **options: Any) -> Likelihood:
+        """As `Path.likelihood`: the race bound, with noise of alpha = 1."""
+        if not self.closed_form:
+            raise ValueError(f"alpha: got {self.alpha}, allowed is 1 where a likelihood is asked for")
+        return super().likelihood(model, target, **options)
 
     def renoise(self, tokens: Tensor, t: float | Tensor, rng: Tensor, given: Tensor) -> State:
         if self.closed_form:
