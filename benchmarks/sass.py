@@ -26,6 +26,8 @@ import tempfile
 from collections import Counter, namedtuple
 from pathlib import Path
 
+from klflow_ext.run import write_file
+
 ROOT = Path(__file__).resolve().parent.parent
 ARCH = "sm_90"
 GPUS = {"H100": 3.0e12, "H200": 4.3e12}  # bytes a second of a copy
@@ -265,7 +267,7 @@ def main():
     if arguments.json:
         version = subprocess.run([tools()[0], "--version"], capture_output=True, text=True, check=True).stdout
         found = {"arch": ARCH, "nvcc": re.search(r"release ([\d.]+)", version)[1], "results": results}
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_file(arguments.json, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
 
 
 if __name__ == "__main__":

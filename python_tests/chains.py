@@ -31,10 +31,20 @@ name = lambda path: f"{path.kind}-{getattr(path, 'alpha', getattr(path, 'schedul
 METHODS = ["basic", "sampling", "hybrid", "segments"]
 
 
+def sticky_chain(vocab, length, stays=0.8, start=None):
+    """All sequences (S, L) of a chain that stays with a probability, else goes anywhere, and their probabilities (S,).
+
+    start: (V,) weights of the first token; None: all alike.
+    """
+    sequences = torch.tensor(list(itertools.product(range(vocab), repeat=length)))
+    start = torch.ones(vocab).double() if start is None else start
+    same = sequences[:, 1:] == sequences[:, :-1]
+    moves = torch.where(same, stays, (1 - stays) / (vocab - 1)).double().prod(-1)
+    return sequences, (start / start.sum())[sequences[:, 0]] * moves
+
+
 def small_chain():
-    sequences = torch.tensor(list(itertools.product(range(SMALL), repeat=3)))
-    stays = sequences[:, 1:] == sequences[:, :-1]
-    return sequences, torch.where(stays, 0.8, 0.1).double().prod(-1) / SMALL
+    return sticky_chain(SMALL, 3)
 
 
 def small_variation(tokens, draws):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from chains import sticky_chain
 
 from klflow_ext import (
     Autoregressive,
@@ -23,13 +24,8 @@ from klflow_ext.path.race import race_rate
 
 
 def sticky(vocab, length):
-    """All sequences of a chain that starts anywhere and stays with probability 0.7, and their probabilities."""
-    sequences = torch.tensor(list(itertools.product(range(vocab), repeat=length)))
-    start = torch.arange(vocab, 0, -1).double()
-    weights = (start / start.sum())[sequences[:, 0]]
-    for i in range(1, length):
-        weights = weights * torch.where(sequences[:, i] == sequences[:, i - 1], 0.7, 0.3 / (vocab - 1))
-    return sequences, weights
+    """A chain that starts anywhere, but not everywhere alike, and stays with probability 0.7."""
+    return sticky_chain(vocab, length, 0.7, torch.arange(vocab, 0, -1).double())
 
 
 def texts(sequences, weights, count):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from chains import SMALL, name, small_chain, small_variation
+from chains import SMALL, name, small_chain, small_variation, sticky_chain
 
 from klflow_ext import (
     Denoiser,
@@ -21,15 +21,6 @@ from klflow_ext import (
 from klflow_ext.path.logit import log_evidence
 
 V, L = 4, 4
-
-
-def sticky_chain():
-    """All 256 sequences of a Markov chain that stays with probability 0.8, and their probabilities."""
-    sequences = torch.tensor(list(itertools.product(range(V), repeat=L)))
-    weights = torch.full((len(sequences),), 0.25, dtype=torch.float64)
-    for i in range(L - 1):
-        weights *= torch.where(sequences[:, i] == sequences[:, i + 1], 0.8, 0.2 / 3)
-    return sequences, weights
 
 
 def total_variation(tokens, weights):
@@ -63,7 +54,7 @@ DRAWS = 20_000
 
 @pytest.fixture(scope="module")
 def variations():
-    sequences, weights = sticky_chain()
+    sequences, weights = sticky_chain(V, L)
     path = LogitPath(V, t_max=0.8)
     exact = ExactDenoiser((sequences, weights), path)
 
@@ -89,7 +80,7 @@ def variations():
 
 @pytest.mark.slow
 def test_samplers_reach_the_joint_distribution(variations):
-    _, weights = sticky_chain()
+    _, weights = sticky_chain(V, L)
     # The mean total variation of as many draws of the truth itself: sum_i sqrt(p_i (1 - p_i) / (2 pi n)).
     floor = (weights * (1 - weights) / (2 * math.pi * DRAWS)).sqrt().sum().item()
     for scheme in ("basic", "hybrid"):
@@ -121,7 +112,7 @@ def test_one_token_marginals(method):
 
 
 def test_exact_denoiser_keeps_to_what_is_given():
-    sequences, weights = sticky_chain()
+    sequences, weights = sticky_chain(V, L)
     model = ExactDenoiser((sequences, weights), LogitPath(V, t_max=0.8))
     x = torch.full((1, L, V), 1 / V)
     x[0, 0] = torch.nn.functional.one_hot(torch.tensor(2), V)
