@@ -10,8 +10,9 @@ from torch import Tensor
 
 from klflow_ext.checks import check_field, check_int
 from klflow_ext.ops.arguments import INTEGERS, check_tensor, check_tokens, looks_at_values
+from klflow_ext.path.layout import slice_order
 from klflow_ext.path.likelihood import Likelihood
-from klflow_ext.path.network import Called, Model, Network, Streams, as_network, evaluating, slice_order
+from klflow_ext.path.network import Called, Model, Network, Streams, as_network, evaluating
 from klflow_ext.path.state import Move, Prediction, State
 
 IGNORE = -100  # a target with this value is padding: no loss, and its row carries noise only

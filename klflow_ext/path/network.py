@@ -20,12 +20,6 @@ from klflow_ext.path.state import Prediction, State
 Model = Callable[[Tensor, Tensor], Tensor]
 
 
-def slice_order(given: Tensor, count: int | Tensor) -> Tensor:
-    """(B, L) int64, the slice of each position: 0 where it is given, else 1 to count (a number or (B, 1)), in turn from the left."""
-    free = ~given
-    return torch.where(free, (free.cumsum(1) - 1) % count + 1, 0)
-
-
 @dataclass(frozen=True)
 class Streams:
     """Clean rows, which stand before those of a state, the queries: what a network with `slices` reads.

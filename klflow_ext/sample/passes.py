@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from klflow_ext.path import Path, Prediction, State
-from klflow_ext.path.network import Called, Network, Streams, slice_order
+from klflow_ext.path.layout import slice_order
+from klflow_ext.path.network import Called, Network, Streams
 
 
 class Passes:

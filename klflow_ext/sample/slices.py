@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from klflow_ext.path import ResolvedOptions
-from klflow_ext.path.network import Network, Streams, slice_order
+from klflow_ext.path.layout import Layout
+from klflow_ext.path.network import Network, Streams
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.ways import register_way
 
 
 @register_way("slices", ordered=True, same_free=True)
 def slices(passes: Passes, options: ResolvedOptions) -> Tensor:
-    """Slice i holds the free positions whose number is i modulo the number of slices; what is given stands before all.
+    """Slice i holds the positions of set i of the layout; what is given stands before all.
 
     A pass reads the tokens of the slice before, and asks for those of its own: each position is computed once as a question
     and once as it stands, whatever the number of slices. With slice_steps > 1 a slice is asked for again after its draws were
@@ -25,14 +26,17 @@ def slices(passes: Passes, options: ResolvedOptions) -> Tensor:
             "method: got 'slices', allowed is another for a network that was not trained with them (DenoiserConfig.slices)"
         )
     free = int((~passes.given[0]).sum())  # of all
-    count = min(max(1, options.steps // options.slice_steps), free)
-    order = slice_order(passes.given, count)
-    steps = 1 if count == free else options.slice_steps  # single positions gain nothing by more
-    temperatures = options.temperatures(options.steps)  # not of the passes made, which depend on the batch
+    if options.layout is not None:
+        options.layout.check_fits(passes.given)
+    layout = options.layout or Layout.for_passes(max(1, options.steps // options.slice_steps), free)
+    order = layout.order(passes.given)
+    steps = 1 if len(layout) == free else options.slice_steps  # single positions gain nothing by more
+    # not of the passes made, which depend on the batch
+    temperatures = options.temperatures(max(options.steps, len(layout) * options.slice_steps))
     grid = path.time_grid(steps - 1, options.grid_power).tolist()
-    passes.expect(count * steps)
+    passes.expect(len(layout) * steps)
     found, cache, clean = passes.known, network.cache(len(order)), _places(order == 0)
-    for i in range(count):
+    for i in range(len(layout)):
         query = _places(order == i + 1)
         drawn = torch.zeros_like(query)
         for j, t in enumerate(grid):

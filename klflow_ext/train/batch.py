@@ -10,7 +10,7 @@ from torch import Tensor
 
 from klflow_ext import data
 from klflow_ext.path import IGNORE, Path
-from klflow_ext.path.network import slice_order
+from klflow_ext.path.layout import slice_order
 from klflow_ext.train.config import TrainConfig
 
 
