@@ -154,6 +154,10 @@ class Denoiser(Network):
         h = F.embedding(tokens, self.embedding)
         return self._centred(h) if self.config.input == "simplex" else h
 
+    def embed_posterior(self, ids: Tensor, q: Tensor, rest: Tensor) -> Tensor:
+        """embed of rows whose posterior is q (B, L, K) at ids, and `rest` (B, L) spread over the others as the prior is."""
+        return ops.posterior_embedding(ids, q, rest, self.embedding, self.log_prior)
+
     def embed_noise(
         self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, row_offset: int = 0,
         boost: Tensor | None = None,

@@ -66,6 +66,7 @@ class Network(nn.Module):
     It may define
         embed_noise(target, t, rng, given=, row_offset=) -> (B, L, D): embed of a LogitPath's noise, straight from tokens and
             seed; then `makes_noise` is True. If it reads posteriors, it also takes boost=, and `reads_posterior` is True;
+        embed_posterior(ids, q, rest) -> (B, L, D): embed of posteriors by their entries, and log_prior (V,), of one that reads them;
         cache(B), for an Autoregressive path or slices, which hidden then takes as cache=; then `caches` is True;
         embed_certain(tokens) -> (B, C, D): embed of rows that show their tokens; if hidden takes streams=, `slices` is True.
 
@@ -87,6 +88,8 @@ class Network(nn.Module):
     embed: Callable[..., Tensor]
     embed_noise: Callable[..., Tensor]
     embed_certain: Callable[[Tensor], Tensor]
+    embed_posterior: Callable[[Tensor, Tensor, Tensor], Tensor]
+    log_prior: Tensor
     hidden: Callable[..., Tensor]
     cache: Callable[[int], Any]
     head: nn.Linear
@@ -120,6 +123,9 @@ class Network(nn.Module):
             )
         else:
             h = self.embed(state.x, times)
+        if self.reads_posterior and state.evidence is not None:
+            heard = self.embed_posterior(*state.evidence.posterior(self.log_prior))
+            h = torch.where(state.evidence.observed[..., None], heard.to(h.dtype), h)
         options: dict[str, Any] = {} if cache is None else {"cache": cache}
         before = 0
         if streams is not None:
