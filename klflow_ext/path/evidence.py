@@ -29,14 +29,16 @@ class Evidence:
 
     ids: Tensor
     log_likelihood: Tensor
-    other: Tensor | float = -math.inf
+    other: Tensor = -math.inf  # type: ignore[assignment]  # a Tensor from __post_init__ on
 
     def __post_init__(self) -> None:
         ids, likelihood, other = torch.as_tensor(self.ids), torch.as_tensor(self.log_likelihood), self.other
         if ids.dim() != 3 or ids.shape[2] < 1 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"ids: got {ids.dtype} of shape {tuple(ids.shape)}, allowed are integers (B, L, K >= 1)")
         if likelihood.shape != ids.shape:
-            raise ValueError(f"log_likelihood: got shape {tuple(likelihood.shape)}, allowed is that of ids, {tuple(ids.shape)}")
+            raise ValueError(
+                f"log_likelihood: got shape {tuple(likelihood.shape)}, allowed is that of ids, {tuple(ids.shape)}"
+            )
         ids, likelihood = ids.long(), likelihood.float().to(ids.device)
         used = ids >= 0
         other = torch.as_tensor(other, dtype=torch.float32, device=ids.device)
@@ -64,7 +66,9 @@ class Evidence:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def of_lists(cls, rows: Sequence[Sequence[Sequence[tuple[int, float]] | None]], other: float = -math.inf) -> Evidence:
+    def of_lists(
+        cls, rows: Sequence[Sequence[Sequence[tuple[int, float]] | None]], other: float = -math.inf
+    ) -> Evidence:
         """Of B sequences of L positions each: (token, log-likelihood) pairs, or None where nothing was observed."""
         most = max((len(pairs or ()) for row in rows for pairs in row), default=0)
         length = len(rows[0]) if rows else 0
@@ -76,7 +80,7 @@ class Evidence:
             for i, pairs in enumerate(row):
                 for j, (token, value) in enumerate(pairs or ()):
                     ids[b, i, j], values[b, i, j] = token, value
-        return cls(ids, values, other)
+        return cls(ids, values, torch.tensor(other))
 
     @classmethod
     def stack(cls, some: Sequence[Evidence]) -> Evidence:
@@ -114,7 +118,9 @@ class Evidence:
 
     def at(self, places: Tensor) -> Evidence:
         """Of some positions (B, N) of each sequence."""
-        return self._map(lambda x: x.gather(1, places.reshape(*places.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])))
+        return self._map(
+            lambda x: x.gather(1, places.reshape(*places.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+        )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Evidence:
         return self._made(change(self.ids), change(self.log_likelihood), change(self.other))

@@ -187,13 +187,15 @@ class Sampler:
                 f"method: got {request.options.method!r} with evidence, allowed with it is one of {hearing_names()}"
             )
         if not isinstance(tokens, Tensor):
-            return self._infill_ragged(tokens, given, _seeds(seed, len(tokens)), way, request, self._each(evidence, tokens))
-        self._check_evidence(evidence, tokens)
+            return self._infill_ragged(
+                tokens, given, _seeds(seed, len(tokens)), way, request, self._each(evidence, tokens)
+            )
         tokens, given = self._checked(tokens, given)
+        observed = self._check_evidence(evidence, tokens)
         seeds = _seeds(seed, len(tokens))
         if not wants_same_free(way) or bool(((~given).sum(1) == (~given[:1]).sum(1)).all()):
-            return self._infill(tokens, given, seeds, way, request, evidence)
-        each = None if evidence is None else [evidence[i : i + 1] for i in range(len(tokens))]
+            return self._infill(tokens, given, seeds, way, request, observed)
+        each = None if observed is None else [observed[i : i + 1] for i in range(len(tokens))]
         found = self._infill_ragged(tokens.cpu(), given.cpu(), seeds, way, request, each)
         found.tokens = torch.stack(list(found.tokens))
         found.history = [torch.stack(list(rows)) for rows in found.history]
@@ -360,17 +362,20 @@ class Sampler:
         if bool(bad.any()):
             raise ValueError(f"tokens: got {tokens[bad][0].item()} where given, allowed is 0 to V - 1 = {vocab - 1}")
 
-    def _check_evidence(self, evidence: Evidence | None, tokens: Tensor) -> None:
+    def _check_evidence(self, evidence: Any, tokens: Tensor) -> Evidence | None:
         if evidence is None:
-            return
+            return None
         if not isinstance(evidence, Evidence):
             raise TypeError(f"evidence: got {type(evidence).__name__}, allowed is an Evidence")
         shape, vocab = tuple(tokens.shape), self.path.vocab_size
         if tuple(evidence.ids.shape[:2]) != shape:
-            raise ValueError(f"evidence: got one of {tuple(evidence.ids.shape[:2])} positions, allowed is that of tokens, {shape}")
+            raise ValueError(
+                f"evidence: got one of {tuple(evidence.ids.shape[:2])} positions, allowed is that of tokens, {shape}"
+            )
         most = int(evidence.ids.max()) if evidence.ids.numel() else -1
         if most >= vocab:
             raise ValueError(f"evidence: got the token {most}, allowed is 0 to V - 1 = {vocab - 1}")
+        return evidence
 
     def _each(self, evidence, tokens) -> list[Evidence] | None:
         """Of a list of sequences, of one each."""

@@ -19,7 +19,9 @@ def segments(passes: Passes, options: ResolvedOptions) -> Tensor:
     layout = options.layout or Layout.stride(min(options.steps, int((~passes.given).sum(1).max())))
     order, found = layout.order(passes.given), passes.known
     passes.expect(len(layout))
-    temperatures = options.temperatures(max(options.steps, len(layout)))  # not of the passes made, which depend on the batch
+    temperatures = options.temperatures(
+        max(options.steps, len(layout))
+    )  # not of the passes made, which depend on the batch
     for i in range(len(layout)):
         now, shown = order == i + 1, order <= i
         evidence = None if passes.evidence is None else passes.evidence.without(shown)

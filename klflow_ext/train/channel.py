@@ -9,7 +9,9 @@ from torch import Tensor
 from klflow_ext.path import Evidence
 
 
-def confuse(tokens: Tensor, strength: np.ndarray, prior: np.ndarray, generator: np.random.Generator, size: int = 8) -> Evidence:
+def confuse(
+    tokens: Tensor, strength: np.ndarray, prior: np.ndarray, generator: np.random.Generator, size: int = 8
+) -> Evidence:
     """What is observed of tokens: a list of `size` that holds the true one, the others drawn from the prior, and a score of each.
 
     The score of the true token is Normal(d, 1), of each other Normal(0, 1), d its strength. Given the list, then,
