@@ -45,6 +45,20 @@ class Streams:
         places = torch.arange(tokens.shape[1], device=tokens.device).repeat(2).expand(len(tokens), -1)
         return cls(tokens, places, order.repeat(1, 2))
 
+    def by_slice(self) -> tuple[Tensor, Streams]:
+        """(rows, streams): the clean rows by their slices, then the queries by theirs, row i being row rows[b, i] of these.
+
+        Whom a row sees then lies in two stretches, which block-sparse attention is made for.
+        """
+        assert self.slices is not None
+        count = self.tokens.shape[1]
+        clean, query = (
+            self.slices[:, :count].argsort(dim=1, stable=True),
+            self.slices[:, count:].argsort(dim=1, stable=True),
+        )
+        rows = torch.cat([clean, query + count], 1)
+        return rows, Streams(self.tokens.gather(1, clean), self.places.gather(1, rows), self.slices.gather(1, rows))
+
     def sees(self) -> Tensor:
         """(B, C + Q, C + Q) bool: whom each row sees."""
         assert self.slices is not None
