@@ -114,8 +114,13 @@ def grid(arguments) -> None:
     for steps in arguments.nfe:
         for name in ("path", "race"):
             times = sampler.path.race_times(sampler.model, texts, steps) if name == "race" else None
-            row, _ = samples(arguments, sampler, tokenizer, scorer, steps=steps, method="sampling", top_k=20, times=times)
-            row = {"times": name, **{key: row[key] for key in ("steps", "bits_per_byte", "entropy", "seconds", "count")}}
+            row, _ = samples(
+                arguments, sampler, tokenizer, scorer, steps=steps, method="sampling", top_k=20, times=times
+            )
+            row = {
+                "times": name,
+                **{key: row[key] for key in ("steps", "bits_per_byte", "entropy", "seconds", "count")},
+            }
             rows.append(row)
             print(f"{label(arguments)}: {row}", flush=True)
     update(arguments, grid=rows)
