@@ -118,15 +118,14 @@ class Batches:
     def order(self, given: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
         """order (B, L), the slices of what is free, and blank (B,), as config.flow_share says.
 
-        The slices are strides. Their number n is L for a third of the sequences that are blank, else from 4 to L, uniform in its
-        logarithm; of those that carry noise it is from 1 to L.
+        The slices are strides. Their number n is L for a third of the sequences, else from 4 to L, uniform in its logarithm.
         """
         b, length = given.shape
-        blank = generator.random(b) >= self.config.flow_share
-        least = np.where(blank, min(4, length), 1)
-        share = np.minimum(1, np.where(blank, 1.5, 1) * generator.random(b))
-        count = np.round(least * (length / least) ** share).astype(np.int64)
-        return slice_order(given, torch.from_numpy(count)[:, None]), torch.from_numpy(blank)
+        least = min(4, length)
+        count = np.round(least * (length / least) ** np.minimum(1, 1.5 * generator.random(b))).astype(np.int64)
+        return slice_order(given, torch.from_numpy(count)[:, None]), torch.from_numpy(
+            generator.random(b) >= self.config.flow_share
+        )
 
     def scattered_order(self, given: Tensor, generator: np.random.Generator) -> Tensor:
         """order (B, L) of slices of one size whose positions lie anywhere, as where the surest are drawn first.

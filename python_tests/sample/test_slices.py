@@ -253,7 +253,6 @@ def test_orders_in_training():
     assert count.min() == 4 and 0.31 < (count == length).float().mean() < 0.4
     for row, n in zip(blank[:50], count[:50].tolist(), strict=True):
         assert torch.equal(row, torch.arange(length) % n + 1)
-    assert order[whole & noisy].amax(1).min() == 1
     scattered = order[whole & observed]
     for row in scattered[:50]:
         sizes = row.bincount()[1:]
