@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Literal, get_args
 
 from klflow_ext.checks import LEAST, MOST, check_choice, check_int, check_scalar
+from klflow_ext.path.layout import Layout
 
 Temperature = float | tuple[float, float] | Callable[[float], float]
 Final = Literal["argmax", "draw"]
@@ -31,9 +33,13 @@ class SampleOptions:
     every pass draws some of the free positions for good, given all that stands; or a registered name. None: "slices" for a
     network that was trained with them, else "segments".
 
-    "slices": free position i belongs to slice i mod the number of slices. "segments": the same order, for a model trained on
-    sequences of which a part is given; everything is read again in every pass. Tokens that are drawn together lie `steps`
-    positions apart, so they hardly depend on each other. No more passes are made than a sequence has free positions."""
+    "slices": each set of the layout is a slice. "segments": for a model trained on sequences of which a part is given; everything is
+    read again in every pass. Tokens that are drawn together lie apart, so they hardly depend on each other. No more passes are
+    made than a sequence has free positions."""
+
+    layout: Layout | str | None = None
+    """Of slices and segments, the order of the positions, a `Layout` or its text, such as "0 4 | 2 6 | 1 3 5 7". There are then as many
+    passes as sets (times slice_steps), whatever `steps` says. None: a stride, position i in set i mod (steps / slice_steps)."""
 
     slice_steps: int = 1
     """Of "slices": passes for each slice, at least 1. With more, a slice goes from noise to its tokens by the sampling scheme, and
@@ -54,6 +60,10 @@ class SampleOptions:
     grid_power: float = 1.0
     """Of `Path.time_grid`, positive; below 1: more of the passes late."""
 
+    times: Sequence[float] | None = None
+    """Of the schemes that denoise, the times at which the network is asked, as many as steps, rising from 0 to below 1, such as those of
+    `LogitPath.race_times`. None: `Path.time_grid`."""
+
     final: Final | None = None
     """How the last pass chooses: "argmax", or "draw" from its p. None: "draw" on a path of tokens, else "argmax". It, t_split
     and grid_power say nothing to slices and segments."""
@@ -70,10 +80,17 @@ class SampleOptions:
             object.__setattr__(self, name, value)
 
         keep("steps", check_int("steps", self.steps, 1, 2**31, "an integer >= 1"))
-        keep("slice_steps", check_int("slice_steps", self.slice_steps, 1, self.steps, f"1 to steps = {self.steps}"))
+        if isinstance(self.layout, str):
+            keep("layout", Layout.parse(self.layout))
+        elif not isinstance(self.layout, Layout | None):
+            raise TypeError(f"layout: got {self.layout!r}, allowed is None, a Layout or its text")
+        most = self.steps if self.layout is None else 2**31
+        keep("slice_steps", check_int("slice_steps", self.slice_steps, 1, most, f"1 to steps = {self.steps}"))
         if self.final is not None:
             check_choice("final", self.final, get_args(Final))
         check_choice("euler", self.euler, get_args(Euler))
+        if self.times is not None:
+            keep("times", _times(self.times, self.steps))
         if self.top_k is not None:
             keep("top_k", check_int("top_k", self.top_k, 1, 2**63, "None or an integer >= 1"))
         if self.boosts is not None:
@@ -101,6 +118,7 @@ class ResolvedOptions(SampleOptions):
     """SampleOptions with what a path and a network say of the fields that were None. boosts: None for a dense state."""
 
     method: str = "segments"
+    layout: Layout | None = None
     top_k: int = 20
     t_split: float = 0.0
     final: Final = "argmax"
@@ -122,6 +140,16 @@ class ResolvedOptions(SampleOptions):
     def last_top_k(self) -> int:
         """top_k of the last pass."""
         return 1 if self.final == "argmax" else self.top_k
+
+
+def _times(times: Sequence[float], steps: int) -> tuple[float, ...]:
+    try:
+        found = tuple(float(t) for t in times)
+    except (TypeError, ValueError):
+        raise TypeError(f"times: got {times!r}, allowed are numbers") from None
+    if len(found) != steps or found[0] != 0 or found[-1] >= 1 or not all(a < b for a, b in pairwise(found)):
+        raise ValueError(f"times: got {len(found)} of {times!r}, allowed are steps = {steps}, rising from 0 to below 1")
+    return found
 
 
 def _temperature(value: float) -> float:

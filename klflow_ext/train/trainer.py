@@ -22,6 +22,7 @@ from klflow_ext.checkpoint import Checkpoint
 from klflow_ext.log import Log
 from klflow_ext.model import Denoiser
 from klflow_ext.muon import Muon, multiplies_bfloat16
+from klflow_ext.path import Evidence
 from klflow_ext.path import Path as NoisePath
 from klflow_ext.run import Run
 from klflow_ext.train.batch import Batch, Batches
@@ -82,6 +83,10 @@ class Trainer:
             raise ValueError(f"length: got {config.length}, allowed is at most max_length = {model.config.max_length}")
         if len(stream) <= config.length:
             raise ValueError(f"stream: got {len(stream)} tokens, allowed are more than length = {config.length}")
+        if config.evidence_share and not model.reads_posterior:
+            raise ValueError(
+                f"evidence_share: got {config.evidence_share}, allowed is 0 for a model that reads no posteriors"
+            )
         self.model, self.path, self.stream, self.config = model, path, stream, config
         self.run = Run(out) if isinstance(out, (str, Path)) else out
         if self.run is not None:
@@ -113,7 +118,8 @@ class Trainer:
         self.bad_step: BadStep | None = None  # the last of MOST_SKIPPED one after another
         self._log: Log | None = None
         self.average = self._weights() if config.ema else {}
-        self.batches = Batches(stream, path, config, slices=model.slices)
+        prior = model.log_prior.double().softmax(0).cpu().numpy() if model.reads_posterior else None
+        self.batches = Batches(stream, path, config, slices=model.slices, prior=prior)
         self._loss = torch.compile(self._path_loss, fullgraph=True) if config.compile else self._path_loss
 
     def _weights(self) -> dict[str, Tensor]:
@@ -149,13 +155,22 @@ class Trainer:
         t: Tensor,
         given: Tensor,
         order: Tensor | None,
+        evidence: Evidence | None,
         rng: Tensor,
         reduction: str,
         row_offset: int,
     ) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             return self.path.loss(
-                self.model, tokens, t, rng, given=given, order=order, reduction=reduction, row_offset=row_offset
+                self.model,
+                tokens,
+                t,
+                rng,
+                given=given,
+                order=order,
+                evidence=evidence,
+                reduction=reduction,
+                row_offset=row_offset,
             )
 
     def train_step(self) -> float:
@@ -228,8 +243,8 @@ class Trainer:
         c = self.config
         rng = torch.tensor([c.seed, self.step], dtype=torch.int64, device=self.device)
         tokens, t, given = (x[part].to(self.device) for x in (batch.tokens, batch.t, batch.given))
-        order = None if batch.order is None else batch.order[part].to(self.device)
-        return self._loss(tokens, t, given, order, rng, reduction, part.start * c.length)
+        order, evidence = (None if x is None else x[part].to(self.device) for x in (batch.order, batch.evidence))
+        return self._loss(tokens, t, given, order, evidence, rng, reduction, part.start * c.length)
 
     def _gradients(self, batch: Batch) -> tuple[float, Tensor | None]:
         """Fills .grad with the gradient of the whole batch's loss, over its count of free tokens.

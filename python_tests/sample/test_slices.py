@@ -1,6 +1,5 @@
 """Slices: who sees whom, the cache beside no cache, what is drawn, and what is refused."""
 
-import itertools
 import math
 from types import SimpleNamespace
 
@@ -237,22 +236,33 @@ def test_training_on_slices_learns_what_the_sampler_asks(path):
 
 
 def test_orders_in_training():
-    """n from 4 to L, a third of them L; given ones are slice 0; the share of sequences whose questions carry noise."""
-    path = PATHS[0]
-    model = slices_model(path)
-    stream = np.zeros(5000, np.int32)
-    config = TrainConfig(batch_size=4000, length=16, given_share=0.5, flow_share=0.3)
+    """Slices of what asks by what stands alone, of what carries noise, and of what was observed; given ones are slice 0."""
+    path, length = PATHS[0], 64
+    model = Denoiser(DenoiserConfig(VOCAB, 1, 2, 16, 64, time="none", slices=True), path)
+    stream = np.arange(5000, dtype=np.int32) % VOCAB
+    config = TrainConfig(batch_size=4000, length=length, given_share=0.5, flow_share=0.3, evidence_share=0.2)
     batch = Trainer(model, path, stream, config).batches.batch(0)
     order, given = batch.order, batch.given
     assert torch.equal(order == 0, given) and 0.4 < given.any(1).float().mean() < 0.55
-    assert abs((batch.t > 0).float().mean() - 0.3) < 0.03
-    whole = order[~given.any(1)]
-    count = whole.amax(1)
-    assert count.min() == 4 and count.max() == 16 and 0.3 < (count == 16).float().mean() < 0.42
-    for row, n in itertools.islice(zip(whole, count, strict=True), 50):
-        assert torch.equal(row, torch.arange(16) % n + 1)
+    observed, noisy = batch.evidence.observed.any(1), batch.t > 0
+    assert abs(observed.float().mean() - 0.2) < 0.02 and abs(noisy.float().mean() - 0.3 * 0.8) < 0.03
+    assert torch.equal(batch.evidence.without(given).observed, ~given & observed[:, None])
+    whole = ~given.any(1)
+    blank = order[whole & ~observed & ~noisy]
+    count = blank.amax(1)
+    assert count.min() == 4 and 0.31 < (count == length).float().mean() < 0.4
+    for row, n in zip(blank[:50], count[:50].tolist(), strict=True):
+        assert torch.equal(row, torch.arange(length) % n + 1)
+    assert order[whole & noisy].amax(1).min() == 1
+    scattered = order[whole & observed]
+    for row in scattered[:50]:
+        sizes = row.bincount()[1:]
+        assert sizes.min() > 0 and sizes.max() - sizes.min() <= 1
+    assert (scattered.amax(1) == 1).any() and (scattered[:, 0] > 1).float().mean() > 0.5
     counts = (~given).sum(1)
     assert torch.equal(batch.counts, counts) and counts.min() >= 1
+    with pytest.raises(ValueError, match="^evidence_share: got 0.2, allowed is 0 for a model that reads no posteriors"):
+        Trainer(slices_model(PATHS[1]), PATHS[1], stream, TrainConfig(length=16, evidence_share=0.2))
 
 
 def test_what_is_refused():
@@ -293,3 +303,20 @@ def test_what_is_refused():
         plain.hidden(torch.zeros(2, LENGTH + 1, 16), 0.0, streams=streams)
     with pytest.raises(ValueError, match="^cache: got one, allowed is None"):
         model.hidden(torch.zeros(2, 1, 16), 0.0, cache=model.cache(2))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("time", ["none", "add", "adaln"])
+def test_attention_in_blocks_is_attention_under_a_mask(time, monkeypatch):
+    """Given tokens, and slices of all sizes. FlexAttention has no backward pass on a CPU, so the loss is all there is to see."""
+    path = PATHS[0]
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(VOCAB, (3, LENGTH), generator=generator)
+    order = torch.randint(0, 5, (3, LENGTH), generator=generator)
+    t, found = torch.tensor([0.0, 0.1, 0.2]), []
+    for blocks in (False, True):
+        monkeypatch.setattr(Denoiser, "_in_blocks", staticmethod(lambda h, blocks=blocks: blocks))
+        with torch.no_grad():
+            found.append(path.loss(slices_model(path, time), tokens, t, 3, order=order, reduction="none"))
+    assert not torch.equal(*found)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
