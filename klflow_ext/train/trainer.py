@@ -243,7 +243,8 @@ class Trainer:
         c = self.config
         rng = torch.tensor([c.seed, self.step], dtype=torch.int64, device=self.device)
         tokens, t, given = (x[part].to(self.device) for x in (batch.tokens, batch.t, batch.given))
-        order, evidence = (None if x is None else x[part].to(self.device) for x in (batch.order, batch.evidence))
+        order = None if batch.order is None else batch.order[part].to(self.device)
+        evidence = None if batch.evidence is None else batch.evidence[part].to(self.device)
         return self._loss(tokens, t, given, order, evidence, rng, reduction, part.start * c.length)
 
     def _gradients(self, batch: Batch) -> tuple[float, Tensor | None]:
