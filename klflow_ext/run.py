@@ -3,6 +3,8 @@
 config.json         network, path and training settings       tokenizer.json       the tokenizer, if there is one
 model.safetensors   weights (averaged, if the run averages)   train.npy heldout.npy  tokens
 checkpoint.pt       what training goes on from                log.jsonl            a line for each step
+
+A run that was trained on token folders (`klflow prepare`) has no train.npy and heldout.npy: its config.json names the folders.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from klflow_ext import data
 from klflow_ext.model import Denoiser, DenoiserConfig
 from klflow_ext.path import Path as NoisePath
 
@@ -63,22 +66,31 @@ def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Whether a new run may be written to a folder: ValueError where it holds anything but a run that may be overwritten."""
+RUN = ("a run", ("config.json", "checkpoint.pt"))
+TOKENS = ("a token folder", ("index.json",))
+
+
+def check_out(out: Path, overwrite: bool, kind: tuple[str, tuple[str, ...]] = RUN) -> None:
+    """Whether a new run may be written to a folder: ValueError where it holds anything but a run that may be overwritten.
+
+    kind: what takes its place, RUN or TOKENS.
+    """
+    name, marks = kind
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir():
         raise ValueError(f"out: {out} is a file, allowed is a folder")
-    if not (out / "config.json").is_file() and not (out / "checkpoint.pt").is_file():
-        raise ValueError(f"out: {out} holds other files than a run's, allowed is a new folder, an empty one or a run")
+    if not any((out / mark).is_file() for mark in marks):
+        raise ValueError(f"out: {out} holds other files than {name}'s, allowed is a new folder, an empty one or {name}")
     if not overwrite:
-        raise ValueError(f"out: {out} holds a run already; --overwrite replaces it, --resume {out} goes on with it")
+        go_on = f", --resume {out} goes on with it" * (kind == RUN)
+        raise ValueError(f"out: {out} holds {name} already; --overwrite replaces it{go_on}")
 
 
 @contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(out: Path, overwrite: bool, kind: tuple[str, tuple[str, ...]] = RUN) -> Iterator[Path]:
     """A folder beside `out` to write a new run to, which takes its place (and that of an old run) when it is whole."""
-    check_out(out, overwrite)
+    check_out(out, overwrite, kind)
     staging, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
     try:
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
@@ -127,7 +139,7 @@ class Run:
     @classmethod
     @contextmanager
     def create(
-        cls, out: Path, *, overwrite: bool, tokenizer: Any, stream: np.ndarray, heldout: np.ndarray
+        cls, out: Path, *, overwrite: bool, tokenizer: Any, stream: data.Stream, heldout: data.Stream
     ) -> Iterator[Run]:
         """A new run with its text, to save to; it takes its place at `out` (and that of an old run) when it is whole.
 
@@ -135,28 +147,26 @@ class Run:
             out: its folder.
             overwrite: whether it may take the place of a run.
             tokenizer: a tokenizers.Tokenizer.
-            stream, heldout: tokens to train on, and those that are kept back.
+            stream, heldout: tokens to train on, and those that are kept back; arrays are copied.
 
         Raises:
             ValueError: `out` holds something else, or cannot be written.
         """
         with new_folder(out, overwrite) as folder:
-            writers = {
-                "tokenizer.json": lambda p: tokenizer.save(str(p)),
-                "train.npy": _array_writer(stream),
-                "heldout.npy": _array_writer(heldout),
-            }
+            writers: dict[str, Callable[[Path], None]] = {"tokenizer.json": lambda p: tokenizer.save(str(p))}
+            if data.reference(stream) is None:
+                writers |= {"train.npy": _array_writer(stream), "heldout.npy": _array_writer(heldout)}
             write_files(folder, writers)
             yield cls(folder)
 
-    def save(self, config: dict, weights: dict[str, Tensor], checkpoint: dict, stream: np.ndarray) -> None:
+    def save(self, config: dict, weights: dict[str, Tensor], checkpoint: dict, stream: data.Stream) -> None:
         """Writes the folder, or what has changed of it, all at once.
 
         Args:
             config: of the model, the path and the training, as dicts.
             weights: what the run gives, by name.
             checkpoint: what its training goes on from.
-            stream: the tokens to train on, written once.
+            stream: the tokens to train on; an array is written once, token folders are named.
 
         Raises:
             ValueError: a weight is not finite, or a file cannot be written; what was there before stays.
@@ -167,13 +177,15 @@ class Run:
         if bad:
             raise ValueError(f"{bad[0]}: got numbers that are not finite, which are never saved")
         self.folder.mkdir(parents=True, exist_ok=True)
-        config = {"format": FORMAT, "tokenizer": (self.folder / "tokenizer.json").exists(), **config}
+        sources = data.reference(stream)
+        named = {} if sources is None else {"data": sources}
+        config = {"format": FORMAT, "tokenizer": (self.folder / "tokenizer.json").exists(), **named, **config}
         writers = {
             "checkpoint.pt": lambda p: torch.save(checkpoint, p),
             "model.safetensors": lambda p: save_file(weights, p),
             "config.json": lambda p: p.write_text(json.dumps(config, indent=2) + "\n"),
         }
-        if not (self.folder / "train.npy").exists():
+        if sources is None and not (self.folder / "train.npy").exists():
             writers["train.npy"] = _array_writer(stream)
         write_files(self.folder, writers)
 
@@ -230,8 +242,13 @@ class Run:
         with reading(self.folder / "tokenizer.json") as file:
             return Tokenizer.from_file(str(file))
 
-    def streams(self) -> tuple[np.ndarray, np.ndarray]:
-        """(training, held-out) tokens, as memory maps."""
+    def streams(self, moved: Sequence[Path] = ()) -> tuple[data.Stream, data.Stream]:
+        """(training, held-out) tokens, as memory maps. moved: where its token folders are now, if not where they were."""
+        sources = self.config().get("data")
+        if sources is not None:
+            return data.from_reference(sources, moved)
+        if moved:
+            raise ValueError(f"data: got {moved[0]}, allowed is none: {self.folder} holds its own tokens")
         streams = []
         for name in ("train.npy", "heldout.npy"):
             with reading(self.folder / name) as file:
@@ -245,7 +262,7 @@ class Run:
             yield torch.load(path, map_location=device, weights_only=True)
 
 
-def _array_writer(array: np.ndarray) -> Callable[[Path], None]:
+def _array_writer(array: Any) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         with open(path, "wb") as file:  # np.save adds .npy to a name
             np.save(file, array)

@@ -73,22 +73,26 @@ class Batch:
 
 
 class Batches:
-    """The batches of a token stream (any integers), as a config says.
+    """The batches of a stream of tokens, as a config says: those of `data.order_of`, which are never drawn twice in an epoch.
 
     slices: whether the network has them; then there is an order.
+
+    Raises:
+        ValueError: the stream is too short, or cannot be shuffled so.
 
     Attributes:
         time_sampling: how times are drawn. curve: where "learned" looks; the Trainer adds to it.
     """
 
-    def __init__(self, stream: np.ndarray, path: Path, config: TrainConfig, slices: bool = False):
+    def __init__(self, stream: data.Stream, path: Path, config: TrainConfig, slices: bool = False):
         self.stream, self.path, self.config, self.slices = stream, path, config, slices
+        self.source = data.order_of(stream, config.length, config.seed, config.shuffle)
         self.time_sampling = config.time_sampling or ("middle" if path.t_max < 1 else "uniform")
         self.curve = LossCurve(path.t_max) if self.time_sampling == "learned" else None
 
     def batch(self, step: int) -> Batch:
         c = self.config
-        tokens = data.batch(self.stream, c.batch_size, c.length, c.seed, step)
+        tokens = torch.from_numpy(self.source.take(np.arange(step * c.batch_size, (step + 1) * c.batch_size)))
         generator = np.random.default_rng((c.seed, step, 1))
         t = self.times(generator)
         given, blank = self.given_mask(generator)

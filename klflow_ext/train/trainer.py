@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from klflow_ext import data
 from klflow_ext.model import Denoiser
 from klflow_ext.muon import Muon, multiplies_bfloat16
 from klflow_ext.path import Path as NoisePath
@@ -82,7 +82,7 @@ class Trainer:
     Args:
         model: what to train, on the device where it is trained.
         path: from noise to text.
-        stream: int tokens, one long array.
+        stream: int tokens, one long array, or what `klflow_ext.data` has of them: `TokenFolder(folder).train`, a `Mixture`.
         config: how.
         out: the run, or its folder (made if needed), to which process 0 writes; None: no files.
 
@@ -97,14 +97,13 @@ class Trainer:
         self,
         model: Denoiser,
         path: NoisePath,
-        stream: np.ndarray,
+        stream: data.Stream,
         config: TrainConfig,
         out: Run | str | Path | None = None,
     ):
         if config.length > model.config.max_length:
             raise ValueError(f"length: got {config.length}, allowed is at most max_length = {model.config.max_length}")
-        if len(stream) <= config.length:
-            raise ValueError(f"stream: got {len(stream)} tokens, allowed are more than length = {config.length}")
+        self.batches = Batches(stream, path, config, slices=model.slices)
         self.model, self.path, self.stream, self.config = model, path, stream, config
         self.run = Run(out) if isinstance(out, (str, Path)) else out
         if self.run is not None:
@@ -134,7 +133,6 @@ class Trainer:
         self.skipped = self.skipped_last = 0  # steps without an update: in all, and the last ones
         self.gradient_norm = math.nan
         self.average = self._weights() if config.ema else {}
-        self.batches = Batches(stream, path, config, slices=model.slices)
         self._loss = torch.compile(self._path_loss, fullgraph=True) if config.compile else self._path_loss
 
     def _weights(self) -> dict[str, Tensor]:
