@@ -63,13 +63,9 @@ def test_documents_in_parts(tmp_path, monkeypatch):
     want = token_folder(tmp_path / "whole")
     monkeypatch.setattr(data.pieces, "PART", 50)
     found = token_folder(tmp_path / "parts", tokenizer=want.folder / "tokenizer.json")
-    assert found.train.documents == want.train.documents
-    for split in ("train", "heldout"):
-        whole, parts = getattr(want, split), getattr(found, split)
-        if split == "train":  # by their first parts, others may be held out
-            assert abs(parts.documents - whole.documents) < 40
-        texts = texts_of(found, split)
-        assert all(text in TEXTS for text in texts)
+    assert max(map(len, TEXTS)) > 300
+    assert sorted(texts_of(found, "train") + texts_of(found, "heldout")) == sorted(TEXTS)
+    assert len(found.train) + len(found.heldout) == len(want.train) + len(want.heldout)
 
 
 def test_files_of_nothing_are_left_out_and_named(tmp_path):
@@ -124,9 +120,15 @@ def test_a_full_disk(tmp_path, monkeypatch):
             self.file = file
 
         def write(self, raw):
-            if self.file.tell() > 1000:
+            if self.file.tell() + len(raw) > 1000:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return self.file.write(raw)
+
+        def __enter__(self):
+            return self.file.__enter__()
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
 
         def __getattr__(self, name):
             return getattr(self.file, name)
@@ -163,15 +165,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_kill_leaves_nothing_in_the_place(tmp_path, number, code):
     path, out = tmp_path / "t.jsonl", tmp_path / "tokens"
     path.write_text(LONG * 20)
     command = [sys.executable, "-m", "klflow_ext", "prepare", str(path), "--out", str(out), "--vocab-size", "300"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     staging = tmp_path / "tokens.new"
     while not (staging / "train-00000.tokens").exists():
         time.sleep(0.01)
@@ -255,7 +254,7 @@ def test_what_a_run_is_prepared_from(tmp_path, folders):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     assert isinstance(prepared(tmp_path / "t.jsonl", tmp_path / "plain", vocab_size=300).trainer.stream, np.ndarray)
     other = token_folder(tmp_path / "other", TEXTS[:100])
-    few = token_folder(tmp_path / "few", TEXTS[:40])
+    few = token_folder(tmp_path / "few", TEXTS[:40], heldout=0.2)
     for source, options, message in (
         ([paths[0], other.folder], {}, "data: got .*other beside .*one, which has another tokenizer"),
         ([paths[0], tmp_path / "t.jsonl"], {}, "t.jsonl is no folder of tokens: it has no index.json"),
@@ -275,7 +274,7 @@ def test_what_a_run_is_prepared_from(tmp_path, folders):
         ([tmp_path], {}, "data: got the folder .*, allowed is a file; klflow prepare makes a token folder"),
         (
             [few.folder],
-            {"train": TrainConfig(length=250)},
+            {"train": TrainConfig(length=1500)},
             r"stream: got \d+ tokens in .*few \(heldout\), allowed are more",
         ),
     ):
