@@ -35,14 +35,20 @@ class Layout:
     def __post_init__(self) -> None:
         try:
             sets = tuple(tuple(int(n) for n in numbers) for numbers in self.sets)
-            whole = all(n == m for numbers, given in zip(sets, self.sets, strict=True) for n, m in zip(numbers, given, strict=True))
+            whole = all(
+                n == m
+                for numbers, given in zip(sets, self.sets, strict=True)
+                for n, m in zip(numbers, given, strict=True)
+            )
         except (TypeError, ValueError):
             sets, whole = (), False
         if not whole or isinstance(self.sets, str):
             raise TypeError(f"layout: got {self.sets!r}, allowed are sets of integers, such as ((0, 2), (1, 3))")
         numbers = sorted(n for some in sets for n in some)
         if not sets or not all(sets):
-            raise ValueError(f"layout: got {len(sets)} sets, {sum(not s for s in sets)} of them empty, allowed are sets that hold a position")
+            raise ValueError(
+                f"layout: got {len(sets)} sets, {sum(not s for s in sets)} of them empty, allowed are sets that hold a position"
+            )
         for n in range(len(numbers)):
             if numbers[n] != n:
                 what = f"{numbers[n]} twice" if n and numbers[n] == numbers[n - 1] else f"no {n}"
@@ -63,7 +69,7 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """"0 4 | 2 6 | 1 3 5 7": what `str` gives.
+        """ "0 4 | 2 6 | 1 3 5 7": what `str` gives.
 
         Raises:
             ValueError: it is none.

@@ -11,7 +11,7 @@ from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.ways import register_way
 
 
-@register_way("segments", ordered=True)
+@register_way("segments", ordered=True, hears=True)
 def segments(passes: Passes, options: ResolvedOptions) -> Tensor:
     """Pass i draws the positions of set i of the layout, a stride where none is asked for."""
     if options.layout is not None:
@@ -19,10 +19,14 @@ def segments(passes: Passes, options: ResolvedOptions) -> Tensor:
     layout = options.layout or Layout.stride(min(options.steps, int((~passes.given).sum(1).max())))
     order, found = layout.order(passes.given), passes.known
     passes.expect(len(layout))
-    temperatures = options.temperatures(max(options.steps, len(layout)))  # not of the passes made, which depend on the batch
+    temperatures = options.temperatures(
+        max(options.steps, len(layout))
+    )  # not of the passes made, which depend on the batch
     for i in range(len(layout)):
         now, shown = order == i + 1, order <= i
-        prediction = passes.predict(passes.path.renoise(found, 0.0, passes.rng(i), shown), 0.0, shown)
+        evidence = None if passes.evidence is None else passes.evidence.without(shown)
+        state = passes.path.renoise(found, 0.0, passes.rng(i), shown)
+        prediction = passes.predict(state, 0.0, shown, evidence=evidence)
         most = int(now.sum(1).max())
         places = (~now).long().argsort(dim=1, stable=True)[:, :most]
         chosen, wanted = prediction.at(places), now.gather(1, places)

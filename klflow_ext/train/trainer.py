@@ -24,6 +24,7 @@ from torch import Tensor
 from klflow_ext import data
 from klflow_ext.model import Denoiser
 from klflow_ext.muon import Muon, multiplies_bfloat16
+from klflow_ext.path import Evidence
 from klflow_ext.path import Path as NoisePath
 from klflow_ext.run import Run
 from klflow_ext.train.batch import Batch, Batches
@@ -103,7 +104,8 @@ class Trainer:
     ):
         if config.length > model.config.max_length:
             raise ValueError(f"length: got {config.length}, allowed is at most max_length = {model.config.max_length}")
-        self.batches = Batches(stream, path, config, slices=model.slices)
+        prior = model.log_prior.double().softmax(0).cpu().numpy() if model.reads_posterior else None
+        self.batches = Batches(stream, path, config, slices=model.slices, prior=prior)
         self.model, self.path, self.stream, self.config = model, path, stream, config
         self.run = Run(out) if isinstance(out, (str, Path)) else out
         if self.run is not None:
@@ -168,13 +170,22 @@ class Trainer:
         t: Tensor,
         given: Tensor,
         order: Tensor | None,
+        evidence: Evidence | None,
         rng: Tensor,
         reduction: str,
         row_offset: int,
     ) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             return self.path.loss(
-                self.model, tokens, t, rng, given=given, order=order, reduction=reduction, row_offset=row_offset
+                self.model,
+                tokens,
+                t,
+                rng,
+                given=given,
+                order=order,
+                evidence=evidence,
+                reduction=reduction,
+                row_offset=row_offset,
             )
 
     def train_step(self) -> float:
@@ -238,7 +249,8 @@ class Trainer:
             part = slice(start, start + size)
             tokens, t, given = (x[part].to(self.device) for x in (batch.tokens, batch.t, batch.given))
             order = None if batch.order is None else batch.order[part].to(self.device)
-            sums = self._loss(tokens, t, given, order, rng, "none" if measure else "sum", start * c.length)
+            evidence = None if batch.evidence is None else batch.evidence[part].to(self.device)
+            sums = self._loss(tokens, t, given, order, evidence, rng, "none" if measure else "sum", start * c.length)
             if measure:
                 losses[part] = sums.detach().sum(1)
             mean = sums.sum() / count
