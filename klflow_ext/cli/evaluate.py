@@ -83,7 +83,7 @@ class Eval:
             )
         device = choose_device(self.device)
         model = model.to(device)
-        stream, held = run.streams([Path(name) for name in self.data])
+        stream, held = run.streams(self.data)
         # First, so that a wrong folder fails at once.
         judge = None if self.judge is None else evaluate.Judge(self.judge)
         print_losses(model, path, stream, held, self.length)

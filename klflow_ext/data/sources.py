@@ -145,7 +145,7 @@ def reference(stream: Stream) -> list[dict[str, Any]] | None:
     ]
 
 
-def from_reference(sources: list[dict[str, Any]], moved: Sequence[Path] = ()) -> tuple[Stream, Stream]:
+def from_reference(sources: list[dict[str, Any]], moved: Sequence[str | Path] = ()) -> tuple[Stream, Stream]:
     """(training, held-out) tokens of a run that was trained on token folders, which may have moved since.
 
     Raises:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import numpy as np
 from klflow_ext import data
 from klflow_ext.checks import check_field
 from klflow_ext.data.tokens import DTYPES, ENDS, FORMAT, SPLITS, dtype_name, fingerprint_of
-from klflow_ext.run import TOKENS, check_out, new_folder
+from klflow_ext.files import remove, sync
+from klflow_ext.lock import Lock
 
 SHARD = 1 << 27  # tokens, after which a shard ends with its document
 FLUSH = 1 << 20  # tokens that are held before they are written
@@ -100,6 +102,47 @@ class _Split:
             self._flush()
             self._close()
         self.files.update([_write(self.folder / f"{self.split}.counts", self.counts.astype(ENDS).tobytes())])
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir():
+        raise ValueError(f"out: {out} is a file, allowed is a folder")
+    if not data.is_token_folder(out):
+        raise ValueError(f"out: {out} holds other files, allowed is a new folder, an empty one or a token folder")
+    if not overwrite:
+        raise ValueError(f"out: {out} holds a token folder already; --overwrite replaces it")
+
+
+@contextmanager
+def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `out`, this process's own, that takes its place (and that of an old one) when it is whole."""
+    staging, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: {out} cannot be written: {error.strerror}") from None
+    lock = Lock(staging)
+    try:
+        for file in staging.iterdir():  # of a process that was killed
+            if file.name != Lock.NAME:
+                remove(file)
+        yield staging
+        _check_out(out, overwrite)  # another may have come there meanwhile
+        sync(staging)
+        remove(old)
+        if out.exists():
+            os.rename(out, old)
+        os.rename(staging, out)
+        lock.moved(out)
+        remove(old)
+        sync(out.resolve().parent)
+    except BaseException:
+        remove(staging)
+        raise
+    finally:
+        lock.release()
 
 
 class _Progress:
@@ -223,7 +266,7 @@ def prepare_tokens(
     check_field("shard_tokens", shard_tokens, 1)
     check_field("tokenizer_characters", tokenizer_characters, 1)
     check_field("vocab_size", vocab_size, 257, f"at least 257 (every byte and {data.END})")
-    check_out(out, overwrite, TOKENS)
+    _check_out(out, overwrite)
     made = None if tokenizer is None else data.load_tokenizer(tokenizer)
     files = [data.TextFile(path, column) for path in data.find_files(texts)]
     source = _Texts(files, heldout, seed)
@@ -233,7 +276,7 @@ def prepare_tokens(
         made = data.train_tokenizer(source.sample(tokenizer_characters), vocab_size)
     vocab_size = data.vocab_size_of(made)
 
-    with new_folder(out, overwrite, TOKENS) as folder:
+    with _new_folder(out, overwrite) as folder:
         try:
             splits = [_Split(folder, name, vocab_size, shard_tokens) for name in SPLITS]
             _encode(source, made, splits, _Progress(files, progress))

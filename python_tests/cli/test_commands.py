@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from runs import contents
 
 from klflow_ext import (
     build_info,
@@ -81,7 +82,7 @@ def test_command_line(klflow, tmp_path):
         (["sample", str(tmp_path)], "no run folder"),
         (["train", "--data", str(tmp_path / "none.txt")], "cannot be read"),
         (["infill", str(run), "--text", "no hole"], "text: got 'no hole'"),
-        (["sample", str(run), "--method", "fast"], "method: got 'fast', allowed is one of ['basic', 'hybrid', "),
+        (["sample", str(run), "--method", "fast"], "method: got 'fast', allowed is one of ['basic', 'confidence', "),
         (["sample", str(run), "--temperature", "1", "0"], "temperature: got 0"),
         (["sample", str(run), "--device", "nothing"], "device: nothing cannot be used"),
         (["train", "--path", "mask", "--input", "simplex"], "input: got 'simplex', allowed on path mask is 'tokens'"),
@@ -110,10 +111,10 @@ def test_command_line(klflow, tmp_path):
         (["complete", str(run), "--prompt", "caf\udce9"], "prompt: got b'caf\\xe9', allowed is UTF-8"),
         (["infill", str(run), "--text", "a{?99999999999999999999}b"], "text: got the hole {?99999999999999999999}"),
     ):
-        before = {file.name: file.read_bytes() for file in run.iterdir()}
+        before = contents(run)
         done = klflow(*command)
         assert done.returncode != 0 and message in done.stderr, command
-        assert {file.name: file.read_bytes() for file in run.iterdir()} == before, command
+        assert contents(run) == before, command
     assert not (tmp_path / "runs").exists()
 
 

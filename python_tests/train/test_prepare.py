@@ -110,7 +110,7 @@ def test_what_stands_in_the_place_is_kept(tmp_path):
     assert token_folder(tmp_path / "tokens", overwrite=True, seed=1).fingerprint != folder.fingerprint
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="mine holds other files than a token folder's"):
+    with pytest.raises(ValueError, match="mine holds other files, allowed is a new folder"):
         token_folder(tmp_path / "mine", overwrite=True)
 
 
