@@ -26,13 +26,16 @@ TEXTS = {
     "blank lines": "".join(w + (" " if i % 100 else "\n \t\r\n") for i, w in enumerate(WORDS)),
     "lines": "\r\n".join(" ".join(WORDS[i : i + 20]) for i in range(0, 20_000, 20)),
     "few lines": "\n".join(" ".join(WORDS[i : i + 5]) for i in range(0, 150, 5)),
+    "marks near the ends of parts": f"\n{END} \t\r\n".join(
+        " ".join(WORDS)[:n] for n in (*range(960, 1010), *range(960, 1010))
+    ),
     "one line": " ".join(WORDS),
     "no space": "x" * 70_000,
 }
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-@pytest.mark.parametrize("part", [3000, 1 << 18])
+@pytest.mark.parametrize("part", [1000, 3000, 1 << 18])
 def test_blocks_change_nothing(monkeypatch, text, part):
     monkeypatch.setattr(pieces, "HEAD", 60_000)
     monkeypatch.setattr(pieces, "PART", part)
