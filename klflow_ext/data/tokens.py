@@ -52,8 +52,8 @@ class TokenFolder:
         vocab_size: V. fingerprint: of all it holds. train, heldout: its splits.
 
     Raises:
-        ValueError: it is no such folder, or its files are not those that its index names (their sizes, and the tokenizer; `verify`
-            reads all).
+        ValueError: it is no such folder, or its files are not those that its index names (sizes, and what the small
+            ones hold; `verify` reads all).
     """
 
     def __init__(self, folder: str | Path):
@@ -80,7 +80,8 @@ class TokenFolder:
             if have != size:
                 what = "is missing" if have is None else f"has {have} bytes"
                 raise ValueError(f"data: {file} {what}, index.json says {size} bytes; prepare it again")
-        self._check("tokenizer.json")
+        for name in ("tokenizer.json", *(f"{split}.counts" for split in SPLITS)):  # the small ones
+            self._check(name)
         self.train, self.heldout = (Tokens(self, split) for split in SPLITS)
 
     def _check(self, name: str) -> None:
@@ -160,11 +161,14 @@ class Tokens:
         start, size = np.empty(len(documents), np.int64), np.empty(len(documents), np.int64)
         shards = np.searchsorted(self._first_document, documents, "right") - 1
         for shard in np.unique(shards):
-            ends = self._map(self._paths[shard].with_suffix(".ends"), ENDS)
+            path = self._paths[shard].with_suffix(".ends")
+            ends = self._map(path, ENDS)
             here = shards == shard
             number = documents[here] - self._first_document[shard]
             begin = np.where(number > 0, ends[np.maximum(number - 1, 0)], 0)
             start[here], size[here] = begin + self._first[shard], ends[number] - begin
+            if not (size[here] > 0).all() or not (0 <= begin).all() or ends[number].max() > np.diff(self._first)[shard]:
+                raise ValueError(f"data: {path} was changed: it holds a document's end that is none; prepare it again")
         return start, size
 
     def document(self, number: int) -> np.ndarray:

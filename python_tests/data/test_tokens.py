@@ -54,7 +54,7 @@ def test_files_that_are_not_those_that_were_written(folder, name):
     path.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
     with pytest.raises(ValueError, match=f"{name} was changed: it does not fit its fingerprint"):
         TokenFolder(folder.folder).verify()
-    if name == "tokenizer.json":
+    if name in ("tokenizer.json", "train.counts"):
         with pytest.raises(ValueError, match=f"{name} was changed"):
             TokenFolder(folder.folder)
     path.unlink()
@@ -69,6 +69,17 @@ def test_an_id_beyond_the_vocabulary(folder):
     tokens.tofile(path)
     with pytest.raises(ValueError, match="train-00001.tokens holds the id 300, allowed are those below 300"):
         TokenFolder(folder.folder).train[:]
+
+
+@pytest.mark.parametrize("value", [0, -5, 10**9, 1])
+def test_a_document_end_that_is_none(folder, value):
+    path = folder.folder / "train-00001.ends"
+    ends = np.fromfile(path, "<i8")
+    ends[2] = value
+    ends.tofile(path)
+    with pytest.raises(ValueError, match="train-00001.ends was changed: it holds a document's end that is none"):
+        tokens = TokenFolder(folder.folder).train
+        tokens.places(np.arange(tokens.documents))
 
 
 def test_a_bad_index(folder, tmp_path):
