@@ -81,6 +81,10 @@ class Trainer:
     ):
         if config.length > model.config.max_length:
             raise ValueError(f"length: got {config.length}, allowed is at most max_length = {model.config.max_length}")
+        if config.evidence_share and not model.reads_posterior:
+            raise ValueError(
+                f"evidence_share: got {config.evidence_share}, allowed is 0 for a model that reads no posteriors"
+            )
         prior = model.log_prior.double().softmax(0).cpu().numpy() if model.reads_posterior else None
         self.batches = Batches(stream, path, config, slices=model.slices, prior=prior)
         self.model, self.path, self.stream, self.config = model, path, stream, config
