@@ -26,6 +26,7 @@ from torch import Tensor
 
 from klflow_ext import data
 from klflow_ext.checkpoint import FORMAT, Checkpoint, NewerFormat, stamps
+from klflow_ext.data import vocab_size_of
 from klflow_ext.files import TEMPORARY, Writer, read_json, reading, remove, sync, write_file, write_files
 from klflow_ext.lock import Lock
 from klflow_ext.log import Log
@@ -277,7 +278,9 @@ class Run:
 
         file = self._read(lambda checkpoint: checkpoint.check_text("tokenizer.json"))
         with reading(file):
-            return Tokenizer.from_file(str(file))
+            tokenizer = Tokenizer.from_file(str(file))
+            vocab_size_of(tokenizer)  # ids with gaps of 10^9 would take seconds and gigabytes later
+        return tokenizer
 
     def streams(
         self, moved: Sequence[str | Path] = (), checkpoint: Checkpoint | None = None

@@ -10,11 +10,9 @@ from typing import Annotated
 
 import tyro
 
-from klflow_ext.checkpoint import CONFIG
 from klflow_ext.cli.evaluate import print_losses
 from klflow_ext.cli.terminal import choose_device, printable
 from klflow_ext.data import removed_lines
-from klflow_ext.files import reading
 from klflow_ext.run import Run
 from klflow_ext.sample import Sampler
 from klflow_ext.train import NetworkChoice, Prepared, TrainConfig, Trainer, join_processes, leave_processes, prepare
@@ -149,8 +147,7 @@ class Train(Settings):
         if join_processes(device)[0] == 0:
             owned.enter_context(run.owned())
         checkpoint = run.last_good(lambda line: print(line, flush=True))
-        with reading(checkpoint.folder / CONFIG):
-            config = TrainConfig(**checkpoint.config()["train"])
+        config = TrainConfig.of(checkpoint)
         model, path = checkpoint.model()
         stream, held = run.streams(self.data, checkpoint)
         trainer = Trainer(model.train().to(device), path, stream, config, run)

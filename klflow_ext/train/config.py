@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from klflow_ext.checkpoint import CONFIG, Checkpoint
 from klflow_ext.checks import check_choice, check_field, check_flag
 from klflow_ext.data import Shuffle
+from klflow_ext.files import reading
 
 Dtype = Literal["float32", "bfloat16"]
 TimeSampling = Literal["middle", "uniform", "learned"]
@@ -101,3 +103,9 @@ class TrainConfig:
         check_choice("dtype", self.dtype, get_args(Dtype))
         check_choice("time_sampling", self.time_sampling, (None, *get_args(TimeSampling)))
         check_flag("compile", self.compile)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> TrainConfig:
+        """That of a run; an error names the file."""
+        with reading(checkpoint.folder / CONFIG):
+            return cls(**checkpoint.config()["train"])
