@@ -128,7 +128,7 @@ class Path:
 
         Args:
             model: `model(x_t, t) -> logits`, (B, L, V) or (B, L), and (B,), to (B, L, V). Of a Network (Denoiser) the logits
-                are never built whole.
+                are never built whole; it may be one that `fully_shard` split over processes.
             target: (B, L) tokens; `IGNORE` marks padding.
             t: (B,) times in [0, 1].
             given: (B, L) bool, positions that the model sees in the clear.
@@ -141,10 +141,14 @@ class Path:
         if order is not None:
             _check_order(network, order, target)
             given = order == 0
-        state = self.noisy(target, t[:, None], rng, given=given, row_offset=row_offset)
-        prediction = self.predict(network, state, target, t, given, order)
-        label = target if given is None else target.masked_fill(given, IGNORE)
-        return self._cross_entropy(prediction, state, label, reduction)
+
+        def loss() -> Tensor:
+            state = self.noisy(target, t[:, None], rng, given=given, row_offset=row_offset)
+            prediction = self.predict(network, state, target, t, given, order)
+            label = target if given is None else target.masked_fill(given, IGNORE)
+            return self._cross_entropy(prediction, state, label, reduction)
+
+        return network.gathered(loss)
 
     def predict(
         self, network: Network | Called, state: State, target: Tensor, t: Tensor, given: Tensor | None,

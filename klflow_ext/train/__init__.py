@@ -3,10 +3,11 @@
 from klflow_ext.run import load_run
 from klflow_ext.train.batch import Batch, Batches, LossCurve, low_discrepancy
 from klflow_ext.train.config import TrainConfig
+from klflow_ext.train.objective import Objective
 from klflow_ext.train.prepare import NetworkChoice, Prepared, prepare
 from klflow_ext.train.trainer import Trainer, join_processes, leave_processes
 
 __all__ = [
-    "Batch", "Batches", "LossCurve", "NetworkChoice", "Prepared", "TrainConfig", "Trainer", "join_processes",
+    "Batch", "Batches", "LossCurve", "NetworkChoice", "Objective", "Prepared", "TrainConfig", "Trainer", "join_processes",
     "leave_processes", "load_run", "low_discrepancy", "prepare",
 ]  # fmt: skip

@@ -1,0 +1,40 @@
+"""A model and its path as one module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from klflow_ext.path import Path
+
+
+class Objective(nn.Module):
+    """A module whose call is the loss, which is what torch's engines wrap: DistributedDataParallel(Objective(model, path)) or
+    fully_shard(Objective(model, path)) train as one process does. Around the model alone they do not see its loss.
+
+    Args:
+        model: as in `Path.loss`, a module.
+        path: from noise to text.
+        bfloat16: matrix products in bfloat16, by autocast.
+    """
+
+    def __init__(self, model: nn.Module, path: Path, bfloat16: bool = False):
+        super().__init__()
+        self.model, self.path, self.bfloat16 = model, path, bfloat16
+
+    def forward(
+        self,
+        target: Tensor,
+        t: Tensor,
+        rng: Tensor,
+        *,
+        given: Tensor | None = None,
+        order: Tensor | None = None,
+        reduction: str = "mean",
+        row_offset: int = 0,
+    ) -> Tensor:
+        """`path.loss` of the model, with the same arguments."""
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.path.loss(
+                self.model, target, t, rng, given=given, order=order, reduction=reduction, row_offset=row_offset
+            )
