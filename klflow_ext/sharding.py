@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,9 +49,9 @@ def map_items(function: Any, tensor: Any) -> Any:
     return result.redistribute(placements=tensor.placements)
 
 
-def stack_like(parts: list[Tensor], other: Any) -> Any:
+def stack_like(parts: Sequence[Tensor], other: Any) -> Any:
     """The stack of N tensors that are split as `other` is, from the parts of this process."""
-    stacked = torch.stack(parts)
+    stacked = torch.stack(tuple(parts))
     if not is_sharded(other):
         return stacked
     from torch.distributed.tensor import DTensor, Shard

@@ -152,5 +152,7 @@ class _Rows(torch.autograd.Function):
             dhidden = dhidden.float()  # the sum over the processes is not rounded on the way
             dist.all_reduce(dhidden, group=group)
         gradients = (dhidden, dweight, dbias)
-        found = [g.to(x.dtype) if w else None for g, x, w in zip(gradients, (hidden, weight, bias), wanted, strict=True)]
+        found = [
+            g.to(x.dtype) if w else None for g, x, w in zip(gradients, (hidden, weight, bias), wanted, strict=True)
+        ]
         return *found, *[None] * 4

@@ -28,7 +28,7 @@ class Engine:
 
     def __init__(self, model: Denoiser, path: Path, config: TrainConfig):
         self.model = model
-        objective = Objective(model, path, bfloat16=config.dtype == "bfloat16")
+        objective = Objective(model, path, config.dtype)
         if config.compile:
             objective.compile(fullgraph=True)
         self.loss: nn.Module = self._wrapped(objective, config)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from klflow_ext.path import Path
+from klflow_ext.train.config import Dtype
 
 
 class Objective(nn.Module):
@@ -15,12 +16,12 @@ class Objective(nn.Module):
     Args:
         model: as in `Path.loss`, a module.
         path: from noise to text.
-        bfloat16: matrix products in bfloat16, by autocast.
+        dtype: of the matrix products, as in `TrainConfig`; "bfloat16" by autocast.
     """
 
-    def __init__(self, model: nn.Module, path: Path, bfloat16: bool = False):
+    def __init__(self, model: nn.Module, path: Path, dtype: Dtype = "float32"):
         super().__init__()
-        self.model, self.path, self.bfloat16 = model, path, bfloat16
+        self.model, self.path, self.dtype = model, path, dtype
 
     def forward(
         self,
@@ -34,7 +35,7 @@ class Objective(nn.Module):
         row_offset: int = 0,
     ) -> Tensor:
         """`path.loss` of the model, with the same arguments."""
-        with torch.autocast(target.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             return self.path.loss(
                 self.model, target, t, rng, given=given, order=order, reduction=reduction, row_offset=row_offset
             )

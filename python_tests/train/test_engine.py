@@ -42,7 +42,9 @@ def gradients(model, engine, first, size, parts):
     for k in range(parts):
         part = slice(first + k * size // parts, first + (k + 1) * size // parts)
         with engine.part(k == parts - 1):
-            loss = engine.loss(tokens[part], t[part], rng, given=given[part], reduction="sum", row_offset=part.start * L)
+            loss = engine.loss(
+                tokens[part], t[part], rng, given=given[part], reduction="sum", row_offset=part.start * L
+            )
             engine.backward(loss / (B * L))
         total += loss.detach() / (B * L)
     engine.sum(total)
@@ -161,7 +163,7 @@ def test_the_objective_is_the_loss():
     model, path = fresh()
     options = {"given": given, "reduction": "none", "row_offset": 5}
     assert torch.equal(Objective(model, path)(tokens, t, rng, **options), path.loss(model, tokens, t, rng, **options))
-    narrow = Objective(model, path, bfloat16=True)(tokens, t, rng)
+    narrow = Objective(model, path, "bfloat16")(tokens, t, rng)
     assert 0 < abs(narrow - path.loss(model, tokens, t, rng)) < 0.05
 
 
