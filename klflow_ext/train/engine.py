@@ -59,7 +59,9 @@ class Engine:
     def load_model(self, state: dict[str, Tensor]) -> None:
         """Takes up whole weights, the same on every process."""
         now = self.model.state_dict()
-        self.model.load_state_dict({name: sharded_like(x, now.get(name)) for name, x in state.items()})
+        self.model.load_state_dict(
+            {name: sharded_like(x, now[name]) if name in now else x for name, x in state.items()}
+        )
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
         """Takes up the whole state of an optimizer, the same on every process."""
