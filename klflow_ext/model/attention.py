@@ -69,6 +69,32 @@ def two_streams(streams: Streams) -> Attend:
     return lambda q, k, v, layer: _weigh(q, k, v, sees)
 
 
+def in_blocks(streams: Streams) -> Attend:
+    """As `two_streams`, without a mask of all pairs: blocks of rows that do not see each other are skipped (FlexAttention).
+
+    The rows are those of `Streams.by_slice`, so that most blocks are seen whole or not at all. Not yet run on a GPU.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    slices, count = streams.slices, streams.tokens.shape[1]
+    assert slices is not None
+
+    def sees(b: Tensor, head: Tensor, row: Tensor, other: Tensor) -> Tensor:
+        own, its = slices[b, row], slices[b, other]
+        clean = other < count
+        before = torch.where(row < count, its <= own, its < own)
+        return torch.where(clean, before, (row >= count) & (its == own))
+
+    batch, rows = slices.shape
+    mask = create_block_mask(sees, batch, None, rows, rows, device=slices.device)
+    weigh = torch.compile(flex_attention) if slices.is_cuda else flex_attention  # uncompiled it builds all pairs
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        return weigh(q, k.to(q.dtype), v.to(q.dtype), block_mask=mask)
+
+    return attend
+
+
 def next_slice(streams: Streams, cache: Cache) -> Attend:
     """Clean rows of one slice, which are put into the cache, and the queries of the one after it: no mask is needed."""
     count = streams.tokens.shape[1]

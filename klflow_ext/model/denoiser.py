@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from klflow_ext import ops
-from klflow_ext.model.attention import Cache, behind_cache, next_slice, one_stream, two_streams
+from klflow_ext.model.attention import Cache, behind_cache, in_blocks, next_slice, one_stream, two_streams
 from klflow_ext.model.blocks import Block, norm
 from klflow_ext.model.config import DenoiserConfig
 from klflow_ext.ops.arguments import INTEGERS, looks_at_values
@@ -159,6 +159,10 @@ class Denoiser(Network):
         h = F.embedding(tokens, self.embedding)
         return self._centred(h) if self.config.input == "simplex" else h
 
+    def embed_posterior(self, ids: Tensor, q: Tensor, rest: Tensor) -> Tensor:
+        """embed of rows whose posterior is q (B, L, K) at ids, and `rest` (B, L) spread over the others as the prior is."""
+        return ops.posterior_embedding(ids, q, rest, self.embedding, self.log_prior)
+
     def embed_noise(
         self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, row_offset: int = 0,
         boost: Tensor | None = None,
@@ -223,6 +227,10 @@ class Denoiser(Network):
                 raise ValueError(f"previous: got shape {tuple(previous.shape)}, allowed is {allowed}")
             h = h + self.self_in(previous.detach())
         t = self._times(t, b, length)
+        rows = None
+        if streams is not None and cache is None and self._in_blocks(h):
+            rows, streams = streams.by_slice()
+            h, t = h.gather(1, rows[..., None].expand_as(h)), t.expand(b, length).gather(1, rows) if t.dim() == 2 else t
         h, time = norm(h), None
         if config.time == "token":
             least = t.reshape(b, -1).amin(1) if length else t.expand(b)
@@ -233,7 +241,8 @@ class Denoiser(Network):
             time = F.silu(self._time(t.reshape(b, -1)))
         if streams is not None:
             cos, sin = (x[streams.places][:, None].to(h.dtype) for x in (self.cos, self.sin))
-            attend = two_streams(streams) if cache is None else next_slice(streams, cache)
+            whole = two_streams if rows is None else in_blocks
+            attend = whole(streams) if cache is None else next_slice(streams, cache)
             new = streams.tokens.shape[1]
         else:
             held = 0 if cache is None else cache.length
@@ -248,7 +257,14 @@ class Denoiser(Network):
                 h = block(h, cos, sin, time, attend, layer)
         if cache is not None:
             cache.length += new
+        if rows is not None:
+            h = torch.empty_like(h).scatter(1, rows[..., None].expand_as(h), h)
         return norm(h[:, 1:] if config.time == "token" else h)
+
+    @staticmethod
+    def _in_blocks(h: Tensor) -> bool:
+        """Whether two whole streams are read block by block: where the kernel for it is, and a mask of all pairs would cost."""
+        return h.is_cuda and h.shape[1] >= 1024
 
     def _check_rows(self, h: Tensor, cache: Cache | None, streams: Streams | None) -> tuple[int, int]:
         """(B, L) of h; errors for all that does not fit."""

@@ -11,6 +11,8 @@ All noise is a function of (seed, step, row, column) alone; see `ops`.
 from klflow_ext.path.autoregressive import Autoregressive
 from klflow_ext.path.base import IGNORE, Path
 from klflow_ext.path.discrete import KAPPA, MaskPath, UniformPath
+from klflow_ext.path.evidence import Evidence
+from klflow_ext.path.layout import Layout
 from klflow_ext.path.likelihood import Likelihood
 from klflow_ext.path.logit import LogitPath, identification_accuracy
 from klflow_ext.path.network import Network, Streams, as_network
@@ -20,5 +22,5 @@ from klflow_ext.path.state import Move, Prediction, State
 
 __all__ = [
     "IGNORE", "KAPPA", "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive",
-    "State", "Prediction", "Move", "Network", "Streams", "as_network", "Likelihood", "SampleOptions", "ResolvedOptions", "identification_accuracy",
+    "State", "Prediction", "Move", "Network", "Streams", "as_network", "Evidence", "Layout", "Likelihood", "SampleOptions", "ResolvedOptions", "identification_accuracy",
 ]  # fmt: skip

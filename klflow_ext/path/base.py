@@ -10,8 +10,10 @@ from torch import Tensor
 
 from klflow_ext.checks import check_field, check_int
 from klflow_ext.ops.arguments import INTEGERS, check_tensor, check_tokens, looks_at_values
+from klflow_ext.path.evidence import Evidence
+from klflow_ext.path.layout import slice_order
 from klflow_ext.path.likelihood import Likelihood
-from klflow_ext.path.network import Called, Model, Network, Streams, as_network, evaluating, slice_order
+from klflow_ext.path.network import Called, Model, Network, Streams, as_network, evaluating
 from klflow_ext.path.state import Move, Prediction, State
 
 IGNORE = -100  # a target with this value is padding: no loss, and its row carries noise only
@@ -122,7 +124,7 @@ class Path:
 
     def loss(
         self, model: Model, target: Tensor, t: Tensor, rng, *, given: Tensor | None = None, order: Tensor | None = None,
-        reduction: str = "mean", row_offset: int = 0,
+        evidence: Evidence | None = None, reduction: str = "mean", row_offset: int = 0,
     ) -> Tensor:  # fmt: skip
         """-log p(k | x_t, t), averaged over the positions that are neither given nor padding (the paper's equation 13).
 
@@ -135,15 +137,20 @@ class Path:
             order: (B, L) int64, for a network with `slices`: the slice of each position, 0 where it is given, in place of `given`.
                 A position is then asked for by what stands in the slices before its own, and hidden in the noise of time t. None:
                 what is not given is one slice.
+            evidence: what was observed of the positions that are asked for, for a network that reads posteriors.
             reduction: "mean" (NaN where no position counts), "sum" or "none" ((B, L), zero where a position does not count).
         """
         network = as_network(model, self.vocab_size)
         if order is not None:
             _check_order(network, order, target)
             given = order == 0
+        if evidence is not None and not network.reads_posterior:
+            raise ValueError("evidence: got some, allowed is None for a network that reads no posteriors")
 
         def loss() -> Tensor:
             state = self.noisy(target, t[:, None], rng, given=given, row_offset=row_offset)
+            if evidence is not None:
+                state.evidence = evidence if given is None else evidence.without(given)
             prediction = self.predict(network, state, target, t, given, order)
             label = target if given is None else target.masked_fill(given, IGNORE)
             return self._cross_entropy(prediction, state, label, reduction)

@@ -23,12 +23,6 @@ Result = TypeVar("Result")
 Model = Callable[[Tensor, Tensor], Tensor]
 
 
-def slice_order(given: Tensor, count: int | Tensor) -> Tensor:
-    """(B, L) int64, the slice of each position: 0 where it is given, else 1 to count (a number or (B, 1)), in turn from the left."""
-    free = ~given
-    return torch.where(free, (free.cumsum(1) - 1) % count + 1, 0)
-
-
 @dataclass(frozen=True)
 class Streams:
     """Clean rows, which stand before those of a state, the queries: what a network with `slices` reads.
@@ -54,6 +48,20 @@ class Streams:
         places = torch.arange(tokens.shape[1], device=tokens.device).repeat(2).expand(len(tokens), -1)
         return cls(tokens, places, order.repeat(1, 2))
 
+    def by_slice(self) -> tuple[Tensor, Streams]:
+        """(rows, streams): the clean rows by their slices, then the queries by theirs, row i being row rows[b, i] of these.
+
+        Whom a row sees then lies in two stretches, which block-sparse attention is made for.
+        """
+        assert self.slices is not None
+        count = self.tokens.shape[1]
+        clean, query = (
+            self.slices[:, :count].argsort(dim=1, stable=True),
+            self.slices[:, count:].argsort(dim=1, stable=True),
+        )
+        rows = torch.cat([clean, query + count], 1)
+        return rows, Streams(self.tokens.gather(1, clean), self.places.gather(1, rows), self.slices.gather(1, rows))
+
     def sees(self) -> Tensor:
         """(B, C + Q, C + Q) bool: whom each row sees."""
         assert self.slices is not None
@@ -75,6 +83,7 @@ class Network(nn.Module):
     It may define
         embed_noise(target, t, rng, given=, row_offset=) -> (B, L, D): embed of a LogitPath's noise, straight from tokens and
             seed; then `makes_noise` is True. If it reads posteriors, it also takes boost=, and `reads_posterior` is True;
+        embed_posterior(ids, q, rest) -> (B, L, D): embed of posteriors by their entries, and log_prior (V,), of one that reads them;
         cache(B), for an Autoregressive path or slices, which hidden then takes as cache=; then `caches` is True;
         embed_certain(tokens) -> (B, C, D): embed of rows that show their tokens; if hidden takes streams=, `slices` is True.
 
@@ -96,6 +105,8 @@ class Network(nn.Module):
     embed: Callable[..., Tensor]
     embed_noise: Callable[..., Tensor]
     embed_certain: Callable[[Tensor], Tensor]
+    embed_posterior: Callable[[Tensor, Tensor, Tensor], Tensor]
+    log_prior: Tensor
     hidden: Callable[..., Tensor]
     cache: Callable[[int], Any]
     head: nn.Linear
@@ -141,6 +152,9 @@ class Network(nn.Module):
             )
         else:
             h = self.embed(state.x, times)
+        if self.reads_posterior and state.evidence is not None:
+            heard = self.embed_posterior(*state.evidence.posterior(self.log_prior))
+            h = torch.where(state.evidence.observed[..., None], heard.to(h.dtype), h)
         options: dict[str, Any] = {} if cache is None else {"cache": cache}
         before = 0
         if streams is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from klflow_ext.checks import LEAST, MOST, check_choice, check_int, check_scalar
+from klflow_ext.path.layout import Layout
 
 Temperature = float | tuple[float, float] | Callable[[float], float]
 Final = Literal["argmax", "draw"]
@@ -31,9 +32,14 @@ class SampleOptions:
     every pass draws some of the free positions for good, given all that stands; or a registered name. None: "slices" for a
     network that was trained with them, else "segments".
 
-    "slices": free position i belongs to slice i mod the number of slices. "segments": the same order, for a model trained on
-    sequences of which a part is given; everything is read again in every pass. Tokens that are drawn together lie `steps`
-    positions apart, so they hardly depend on each other. No more passes are made than a sequence has free positions."""
+    "slices": each set of the layout is a slice. "segments": for a model trained on sequences of which a part is given; everything is
+    read again in every pass. Tokens that are drawn together lie apart, so they hardly depend on each other. No more passes are
+    made than a sequence has free positions."""
+
+    layout: Layout | str | None = None
+    """Of slices and segments, the order of the positions, a `Layout` or its text, such as "0 4 | 2 6 | 1 3 5 7". There are then as many
+    passes as sets (times slice_steps), whatever `steps` says. None: of slices `Layout.for_passes(steps // slice_steps)`, of
+    segments a stride, position i in set i mod steps."""
 
     slice_steps: int = 1
     """Of "slices": passes for each slice, at least 1. With more, a slice goes from noise to its tokens by the sampling scheme, and
@@ -70,7 +76,12 @@ class SampleOptions:
             object.__setattr__(self, name, value)
 
         keep("steps", check_int("steps", self.steps, 1, 2**31, "an integer >= 1"))
-        keep("slice_steps", check_int("slice_steps", self.slice_steps, 1, self.steps, f"1 to steps = {self.steps}"))
+        if isinstance(self.layout, str):
+            keep("layout", Layout.parse(self.layout))
+        elif not isinstance(self.layout, Layout | None):
+            raise TypeError(f"layout: got {self.layout!r}, allowed is None, a Layout or its text")
+        most = self.steps if self.layout is None else 2**31
+        keep("slice_steps", check_int("slice_steps", self.slice_steps, 1, most, f"1 to steps = {self.steps}"))
         if self.final is not None:
             check_choice("final", self.final, get_args(Final))
         check_choice("euler", self.euler, get_args(Euler))
@@ -101,6 +112,7 @@ class ResolvedOptions(SampleOptions):
     """SampleOptions with what a path and a network say of the fields that were None. boosts: None for a dense state."""
 
     method: str = "segments"
+    layout: Layout | None = None
     top_k: int = 20
     t_split: float = 0.0
     final: Final = "argmax"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from klflow_ext import ops
 from klflow_ext.ops.linear import LOGIT_BYTES
+from klflow_ext.path.evidence import Evidence
 from klflow_ext.path.options import ResolvedOptions
 
 
@@ -47,6 +48,7 @@ class State:
             somebody asks for x. t is a number, (B,) or (B, L); given (B, L) bool or None.
         boost: what the basic scheme has added to the noise, sparsely: tokens and boost are then (B, L, K), as in
             `ops.noise_posterior`, and there is no x.
+        evidence: what was observed of the positions; None: nothing.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class State:
         row_offset: int = 0,
         boost: Tensor | None = None,
         make: Callable[[], Tensor] | None = None,
+        evidence: Evidence | None = None,
     ):
         self._x, self._make, self.log_x = x, make, log_x
+        self.evidence = evidence
         self.tokens, self.t, self.rng, self.given = tokens, t, rng, given
         self.row_offset, self.boost = row_offset, boost
 
@@ -85,6 +89,8 @@ class Prediction:
 
     Args:
         logits: (B, L, V), or None: those of hidden (B, L, D) @ weight.T + bias, weight (V, D), bias (V,) or None.
+        evidence: what was observed, of B x L positions, and now takes part; None: nothing.
+        heard: whether the network was told of it. Then it only excludes what cannot be; else its likelihood is a factor of p.
 
     Attributes:
         bad: (B,) bool, of the sequences in whose logits, as far as they were looked at, a row holds a NaN or has no finite
@@ -98,9 +104,12 @@ class Prediction:
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         *,
+        evidence: Evidence | None = None,
+        heard: bool = False,
         whole: Prediction | None = None,
     ):
         self._logits, self.hidden, self.weight, self.bias = logits, hidden, weight, bias
+        self.evidence, self.heard = evidence, heard
         self._whole = whole  # of which this is a part, so that it hears of what is bad
         self.bad: Tensor | None = None
 
@@ -111,6 +120,10 @@ class Prediction:
         if self._whole is not None:
             self._whole._note(bad[:, None])
 
+    def with_evidence(self, evidence: Evidence | None, heard: bool) -> Prediction:
+        """The same, and what was observed."""
+        return Prediction(self._logits, self.hidden, self.weight, self.bias, evidence=evidence, heard=heard, whole=self)
+
     @property
     def is_dense(self) -> bool:
         return self._logits is not None
@@ -119,6 +132,8 @@ class Prediction:
     def logits(self) -> Tensor:
         """(B, L, V) float32."""
         self._logits = (self._of(self._head()[0]) if self._logits is None else self._logits).float()
+        if self.evidence is not None:
+            self._logits, self.evidence = self.evidence.add_to(self._logits, weigh=not self.heard), None
         self._note(~self._logits.amax(-1).isfinite())  # a NaN is the maximum, too
         return self._logits
 
@@ -133,6 +148,8 @@ class Prediction:
 
     def cross_entropy(self, label: Tensor, **options) -> Tensor:
         """-log p(label), label (B, L); options as in `ops.cross_entropy`. Gradients flow to the network."""
+        if self.evidence is not None:
+            return ops.cross_entropy(self.logits, label, **options)
         if self._logits is not None:
             wide = self._logits.dtype == torch.float64  # there are no kernels of it
             return ops.cross_entropy(self._logits.float() if wide else self._logits, label, **options)
@@ -141,16 +158,15 @@ class Prediction:
 
     def last(self) -> Prediction:
         """What it says of the last position of each sequence."""
-        return self._part(lambda x: x[:, -1:])
+        rows = self._head()[0] if self._logits is None else self._logits
+        return self.at(torch.full((len(rows), 1), rows.shape[1] - 1, device=rows.device))
 
     def at(self, places: Tensor) -> Prediction:
         """What it says of some positions of each sequence, places (B, N)."""
-        return self._part(lambda x: x.gather(1, places[..., None].expand(-1, -1, x.shape[-1])))
-
-    def _part(self, choose: Callable[[Tensor], Tensor]) -> Prediction:
-        if self._logits is not None:
-            return Prediction(choose(self._logits), whole=self)
-        return Prediction(None, choose(self._head()[0]), self.weight, self.bias, whole=self)
+        choose = lambda x: x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))  # noqa: E731
+        evidence = None if self.evidence is None else self.evidence.at(places)
+        logits, hidden = (choose(self._logits), None) if self._logits is not None else (None, choose(self._head()[0]))
+        return Prediction(logits, hidden, self.weight, self.bias, evidence=evidence, heard=self.heard, whole=self)
 
     def draw(self, k: int, rng: Tensor, temperature: float = 1.0, top_p: float = 1.0, row_offset: int = 0) -> Tensor:
         """(B, L) tokens of `ops.topk_sample`, rng (B, 2); 0 where the logits say nothing (see `bad`)."""
@@ -177,11 +193,12 @@ class Prediction:
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
         """The logits of some sequences after another, and which they are."""
         if self._logits is not None:
-            self._logits = self._logits.float()
-            yield slice(None), self._logits
+            yield slice(None), self.logits
             return
         hidden, weight = self._head()
         b, length, _ = hidden.shape
         some = max(1, LOGIT_BYTES // (4 * length * weight.shape[0]))
         for i in range(0, b, some):
-            yield slice(i, i + some), self._of(hidden[i : i + some])
+            part = slice(i, i + some)
+            logits = self._of(hidden[part])
+            yield part, logits if self.evidence is None else self.evidence[part].add_to(logits.float(), not self.heard)

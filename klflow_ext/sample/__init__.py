@@ -5,6 +5,7 @@
     denoise.py        basic, sampling, hybrid: all positions move from noise to text together
     race.py           the exact reverse of the noise, to test the others by
     slices.py         some positions after others, for a network trained with them, which keeps what stands
+    confidence.py     the surest positions first, for any network
     segments.py       the same order for any network, which reads everything again
     left_to_right.py  one position after the other, for an Autoregressive path
     replay.py         the sampling scheme by recorded CUDA graphs
@@ -17,6 +18,7 @@ seeds: neither the noisy rows nor all logits exist at once.
 
 from klflow_ext.data import parse_holes
 from klflow_ext.path.options import SampleOptions, Temperature
+from klflow_ext.sample.confidence import confidence
 from klflow_ext.sample.denoise import basic_step, denoise, hybrid_step, register_sampler, sampling_step
 from klflow_ext.sample.left_to_right import left_to_right
 from klflow_ext.sample.passes import Passes
@@ -27,6 +29,6 @@ from klflow_ext.sample.slices import slices
 from klflow_ext.sample.ways import register_way
 
 __all__ = [
-    "Passes", "SampleOptions", "Sampler", "Samples", "Temperature", "basic_step", "denoise", "hybrid_step", "left_to_right",
+    "Passes", "SampleOptions", "Sampler", "Samples", "Temperature", "basic_step", "confidence", "denoise", "hybrid_step", "left_to_right",
     "parse_holes", "race_step", "register_sampler", "register_way", "sampling_step", "segments", "slices",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.ways import register_way
 
 
-@register_way("left_to_right", of_path=True, ordered=True)
+@register_way("left_to_right", of_path=True, ordered=True, hears=True)
 def left_to_right(passes: Passes, options: ResolvedOptions) -> Tensor:
     """A pass over the prefix that all sequences are given, then one for each position, to the last that is free in any.
 
@@ -26,8 +26,9 @@ def left_to_right(passes: Passes, options: ResolvedOptions) -> Tensor:
     cache = network.cache(len(tokens)) if isinstance(network, Network) and network.caches else None
     for i in range(first, last + 1):
         held = 0 if cache is None else cache.length
-        prediction = passes.predict(State(inputs[:, held : i + 1]), 0.0, given, cache=cache).last()
         place = torch.full_like(tokens[:, :1], i)
+        prediction = passes.predict(State(inputs[:, held : i + 1]), 0.0, given, cache=cache).last()
+        prediction = prediction.with_evidence(passes.observed(place), heard=False)
         drawn = passes.draw(prediction, place, options.last_top_k, 0, temperatures[i], options.top_p, row_offset=i)
         drawn = torch.where(given[:, i : i + 1], tokens[:, i : i + 1], drawn)
         tokens[:, i : i + 1] = drawn

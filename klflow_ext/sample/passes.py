@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klflow_ext.path import Path, Prediction, State
-from klflow_ext.path.network import Called, Network, Streams, slice_order
+from klflow_ext.path import Evidence, Path, Prediction, State
+from klflow_ext.path.layout import slice_order
+from klflow_ext.path.network import Called, Network, Streams
 
 
 class Passes:
@@ -18,6 +19,8 @@ class Passes:
     Attributes:
         network, path: who is asked, and on which path.
         given: (B, L) bool. known: (B, L) int64, the given tokens, 0 elsewhere.
+        evidence: what was observed of the others, or None. A way that says `hears=True` when it is registered hands `predict` that
+            of the positions that it asks for.
         count: passes made.
         keeps: whether a way is to `keep` its tokens after each pass. history: those kept.
     """
@@ -32,7 +35,9 @@ class Passes:
         *,
         progress: bool = False,
         return_history: bool = False,
+        evidence: Evidence | None = None,
     ):
+        self.evidence = None if evidence is None else evidence.without(given)
         self.network, self.path, self.given, self.known = network, path, given, torch.where(given, tokens, 0)
         self.count, self.keeps = 0, return_history
         self.history: list[Tensor] = []
@@ -45,6 +50,10 @@ class Passes:
     def rng(self, step: int) -> Tensor:
         """(B, 2): the noise state of each sequence, (seed, step)."""
         return torch.cat([self._seeds, torch.full_like(self._seeds, step)], 1)
+
+    def observed(self, places: Tensor) -> Evidence | None:
+        """What was observed of some positions (B, N)."""
+        return None if self.evidence is None else self.evidence.at(places)
 
     def expect(self, total: int) -> None:
         """Says how many passes there will be, for the progress line."""
@@ -59,8 +68,9 @@ class Passes:
         previous: Tensor | None = None,
         cache: Any = None,
         streams: Streams | None = None,
+        evidence: Evidence | None = None,
     ) -> Prediction:
-        """What the network says of a state at time t; given (B, L): what it may take for certain.
+        """What the network says of a state at time t; given (B, L): what it may take for certain. evidence: of these positions.
 
         previous, cache, streams: as in `Network.predict`. A network with slices hears of what all ways are given by streams.
 
@@ -73,9 +83,12 @@ class Passes:
         times = self.path.model_times(times, given, self.network.times_by_position)
         if self.network.slices and streams is None and self._some_given:
             streams = Streams.of_text(self.known, slice_order(self.given, 1))
+        state.evidence = evidence
         self._latest = self.network.predict(state, times, previous=previous, cache=cache, streams=streams)
         self.advance()
-        return self._latest
+        if evidence is None:
+            return self._latest
+        return self._latest.with_evidence(evidence, heard=self.network.reads_posterior)
 
     def advance(self) -> None:
         """Counts a pass; shows a line with the time left once they have taken two seconds."""
@@ -138,3 +151,8 @@ class Passes:
             f"logits: got a NaN or no finite maximum in pass {int(self._bad[sequence])}, sequence {sequence}, allowed are "
             "finite numbers; such a model has diverged"
         )
+
+
+def places_of(flags: Tensor) -> Tensor:
+    """(B, N): where flags (B, L), of which every row has N, are set."""
+    return flags.nonzero()[:, 1].view(len(flags), -1)

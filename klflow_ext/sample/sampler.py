@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klflow_ext.checks import check_int
+from klflow_ext.checks import LEAST, MOST, check_int, check_scalar
 from klflow_ext.ops.arguments import DEBUG_CHECK
-from klflow_ext.path import Autoregressive, Likelihood, Path, ResolvedOptions, SampleOptions, as_network
+from klflow_ext.path import Autoregressive, Evidence, Likelihood, Path, ResolvedOptions, SampleOptions, as_network
 from klflow_ext.path.base import check_text
 from klflow_ext.path.network import Model, Network, evaluating
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.replay import Replays
 from klflow_ext.sample.scoring import Scoring
-from klflow_ext.sample.ways import Way, is_ordered, ordered_names, wants_same_free, way_of
+from klflow_ext.sample.ways import Way, hearing_names, hears, is_ordered, ordered_names, wants_same_free, way_of
 
 
 @dataclass
@@ -149,6 +149,7 @@ class Sampler:
         options: SampleOptions | None = None,
         *,
         seed: int | Sequence[int] = 0,
+        evidence: Evidence | Sequence[Evidence] | None = None,
         progress: bool = False,
         return_history: bool = False,
         **changes: Any,
@@ -161,6 +162,9 @@ class Sampler:
             given: (B, L) bool, or a list as long, of each sequence's flags.
             options: how; None: `SampleOptions()`. changes: fields of it that differ, such as steps=16.
             seed: one seed, or one for each sequence: the same seed gives the same tokens in any batch.
+            evidence: what was observed of the positions that are not given, for confidence, slices and segments; of a list of
+                sequences a list, of one sequence each. A network that reads posteriors hears it: it is a part of what every
+                position reads. For others the likelihood is a factor of what is drawn from.
             progress: shows a line with the time left.
             return_history: keeps the tokens after each pass.
 
@@ -178,24 +182,58 @@ class Sampler:
                     "allowed with it are 'sampling' and False"
                 )
             way = self._replays
-        if not isinstance(tokens, Tensor):
-            return self._infill_ragged(tokens, given, _seeds(seed, len(tokens)), way, request)
-        tokens = _token_ids("tokens", tokens)
-        if tokens.dim() != 2:
-            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, allowed is (B, L)")
-        given = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
-        if given.shape != tokens.shape or given.dtype != torch.bool:
+        if evidence is not None and not hears(way):
             raise ValueError(
-                f"given: got {given.dtype} of shape {tuple(given.shape)}, allowed is bool of the (B, L) shape of tokens, "
-                f"{tuple(tokens.shape)}"
+                f"method: got {request.options.method!r} with evidence, allowed with it is one of {hearing_names()}"
             )
+        if not isinstance(tokens, Tensor):
+            return self._infill_ragged(
+                tokens, given, _seeds(seed, len(tokens)), way, request, self._each(evidence, tokens)
+            )
+        tokens, given = self._checked(tokens, given)
+        observed = self._check_evidence(evidence, tokens)
         seeds = _seeds(seed, len(tokens))
         if not wants_same_free(way) or bool(((~given).sum(1) == (~given[:1]).sum(1)).all()):
-            return self._infill(tokens, given, seeds, way, request)
-        found = self._infill_ragged(tokens.cpu(), given.cpu(), seeds, way, request)
+            return self._infill(tokens, given, seeds, way, request, observed)
+        each = None if observed is None else [observed[i : i + 1] for i in range(len(tokens))]
+        found = self._infill_ragged(tokens.cpu(), given.cpu(), seeds, way, request, each)
         found.tokens = torch.stack(list(found.tokens))
         found.history = [torch.stack(list(rows)) for rows in found.history]
         return found
+
+    @torch.no_grad()
+    def posterior(
+        self, tokens: Tensor, given: Tensor, *, evidence: Evidence | None = None, top: int = 8, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """What the network says of each free position by itself, in one pass, given what stands and what was observed.
+
+        Args:
+            tokens, given, evidence: as in `infill`, (B, L).
+            top: how many tokens of each position, in [1, V].
+            temperature: by which its logits are divided.
+
+        Returns: (ids int64, p float32), both (B, L, top), the likeliest tokens in descending order; a given one has 1, and -1 stands
+            behind it, with 0.
+        Errors: as `infill`; ValueError on an Autoregressive path, of which no position hears those after it.
+        """
+        if isinstance(self.path, Autoregressive):
+            raise ValueError("path: got an Autoregressive one, allowed where a posterior is asked for is any other")
+        top = check_int("top", top, 1, self.path.vocab_size, f"an integer in [1, V = {self.path.vocab_size}]")
+        temperature = check_scalar("temperature", temperature, LEAST, MOST, f"a number in [{LEAST}, {MOST}]")
+        tokens, given = self._checked(tokens, given)
+        self._check_evidence(evidence, tokens)
+        self._check_tokens(tokens, given)
+        tokens, given = tokens.to(self.device), given.to(self.device)
+        evidence = None if evidence is None else evidence.to(self.device)
+        passes = Passes(self.network, self.path, tokens, given, [0] * len(tokens), evidence=evidence)
+        with evaluating(self.network):
+            state = self.path.renoise(passes.known, 0.0, passes.rng(0), given)
+            ids, p = passes.predict(state, 0.0, given, evidence=passes.evidence).largest(top, temperature)
+            passes.end()
+        certain = torch.full_like(ids, -1)
+        certain[..., 0] = tokens
+        shown = given[..., None]
+        return torch.where(shown, certain, ids), torch.where(shown, (certain >= 0).to(p.dtype), p)
 
     @torch.no_grad()
     def likelihood(
@@ -204,6 +242,7 @@ class Sampler:
         given: Tensor | None = None,
         options: SampleOptions | None = None,
         *,
+        evidence: Evidence | None = None,
         progress: bool = False,
         **changes: Any,
     ) -> Likelihood:
@@ -214,7 +253,7 @@ class Sampler:
 
         Args:
             tokens: (B, L) ids. given: (B, L) bool, tokens that are known and not counted; None: none.
-            options, changes, progress: as in `infill`.
+            options, changes, evidence, progress: as in `infill`; with evidence it is -log p(tokens | what was observed).
 
         Raises:
             ValueError: an argument is outside its range or of a wrong shape, or a method that has no exact likelihood (see
@@ -231,13 +270,19 @@ class Sampler:
         _, counts = check_text(tokens, given)
         given = torch.zeros_like(tokens, dtype=torch.bool) if given is None else given.to(self.device)
         self._check_tokens(tokens, ~torch.zeros_like(given))
+        self._check_evidence(evidence, tokens)
+        if evidence is not None:
+            evidence = evidence.to(self.device)
         nats = torch.zeros(len(tokens), dtype=torch.float64, device=self.device)
         keys = counts if wants_same_free(way) else torch.zeros_like(counts)
         with evaluating(self.network):
             for key in keys.unique().tolist():
                 members = ((keys == key) & (counts > 0)).nonzero().flatten()
                 if len(members):
-                    passes = Scoring(self.network, self.path, tokens[members], given[members], progress=progress)
+                    some = None if evidence is None else evidence[members]
+                    passes = Scoring(
+                        self.network, self.path, tokens[members], given[members], progress=progress, evidence=some
+                    )
                     way(passes, resolved)
                     passes.end()
                     nats[members] = passes.nats.sum(1)
@@ -260,7 +305,9 @@ class Sampler:
             default_method=self.default_method,
         )
 
-    def _infill_ragged(self, tokens, given, seeds: list[int], way: Way, request: _Request) -> Samples:
+    def _infill_ragged(
+        self, tokens, given, seeds: list[int], way: Way, request: _Request, evidence: list[Evidence] | None
+    ) -> Samples:
         if len(given) != len(tokens):
             raise ValueError(f"given: got {len(given)} sequences, allowed are as many as tokens has, {len(tokens)}")
         start = time.perf_counter()
@@ -280,13 +327,28 @@ class Sampler:
         nfe = 0
         for members in groups.values():
             rows, flags = (torch.stack([x[i] for i in members]) for x in (tokens, given))
-            result = self._infill(rows, flags, [seeds[i] for i in members], way, request)
+            some = None if evidence is None else Evidence.stack([evidence[i] for i in members])
+            result = self._infill(rows, flags, [seeds[i] for i in members], way, request, some)
             nfe = max(nfe, result.nfe)
             for j, i in enumerate(members):
                 found[i] = result.tokens[j]
                 passes[i] = [x[j] for x in result.history]
         history = [[p[n] if n < len(p) else x for p, x in zip(passes, found, strict=True)] for n in range(nfe)]
         return Samples(found, nfe, time.perf_counter() - start, history if request.return_history else [])
+
+    @staticmethod
+    def _checked(tokens: Tensor, given) -> tuple[Tensor, Tensor]:
+        """Both as tensors of one shape (B, L)."""
+        tokens = _token_ids("tokens", tokens)
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, allowed is (B, L)")
+        given = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
+        if given.shape != tokens.shape or given.dtype != torch.bool:
+            raise ValueError(
+                f"given: got {given.dtype} of shape {tuple(given.shape)}, allowed is bool of the (B, L) shape of tokens, "
+                f"{tuple(tokens.shape)}"
+            )
+        return tokens, given
 
     def _check_length(self, name: str, length: int) -> None:
         most = self.network.max_length
@@ -300,7 +362,35 @@ class Sampler:
         if bool(bad.any()):
             raise ValueError(f"tokens: got {tokens[bad][0].item()} where given, allowed is 0 to V - 1 = {vocab - 1}")
 
-    def _infill(self, tokens: Tensor, given: Tensor, seeds: list[int], way: Way, request: _Request) -> Samples:
+    def _check_evidence(self, evidence: Any, tokens: Tensor) -> Evidence | None:
+        if evidence is None:
+            return None
+        if not isinstance(evidence, Evidence):
+            raise TypeError(f"evidence: got {type(evidence).__name__}, allowed is an Evidence")
+        shape, vocab = tuple(tokens.shape), self.path.vocab_size
+        if tuple(evidence.ids.shape[:2]) != shape:
+            raise ValueError(
+                f"evidence: got one of {tuple(evidence.ids.shape[:2])} positions, allowed is that of tokens, {shape}"
+            )
+        most = int(evidence.ids.max()) if evidence.ids.numel() else -1
+        if most >= vocab:
+            raise ValueError(f"evidence: got the token {most}, allowed is 0 to V - 1 = {vocab - 1}")
+        return evidence
+
+    def _each(self, evidence, tokens) -> list[Evidence] | None:
+        """Of a list of sequences, of one each."""
+        if evidence is None:
+            return None
+        if isinstance(evidence, Evidence) or len(evidence) != len(tokens):
+            got = "one" if isinstance(evidence, Evidence) else f"{len(evidence)}"
+            raise ValueError(f"evidence: got {got}, allowed is a list of as many as tokens has, {len(tokens)}")
+        for some, row in zip(evidence, tokens, strict=True):
+            self._check_evidence(some, torch.empty(1, len(row)))
+        return list(evidence)
+
+    def _infill(
+        self, tokens: Tensor, given: Tensor, seeds: list[int], way: Way, request: _Request, evidence: Evidence | None
+    ) -> Samples:
         start = time.perf_counter()
         tokens, given = tokens.to(self.device).long(), given.to(self.device)
         self._check_tokens(tokens, given)
@@ -314,6 +404,7 @@ class Sampler:
             seeds,
             progress=request.progress,
             return_history=request.return_history,
+            evidence=None if evidence is None else evidence.to(self.device),
         )
         with evaluating(self.network):
             found = way(passes, request.options)

@@ -6,21 +6,27 @@ import torch
 from torch import Tensor
 
 from klflow_ext.path import ResolvedOptions
-from klflow_ext.path.network import slice_order
+from klflow_ext.path.layout import Layout
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.ways import register_way
 
 
-@register_way("segments", ordered=True)
+@register_way("segments", ordered=True, hears=True)
 def segments(passes: Passes, options: ResolvedOptions) -> Tensor:
-    """Pass i draws the free positions whose number is i modulo the number of passes."""
-    count = min(options.steps, int((~passes.given).sum(1).max()))
-    temperatures = options.temperatures(options.steps)  # not of the passes made, which depend on the batch
-    passes.expect(count)
-    turn, found = slice_order(passes.given, count) - 1, passes.known
-    for i in range(count):
-        now, shown = turn == i, turn < i
-        prediction = passes.predict(passes.path.renoise(found, 0.0, passes.rng(i), shown), 0.0, shown)
+    """Pass i draws the positions of set i of the layout, a stride where none is asked for."""
+    if options.layout is not None:
+        options.layout.check_fits(passes.given)
+    layout = options.layout or Layout.stride(min(options.steps, int((~passes.given).sum(1).max())))
+    order, found = layout.order(passes.given), passes.known
+    passes.expect(len(layout))
+    temperatures = options.temperatures(
+        max(options.steps, len(layout))
+    )  # not of the passes made, which depend on the batch
+    for i in range(len(layout)):
+        now, shown = order == i + 1, order <= i
+        evidence = None if passes.evidence is None else passes.evidence.without(shown)
+        state = passes.path.renoise(found, 0.0, passes.rng(i), shown)
+        prediction = passes.predict(state, 0.0, shown, evidence=evidence)
         most = int(now.sum(1).max())
         places = (~now).long().argsort(dim=1, stable=True)[:, :most]
         chosen, wanted = prediction.at(places), now.gather(1, places)

@@ -14,10 +14,11 @@ _ways: dict[str, Way] = {}
 _ways_of_paths: dict[str, Way] = {}
 _ordered: set[Way] = set()
 _of_same_free: set[Way] = set()
+_hearing: set[Way] = set()
 
 
 def register_way(
-    name: str, *, of_path: bool = False, ordered: bool = False, same_free: bool = False
+    name: str, *, of_path: bool = False, ordered: bool = False, same_free: bool = False, hears: bool = False
 ) -> Callable[[Way], Way]:
     """Decorator: makes a way available as `method=name`.
 
@@ -28,6 +29,7 @@ def register_way(
         ordered: it draws every free token once, by `Passes.draw`, in an order that does not depend on what is drawn: then it
             has an exact likelihood (`Sampler.likelihood`).
         same_free: the sequences that it gets together have as many free positions each.
+        hears: it takes up `Passes.evidence`.
     """
 
     def register(way: Way) -> Way:
@@ -36,6 +38,8 @@ def register_way(
             _ordered.add(way)
         if same_free:
             _of_same_free.add(way)
+        if hears:
+            _hearing.add(way)
         return way
 
     return register
@@ -65,3 +69,13 @@ def ordered_names() -> list[str]:
 def wants_same_free(way: Way) -> bool:
     """Whether a way asks for sequences with as many free positions each."""
     return way in _of_same_free
+
+
+def hears(way: Way) -> bool:
+    """Whether a way takes up evidence."""
+    return way in _hearing
+
+
+def hearing_names() -> list[str]:
+    """The methods that do."""
+    return sorted(name for name, way in _ways.items() if way in _hearing)

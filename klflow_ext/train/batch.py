@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from klflow_ext import data
-from klflow_ext.path import IGNORE, Path
-from klflow_ext.path.network import slice_order
+from klflow_ext.path import IGNORE, Evidence, Path
+from klflow_ext.path.layout import slice_order
+from klflow_ext.train.channel import confuse
 from klflow_ext.train.config import TrainConfig
 
 
@@ -62,7 +63,7 @@ class LossCurve:
 @dataclass
 class Batch:
     """tokens (B, L) int64, t (B,) float32, given (B, L) bool; blank (B,): of these nothing but what is given is to be seen,
-    t = 0; counts (B,) of free tokens; order (B, L) int64, the slice of each position, or None."""
+    t = 0; counts (B,) of free tokens; order (B, L) int64, the slice of each position, or None; evidence of some sequences, or None."""
 
     tokens: Tensor
     t: Tensor
@@ -70,19 +71,29 @@ class Batch:
     blank: Tensor
     counts: Tensor
     order: Tensor | None = None
+    evidence: Evidence | None = None
 
 
 class Batches:
     """The batches of a token stream (any integers), as a config says.
 
     slices: whether the network has them; then there is an order.
+    prior: (V,) token frequencies of a network that reads posteriors, by which evidence is made; None: none is.
 
     Attributes:
         time_sampling: how times are drawn. curve: where "learned" looks; the Trainer adds to it.
     """
 
-    def __init__(self, stream: np.ndarray, path: Path, config: TrainConfig, slices: bool = False):
+    def __init__(
+        self,
+        stream: np.ndarray,
+        path: Path,
+        config: TrainConfig,
+        slices: bool = False,
+        prior: np.ndarray | None = None,
+    ):
         self.stream, self.path, self.config, self.slices = stream, path, config, slices
+        self.prior = None if prior is None else np.maximum(prior, 1e-12)
         self.time_sampling = config.time_sampling or ("middle" if path.t_max < 1 else "uniform")
         self.curve = LossCurve(path.t_max) if self.time_sampling == "learned" else None
 
@@ -92,11 +103,17 @@ class Batches:
         generator = np.random.default_rng((c.seed, step, 1))
         t = self.times(generator)
         given, blank = self.given_mask(generator)
-        order = None
+        order = evidence = None
         if self.slices:
             order, blank = self.order(given, generator)
+        if self.prior is not None and c.evidence_share:
+            observed = torch.from_numpy(generator.random(c.batch_size) < c.evidence_share)
+            evidence = self.evidence(tokens, observed, generator)
+            blank |= observed
+            if order is not None:
+                order = torch.where(observed[:, None], self.scattered_order(given, generator), order)
         counts = ((tokens != IGNORE) & ~given).sum(1)
-        return Batch(tokens, t.masked_fill(blank, 0.0), given, blank, counts, order)
+        return Batch(tokens, t.masked_fill(blank, 0.0), given, blank, counts, order, evidence)
 
     def order(self, given: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
         """order (B, L), the slices of what is free, and blank (B,), as config.flow_share says.
@@ -109,6 +126,23 @@ class Batches:
         return slice_order(given, torch.from_numpy(count)[:, None]), torch.from_numpy(
             generator.random(b) >= self.config.flow_share
         )
+
+    def scattered_order(self, given: Tensor, generator: np.random.Generator) -> Tensor:
+        """order (B, L) of slices of one size whose positions lie anywhere, as where the surest are drawn first.
+
+        The number n of slices is from 1 to L, uniform in its logarithm.
+        """
+        b, length = given.shape
+        count = torch.from_numpy(np.round(length ** generator.random(b)).astype(np.int64))[:, None]
+        turn = torch.from_numpy(generator.random((b, length)).argsort(1).argsort(1))  # a permutation of the positions
+        return torch.where(given, 0, turn * count // length + 1)
+
+    def evidence(self, tokens: Tensor, observed: Tensor, generator: np.random.Generator) -> Evidence:
+        """What the channel says of the sequences that are observed (B,), of one strength in [0, 4) each."""
+        assert self.prior is not None
+        strength = np.broadcast_to(4 * generator.random((len(tokens), 1)), tokens.shape)
+        said = confuse(tokens.clamp_min(0), strength, self.prior, generator)
+        return said.without((tokens == IGNORE) | ~observed[:, None])
 
     def times(self, generator: np.random.Generator) -> Tensor:
         """(B,) times of a batch, as config.time_sampling says."""

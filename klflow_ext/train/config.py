@@ -44,6 +44,9 @@ class TrainConfig:
     flow_share: float = 0.3
     """Of a network with slices, the share of sequences whose questions carry the path's noise at the drawn time; the others know
     nothing but what stands."""
+    evidence_share: float = 0.0
+    """Of a network that reads posteriors, the share of sequences whose free positions are observed through a channel that confuses
+    their tokens with seven others (`klflow_ext.train.channel`), of any strength. Such a network can be given `Evidence`."""
     middle_share: float = 0.8
     """Share of the times drawn as "middle" and "learned" say; the rest is uniform."""
     seed: int = 0
@@ -77,7 +80,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch_size", 1), ("length", 2), ("accumulate", 1)):
             check_field(name, getattr(self, name), least)
-        for name in ("warmup", "decay", "given_share", "flow_share", "middle_share"):
+        for name in ("warmup", "decay", "given_share", "flow_share", "evidence_share", "middle_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is a number in [0, 1]")
         for name in ("lr", "clip", "checkpoint_seconds"):

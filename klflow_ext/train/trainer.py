@@ -24,6 +24,7 @@ from torch import Tensor
 
 from klflow_ext.model import Denoiser
 from klflow_ext.muon import Muon, multiplies_bfloat16
+from klflow_ext.path import Evidence
 from klflow_ext.path import Path as NoisePath
 from klflow_ext.run import Run
 from klflow_ext.train.batch import Batch, Batches
@@ -134,7 +135,8 @@ class Trainer:
         self.skipped = self.skipped_last = 0  # steps without an update: in all, and the last ones
         self.gradient_norm = math.nan
         self.average = self._weights() if config.ema else {}
-        self.batches = Batches(stream, path, config, slices=model.slices)
+        prior = model.log_prior.double().softmax(0).cpu().numpy() if model.reads_posterior else None
+        self.batches = Batches(stream, path, config, slices=model.slices, prior=prior)
         self._loss = torch.compile(self._path_loss, fullgraph=True) if config.compile else self._path_loss
 
     def _weights(self) -> dict[str, Tensor]:
@@ -170,13 +172,22 @@ class Trainer:
         t: Tensor,
         given: Tensor,
         order: Tensor | None,
+        evidence: Evidence | None,
         rng: Tensor,
         reduction: str,
         row_offset: int,
     ) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             return self.path.loss(
-                self.model, tokens, t, rng, given=given, order=order, reduction=reduction, row_offset=row_offset
+                self.model,
+                tokens,
+                t,
+                rng,
+                given=given,
+                order=order,
+                evidence=evidence,
+                reduction=reduction,
+                row_offset=row_offset,
             )
 
     def train_step(self) -> float:
@@ -240,7 +251,8 @@ class Trainer:
             part = slice(start, start + size)
             tokens, t, given = (x[part].to(self.device) for x in (batch.tokens, batch.t, batch.given))
             order = None if batch.order is None else batch.order[part].to(self.device)
-            sums = self._loss(tokens, t, given, order, rng, "none" if measure else "sum", start * c.length)
+            evidence = None if batch.evidence is None else batch.evidence[part].to(self.device)
+            sums = self._loss(tokens, t, given, order, evidence, rng, "none" if measure else "sum", start * c.length)
             if measure:
                 losses[part] = sums.detach().sum(1)
             mean = sums.sum() / count

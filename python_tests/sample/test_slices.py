@@ -293,3 +293,20 @@ def test_what_is_refused():
         plain.hidden(torch.zeros(2, LENGTH + 1, 16), 0.0, streams=streams)
     with pytest.raises(ValueError, match="^cache: got one, allowed is None"):
         model.hidden(torch.zeros(2, 1, 16), 0.0, cache=model.cache(2))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("time", ["none", "add", "adaln"])
+def test_attention_in_blocks_is_attention_under_a_mask(time, monkeypatch):
+    """Given tokens, and slices of all sizes. FlexAttention has no backward pass on a CPU, so the loss is all there is to see."""
+    path = PATHS[0]
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(VOCAB, (3, LENGTH), generator=generator)
+    order = torch.randint(0, 5, (3, LENGTH), generator=generator)
+    t, found = torch.tensor([0.0, 0.1, 0.2]), []
+    for blocks in (False, True):
+        monkeypatch.setattr(Denoiser, "_in_blocks", staticmethod(lambda h, blocks=blocks: blocks))
+        with torch.no_grad():
+            found.append(path.loss(slices_model(path, time), tokens, t, 3, order=order, reduction="none"))
+    assert not torch.equal(*found)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
