@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ def main() -> None:
     from klflow_ext.cli.generate import Complete, Infill, Sample
     from klflow_ext.cli.info import Info
     from klflow_ext.cli.train import Demo, Train
+    from klflow_ext.train import Stopped
 
     commands: dict[str, Callable[..., Any]] = {
         "info": Info,
@@ -41,6 +43,6 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(commands, prog="klflow").run()
     except (ValueError, TypeError, ImportError, OSError) as error:
         sys.exit(f"klflow: {error}")
-    except KeyboardInterrupt as interrupt:
-        print(f"klflow: stopped{'; ' * bool(interrupt.args)}{interrupt}", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, Stopped) as stop:
+        print(f"klflow: stopped{'; ' * bool(str(stop))}{stop}", file=sys.stderr)
+        sys.exit(stop.code if isinstance(stop, Stopped) else 128 + signal.SIGINT)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from klflow_ext.checkpoint import CONFIG
 from klflow_ext.cli.evaluate import print_losses
 from klflow_ext.cli.terminal import choose_device, printable
 from klflow_ext.data import removed_lines
+from klflow_ext.files import reading
 from klflow_ext.run import Run
 from klflow_ext.sample import Sampler
-from klflow_ext.train import NetworkChoice, Prepared, TrainConfig, Trainer, leave_processes, prepare
+from klflow_ext.train import NetworkChoice, Prepared, TrainConfig, Trainer, join_processes, leave_processes, prepare
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,9 @@ class Train(Settings):
     RESUMED = ("resume", "more_steps", "more_seconds", "device")  # what may stand beside --resume
 
     def run(self):
-        trainer, held = self.go_on(self.resume) if self.resume is not None else self.start()
-        trainer.fit()
+        with ExitStack() as owned:
+            trainer, held = self.go_on(self.resume, owned) if self.resume is not None else self.start()
+            trainer.fit()
         print_losses(trainer.averaged_model().eval(), trainer.path, trainer.stream, held, trainer.config.length)
         print(f"run folder: {trainer.run.folder}")
         leave_processes()
@@ -123,7 +127,8 @@ class Train(Settings):
         prepared = self.prepare()
         return prepared.trainer, prepared.heldout
 
-    def go_on(self, folder: Path):
+    def go_on(self, folder: Path, owned: ExitStack):
+        """(trainer, held-out tokens); the folder is this process's own until `owned` ends."""
         given = {word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in sys.argv[2:]
                  if word.startswith("--")}  # fmt: skip
         foreign = sorted(given - set(self.RESUMED))
@@ -137,12 +142,17 @@ class Train(Settings):
             raise ValueError(
                 f"more_steps, more_seconds: got {self.more_steps}, {self.more_seconds}, allowed are numbers >= 0"
             )
-        run = Run(folder)
-        config = TrainConfig(**run.config()["train"])
-        model, path = run.model()
+        run, device = Run(folder), choose_device(self.device)
+        run.last()  # before anything is made in a folder that is no run
+        if join_processes(device)[0] == 0:
+            owned.enter_context(run.owned())
+        checkpoint = run.last_good(lambda line: print(line, flush=True))
+        with reading(checkpoint.folder / CONFIG):
+            config = TrainConfig(**checkpoint.config()["train"])
+        model, path = checkpoint.model()
         stream, held = run.streams()
-        trainer = Trainer(model.train().to(choose_device(self.device)), path, stream, config, run)
-        trainer.load()
+        trainer = Trainer(model.train().to(device), path, stream, config, run)
+        trainer.load(checkpoint)
         if self.more_steps:
             trainer.config = replace(trainer.config, steps=trainer.step + self.more_steps, max_seconds=None)
         if self.more_seconds:

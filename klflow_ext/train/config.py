@@ -10,6 +10,7 @@ from klflow_ext.checks import check_choice, check_field, check_flag
 Dtype = Literal["float32", "bfloat16"]
 TimeSampling = Literal["middle", "uniform", "learned"]
 EngineName = Literal["ddp", "fsdp"]
+MOST_TOKENS = 2**28  # of a step, whose tokens and times alone then take some gigabytes
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class TrainConfig:
     """Of everything random, in [0, 2^63)."""
     checkpoint_seconds: float = 60.0
     """Between checkpoints."""
+    keep: int = 1
+    """Checkpoints that stay, the last ones, at least 1; an older one goes when a new one is whole. With 2 a run whose last one is
+    damaged on the disk can still go on."""
     accumulate: int = 1
     """Parts in which each process computes its share of a batch, to save memory; the gradient is that of the whole."""
     time_sampling: TimeSampling | None = None
@@ -74,16 +78,18 @@ class TrainConfig:
     shard_size: int | None = None
     """With "fsdp", processes that share one copy of the model, for example those of a machine; the others have copies of it. None:
     all."""
+    timeout: float = 300.0
+    """Seconds that a process is waited for. Then it is lost, and the others end."""
     recompute: bool = False
     """Keep only the inputs of each block for the backward pass, which computes the block again: less memory, a third more time."""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("length", 2), ("accumulate", 1)):
+        for name, least in (("steps", 1), ("batch_size", 1), ("length", 2), ("accumulate", 1), ("keep", 1)):
             check_field(name, getattr(self, name), least)
         for name in ("warmup", "decay", "given_share", "flow_share", "evidence_share", "middle_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is a number in [0, 1]")
-        for name in ("lr", "clip", "checkpoint_seconds"):
+        for name in ("lr", "clip", "checkpoint_seconds", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is a positive number")
         check_field("seed", self.seed, 0, "an integer in [0, 2^63)")
@@ -91,6 +97,10 @@ class TrainConfig:
             raise ValueError(f"max_seconds: got {self.max_seconds!r}, allowed is None or a positive number")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: got {self.ema!r}, allowed is a number in [0, 1)")
+        if self.batch_size * self.length > MOST_TOKENS:
+            raise ValueError(
+                f"batch_size: got {self.batch_size} sequences of {self.length} tokens, allowed are {MOST_TOKENS} tokens in all"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate: got {self.accumulate}, allowed is a divisor of batch_size = {self.batch_size}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from klflow_ext.model import Denoiser
 from klflow_ext.path import Path
-from klflow_ext.sharding import sharded_like, whole
+from klflow_ext.sharding import sharded_like
 from klflow_ext.train.config import TrainConfig
 from klflow_ext.train.objective import Objective
 
@@ -21,10 +21,11 @@ class Engine:
     """A model and its path where there is one process. `loss` is the module whose call is the loss of a part of a batch.
 
     Attributes:
-        processes: how many compute a batch together; rank: the number of this one.
+        processes: how many compute a batch together.
+        shards: whether parameters are split over them.
     """
 
-    processes, rank = 1, 0
+    processes, shards = 1, False
 
     def __init__(self, model: Denoiser, path: Path, config: TrainConfig):
         self.model = model
@@ -47,14 +48,6 @@ class Engine:
 
     def sum(self, *tensors: Tensor) -> None:
         """Replaces each by its sum over all processes."""
-
-    def whole(self, tree: Any) -> Any:
-        """Dicts and lists of weights as one process has them. All processes must ask."""
-        return tree
-
-    def model_state(self) -> dict[str, Tensor]:
-        """The weights, whole. All processes must ask."""
-        return self.whole(self.model.state_dict())
 
     def load_model(self, state: dict[str, Tensor]) -> None:
         """Takes up whole weights, the same on every process."""
@@ -81,7 +74,7 @@ class Group(Engine):
     """Several processes, which start from the weights of process 0."""
 
     def __init__(self, model: Denoiser, path: Path, config: TrainConfig):
-        self.processes, self.rank = dist.get_world_size(), dist.get_rank()
+        self.processes = dist.get_world_size()
         super().__init__(model, path, config)
 
     def sum(self, *tensors: Tensor) -> None:
@@ -114,6 +107,8 @@ class Shards(Group):
     float32: their gradients are sums over many rows.
     """
 
+    shards = True
+
     def _wrapped(self, objective: Objective, config: TrainConfig) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -132,9 +127,6 @@ class Shards(Group):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(objective, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
         return objective
-
-    def whole(self, tree: Any) -> Any:
-        return whole(tree)
 
 
 ENGINES: dict[str, type[Engine]] = {"ddp": Replicas, "fsdp": Shards}

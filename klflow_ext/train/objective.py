@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from klflow_ext.path import Path
+from klflow_ext.path import Evidence, Path
 from klflow_ext.train.config import Dtype
 
 
@@ -31,11 +31,13 @@ class Objective(nn.Module):
         *,
         given: Tensor | None = None,
         order: Tensor | None = None,
+        evidence: Evidence | None = None,
         reduction: str = "mean",
         row_offset: int = 0,
     ) -> Tensor:
         """`path.loss` of the model, with the same arguments."""
         with torch.autocast(target.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             return self.path.loss(
-                self.model, target, t, rng, given=given, order=order, reduction=reduction, row_offset=row_offset
-            )
+                self.model, target, t, rng, given=given, order=order, evidence=evidence, reduction=reduction,
+                row_offset=row_offset,
+            )  # fmt: skip

@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from runs import contents
 
 from klflow_ext import (
     build_info,
@@ -110,10 +111,10 @@ def test_command_line(klflow, tmp_path):
         (["complete", str(run), "--prompt", "caf\udce9"], "prompt: got b'caf\\xe9', allowed is UTF-8"),
         (["infill", str(run), "--text", "a{?99999999999999999999}b"], "text: got the hole {?99999999999999999999}"),
     ):
-        before = {file.name: file.read_bytes() for file in run.iterdir()}
+        before = contents(run)
         done = klflow(*command)
         assert done.returncode != 0 and message in done.stderr, command
-        assert {file.name: file.read_bytes() for file in run.iterdir()} == before, command
+        assert contents(run) == before, command
     assert not (tmp_path / "runs").exists()
 
 

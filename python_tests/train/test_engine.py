@@ -48,7 +48,7 @@ def gradients(model, engine, first, size, parts):
             engine.backward(loss / (B * L))
         total += loss.detach() / (B * L)
     engine.sum(total)
-    return total, engine.whole({name: p.grad for name, p in model.named_parameters()})
+    return total, whole({name: p.grad for name, p in model.named_parameters()})
 
 
 def near(found, expected, limit):
@@ -76,11 +76,11 @@ def compare(rank):
                 assert is_sharded(p) == sharded and p.dtype == p.grad.dtype == torch.float32
                 parts = 2 if sharded and "shard_size" not in choice else 1
                 assert local(p).numel() == -(-p.shape[0] // parts) * p[0].numel() or parts == 2 and rank
-            state = engine.model_state()
+            state = whole(model.state_dict())
             assert torch.equal(state["embedding"], fresh(**shape)[0].embedding)
             changed = {name: x + 1 for name, x in state.items()}
             engine.load_model(changed)
-            assert all(torch.equal(x, changed[name]) for name, x in engine.model_state().items())
+            assert all(torch.equal(x, changed[name]) for name, x in whole(model.state_dict()).items())
 
 
 def nothing_is_sent_before_the_last_part(rank):
