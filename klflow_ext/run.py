@@ -148,12 +148,13 @@ class Run:
         """Removes what a killed process left unfinished."""
         for file in self.folder.glob(f"*{TEMPORARY}"):
             name = file.name.removesuffix(TEMPORARY)
-            if Checkpoint.NAME.fullmatch(name) or name in (*TEXTS, "log.jsonl", "report.json"):
+            if Checkpoint.NAME.fullmatch(name) or name in (*TEXTS, "log.jsonl", "report.json", "parts"):
                 remove(file)
 
     def save(
-        self, config: dict, weights: dict[str, Tensor], training: dict, stream: np.ndarray, step: int, keep: int = 1
-    ) -> Checkpoint:
+        self, config: dict, weights: dict[str, Tensor], training: dict, stream: np.ndarray, step: int, keep: int = 1,
+        parts: Path | None = None,
+    ) -> Checkpoint:  # fmt: skip
         """Writes a checkpoint, and once it is whole removes all but the last ones.
 
         Args:
@@ -163,6 +164,7 @@ class Run:
             stream: the tokens to train on, written once.
             step: where its training stands.
             keep: checkpoints that stay, this one with them.
+            parts: a folder with the sharded tensors of `training`, as `Checkpoint.write` takes it.
 
         Raises:
             ValueError: a tensor is not finite, or a file cannot be written; what was there before stays.
@@ -179,7 +181,14 @@ class Run:
                 texts, number = self._texts(before), before[0].number + 1 if before else 1
                 config = {"tokenizer": "tokenizer.json" in texts, **config}
                 written = Checkpoint.write(
-                    self.folder, number, step, config=config, weights=weights, training=training, texts=texts
+                    self.folder,
+                    number,
+                    step,
+                    config=config,
+                    weights=weights,
+                    training=training,
+                    texts=texts,
+                    parts=parts,
                 )
             except ValueError as error:
                 last = f"the last checkpoint is {before[0].folder}" if before else "there is no checkpoint before it"

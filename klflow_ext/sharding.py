@@ -25,10 +25,21 @@ def whole(tree: Any) -> Any:
     return tree_map(lambda x: x.full_tensor() if is_sharded(x) else x, tree)
 
 
+def gathered(tensors: dict[str, Tensor], here: bool) -> dict[str, Tensor]:
+    """Whole tensors by name; of sharded ones copies on the CPU, only where `here`, one after another. All processes must ask."""
+    found = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor)
+        if here:
+            found[name] = value.cpu() if is_sharded(tensor) else value
+    return found
+
+
 def sharded_like(tensor: Tensor, other: Any) -> Tensor:
-    """A whole tensor, that every process has, as `other` is: on its device and split as it is. Nothing is sent."""
+    """A whole tensor, that every process has, as `other` is: on its device and split as it is. Nothing is sent. A tensor that is
+    split already stays so."""
     tensor = tensor.to(other.device)
-    if not is_sharded(other):
+    if is_sharded(tensor) or not is_sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -42,11 +53,19 @@ def map_items(function: Any, tensor: Any) -> Any:
         return function(tensor)
     from torch.distributed.tensor import DTensor, Shard
 
-    items = tensor.redistribute(placements=[Shard(0) if p.is_shard() else p for p in tensor.placements])
+    items = _redistributed(tensor, [Shard(0) if p.is_shard() else p for p in tensor.placements])
     done = function(items.to_local())
     shape, stride = tensor.shape, torch.empty(tensor.shape, device="meta").stride()
     result = DTensor.from_local(done, items.device_mesh, items.placements, shape=shape, stride=stride, run_check=False)
-    return result.redistribute(placements=tensor.placements)
+    return _redistributed(result, tensor.placements)
+
+
+def _redistributed(tensor: Any, placements: Any) -> Any:
+    from torch.distributed.tensor import Replicate
+
+    if tensor.device.type == "cpu":  # gloo has no all-to-all, which torch would say in a warning and do this
+        tensor = tensor.redistribute(placements=[Replicate() for _ in placements])
+    return tensor.redistribute(placements=placements)
 
 
 def stack_like(parts: Sequence[Tensor], other: Any) -> Any:

@@ -11,7 +11,7 @@ PACKAGE = Path(klflow_ext.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = [  # each may import what stands before it, and nothing behind
     {"checks", "sharding"},
-    {"reference", "muon", "files"},
+    {"reference", "muon", "files", "parts"},
     {"ops", "lock", "log"},
     {"path"},
     {"model", "oracle", "data"},

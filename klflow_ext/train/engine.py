@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path as PathOnDisk
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from klflow_ext.files import TEMPORARY, remove
 from klflow_ext.model import Denoiser
+from klflow_ext.parts import write_parts
 from klflow_ext.path import Path
-from klflow_ext.sharding import sharded_like
+from klflow_ext.sharding import is_sharded, sharded_like
 from klflow_ext.train.config import TrainConfig
 from klflow_ext.train.objective import Objective
 
@@ -48,6 +51,16 @@ class Engine:
 
     def sum(self, *tensors: Tensor) -> None:
         """Replaces each by its sum over all processes."""
+
+    def likeness(self, optimizers: list[torch.optim.Optimizer]) -> Callable[[str], Tensor | None] | None:
+        """What `Checkpoint.training` is told of how its tensors are split here; None: not."""
+        return None
+
+    @contextmanager
+    def parts(self, folder: PathOnDisk | None, tensors: dict[str, Tensor]) -> Iterator[PathOnDisk | None]:
+        """A folder with the parts of the sharded tensors, within the run's `folder` as process 0 has it; None where nothing is
+        sharded. All processes must ask."""
+        yield None
 
     def load_model(self, state: dict[str, Tensor]) -> None:
         """Takes up whole weights, the same on every process."""
@@ -127,6 +140,35 @@ class Shards(Group):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(objective, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
         return objective
+
+    def likeness(self, optimizers: list[torch.optim.Optimizer]) -> Callable[[str], Tensor | None] | None:
+        weights = self.model.state_dict()
+        params = [[p.detach() for group in o.param_groups for p in group["params"]] for o in optimizers]
+
+        def like(name: str) -> Tensor | None:
+            kind, *rest = name.split("/")
+            if kind == "optimizers":  # optimizers/<number>/state/<parameter>/<moment>
+                return params[int(rest[0])][int(rest[2])]
+            return weights.get(rest[-1]) if kind in ("model", "average") else None
+
+        return like
+
+    @contextmanager
+    def parts(self, folder: PathOnDisk | None, tensors: dict[str, Tensor]) -> Iterator[PathOnDisk | None]:
+        first = dist.get_rank() == 0
+        where: list[Any] = [None]
+        if first and folder is not None:
+            where[0] = str(folder / f"parts{TEMPORARY}")
+            remove(PathOnDisk(where[0]))
+        dist.broadcast_object_list(where, 0)
+        parts = PathOnDisk(where[0])
+        try:
+            parts.mkdir(exist_ok=True)
+            write_parts(parts, {name: x for name, x in tensors.items() if is_sharded(x)})
+            yield parts
+        finally:
+            if first:
+                remove(parts)
 
 
 ENGINES: dict[str, type[Engine]] = {"ddp": Replicas, "fsdp": Shards}

@@ -37,7 +37,10 @@ class Objective(nn.Module):
     ) -> Tensor:
         """`path.loss` of the model, with the same arguments."""
         with torch.autocast(target.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            return self.path.loss(
+            loss = self.path.loss(
                 self.model, target, t, rng, given=given, order=order, evidence=evidence, reduction=reduction,
                 row_offset=row_offset,
             )  # fmt: skip
+            return (
+                loss.clone() if reduction == "none" else loss
+            )  # no view of another tensor, on which fully_shard hangs nothing

@@ -16,18 +16,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from klflow_ext.checkpoint import Checkpoint
+from klflow_ext.checkpoint import Checkpoint, pack
 from klflow_ext.log import Log
 from klflow_ext.model import Denoiser
 from klflow_ext.muon import Muon, multiplies_bfloat16
 from klflow_ext.path import Path as NoisePath
 from klflow_ext.run import Run
-from klflow_ext.sharding import local, whole
+from klflow_ext.sharding import gathered, local, sharded_like, whole
 from klflow_ext.train.agreement import check_agreement, code_version, fingerprint
 from klflow_ext.train.batch import Batch, Batches
 from klflow_ext.train.config import TrainConfig
 from klflow_ext.train.engine import make_engine
-from klflow_ext.train.processes import join_processes, noticing_loss
+from klflow_ext.train.processes import join_processes
 from klflow_ext.train.report import BadStep, NotFinite
 from klflow_ext.train.signals import Signals, stopped
 
@@ -250,7 +250,7 @@ class Trainer:
             self._steps(signals, progress and self.rank == 0)
             if self.bad_step is not None:
                 self._give_up(self.bad_step)
-            if self._log is not None:
+            if self.run is not None:
                 self.save()
             number = self._agreed(self.seconds, signals.number)[1]  # where the others wait for what is saved
         if number:
@@ -270,13 +270,14 @@ class Trainer:
 
     def _give_up(self, bad: BadStep) -> None:
         last = "nothing is kept"
-        if self._log is not None and self.run is not None:
+        if self.run is not None:
             try:
                 self.save()
             except ValueError as error:  # the weights themselves
                 last = f"not saved: {error}"
             else:
-                last = f"the last checkpoint is {self.run.last().folder}"
+                last = f"the last checkpoint is in {self.run.folder}"
+        if self.run is not None and self.rank == 0:
             found = self.run.checkpoints()
             path = self.run.write_report({**bad.to_dict(), "checkpoint": str(found[0].folder) if found else None})
             last += f"; {path} has all of this"
@@ -292,7 +293,8 @@ class Trainer:
         while self.progress() < 1.0 and not number and self.bad_step is None:
             loss = self.train_step()
             now = time.perf_counter()
-            self.seconds, number = self._agreed(start_seconds + now - begin, signals.number)
+            due = self.run is not None and now - last_save > self.config.checkpoint_seconds
+            self.seconds, number, due = self._agreed(start_seconds + now - begin, signals.number, due)
             if math.isfinite(loss):
                 average = loss if average is None else 0.95 * average + 0.05 * loss
             if self._log is not None:
@@ -306,19 +308,21 @@ class Trainer:
                 text = f"step {self.step}  loss {math.nan if average is None else average:.3f}  {rate:,.0f} tokens/s  {left:.0f} s left"
                 text += f"  {self.skipped} skipped" * (self.skipped > 0)
                 print(f"\r{text:<70}" if terminal else text, end="" if terminal else "\n", flush=True)
-            if self._log is not None and now - last_save > self.config.checkpoint_seconds:
+            if due:
                 self.save()
                 last_save = time.perf_counter()
         if progress and terminal:
             print()
 
-    def _agreed(self, seconds: float, signal: int) -> tuple[float, int]:
-        """The clock of process 0, and the signal that any process has got, by which all end at the same step."""
+    def _agreed(self, seconds: float, signal: int, due: bool = False) -> tuple[float, int, bool]:
+        """The clock of process 0, the signal that any process has got, and whether it is time to save for process 0: by these all end
+        and save at the same step."""
         if self.processes == 1:
-            return seconds, signal
-        said = torch.tensor([seconds * (self.rank == 0), signal], dtype=torch.float64, device=self.device)
+            return seconds, signal, due
+        first = self.rank == 0
+        said = torch.tensor([seconds * first, signal, due and first], dtype=torch.float64, device=self.device)
         dist.all_reduce(said, dist.ReduceOp.MAX)
-        return said[0].item(), int(said[1])
+        return said[0].item(), int(said[1]), bool(said[2])
 
     # ---- files
 
@@ -328,7 +332,8 @@ class Trainer:
         return self.run
 
     def save(self) -> None:
-        """Writes a checkpoint: what `load_run` gives, and what `load` goes on from. config.keep of them stay.
+        """Writes a checkpoint: what `load_run` gives, and what `load` goes on from. config.keep of them stay. Of several processes all
+        must call it, and process 0 has the run.
 
         Raises:
             ValueError: a number is not finite, or a file cannot be written; what was saved before stays whole.
@@ -343,19 +348,27 @@ class Trainer:
             "seconds": self.seconds,
             "skipped": self.skipped,
         }
-        weights = {**self.model.state_dict(), **self.average}
-        config = {
-            "model": self.model.config.to_dict(),
-            "path": self.path.to_dict(),
-            "train": asdict(self.config),
-        }
-        run = self._folder()
-        if self._log is not None:
-            self._log.sync()  # before the checkpoint, whose steps it then has in any case
-        run.save(config, weights, training, self.stream, self.step, self.config.keep)
+        weights = gathered({**self.model.state_dict(), **self.average}, self.rank == 0)
+        with ExitStack() as stack:
+            run = self._folder() if self.rank == 0 else self.run
+            if self.rank == 0 and run is not None:
+                stack.enter_context(run.owned())
+            folder = None if run is None else run.folder
+            parts = stack.enter_context(self.engine.parts(folder, pack(training)[1]))
+            if self.rank or run is None:
+                return
+            config = {
+                "model": self.model.config.to_dict(),
+                "path": self.path.to_dict(),
+                "train": asdict(self.config),
+            }
+            if self._log is not None:
+                self._log.sync()  # before the checkpoint, whose steps it then has in any case
+            run.save(config, weights, training, self.stream, self.step, self.config.keep, parts)
 
     def load(self, checkpoint: Checkpoint | None = None) -> None:
-        """Takes up a checkpoint. An average or a loss curve that it lacks starts anew from there.
+        """Takes up a checkpoint, of any number of processes and any engine. An average or a loss curve that it lacks starts anew from
+        there.
 
         Args:
             checkpoint: None: the last one of the run folder that is whole; a later one that is not is warned of.
@@ -364,20 +377,22 @@ class Trainer:
             ValueError: a file is missing, broken, or of another model; the message names it.
         """
         checkpoint = checkpoint or self._folder().last_good()
-        with checkpoint.training() as state:
-            self.model.load_state_dict(state["model"])
+        with checkpoint.training(self.engine.likeness(self.optimizers)) as state:
+            self.engine.load_model(state["model"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 _check_moments(optimizer, saved)
-                optimizer.load_state_dict(saved)
+                self.engine.load_optimizer(optimizer, saved)
             if self.config.ema:
-                average, names = state["average"] or self._weights(), self._weights().keys()
-                if average.keys() != names:
+                average, weights = state["average"] or self._weights(), self._weights()
+                if average.keys() != weights.keys():
                     raise ValueError("its average is of another model")
-                self.average = {name: average[name].to(self.device) for name in names}
+                self.average = {name: sharded_like(average[name], weights[name]) for name in weights}
             if self.batches.curve is not None and state["curve"] is not None:
                 self.batches.curve.sums.copy_(state["curve"])
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.skipped, self.skipped_last = int(state["skipped"]), 0
+        if self.processes > 1:
+            check_agreement({"checkpoint": checkpoint.folder.name, "step": self.step}, self.device)
 
 
 def _check_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
