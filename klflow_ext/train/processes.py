@@ -40,6 +40,11 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
+def is_first() -> bool:
+    """Whether this is process 0, or the only one; known before they meet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def restarts() -> int:
     """How often `torchrun --max-restarts` has started this process again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -61,4 +66,4 @@ def noticing_loss(kept: Callable[[], str]) -> Iterator[None]:
 
 def _is_of_loss(error: RuntimeError) -> bool:
     """torch has a class for some of these; what gloo throws is a plain RuntimeError that names its source file."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error))

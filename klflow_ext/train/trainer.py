@@ -27,7 +27,7 @@ from klflow_ext.train.agreement import check_agreement, code_version, fingerprin
 from klflow_ext.train.batch import Batch, Batches
 from klflow_ext.train.config import TrainConfig
 from klflow_ext.train.engine import make_engine
-from klflow_ext.train.processes import join_processes
+from klflow_ext.train.processes import join_processes, noticing_loss
 from klflow_ext.train.report import BadStep, NotFinite
 from klflow_ext.train.signals import Signals, stopped
 
@@ -238,10 +238,12 @@ class Trainer:
             NotFinite: MOST_SKIPPED steps one after another were not finite; what was learned before is saved, and report.json
                 says more. It is a ValueError.
             ValueError: a file cannot be written, or another process trains in this folder; the last checkpoint stays whole.
+            LostProcess: another process ended or gave no answer within config.timeout. It is a ConnectionError.
             KeyboardInterrupt: SIGINT; its text says what is kept.
             Stopped: another signal, in the same way. It is a SystemExit.
         """
         with ExitStack() as stack:
+            stack.enter_context(noticing_loss(self._last))
             if self.run is not None and self.rank == 0:
                 stack.enter_context(self.run.owned())
                 self._log = self.run.open_log(self.step)
@@ -267,6 +269,11 @@ class Trainer:
             return f"nothing of its {self.step} steps is kept"
         after = "" if seconds is None else f" {seconds:.2f} s after the signal"
         return f"step {self.step} is saved{after}: klflow train --resume {self.run.folder} goes on from there"
+
+    def _last(self) -> str:
+        """Where training can go on from, once a process is lost."""
+        found = [] if self.run is None else self.run.checkpoints()
+        return f"the last checkpoint is {found[0].folder}" if found else "nothing is kept"
 
     def _give_up(self, bad: BadStep) -> None:
         last = "nothing is kept"
