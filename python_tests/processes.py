@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import socket
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,12 @@ import torch.distributed as dist
 def together(count, folder, function, *arguments):
     """function(rank, *arguments) in each of `count` new processes of one gloo group; an error in one is raised here."""
     torch.multiprocessing.spawn(_process, (count, folder / "rendezvous", function, arguments), nprocs=count)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _process(rank, count, rendezvous, function, arguments):

@@ -28,7 +28,14 @@ def join_processes(device: torch.device, timeout: float = TIMEOUT) -> tuple[int,
     if not dist.is_initialized():
         if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
             return 0, 1
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        from torch.distributed.rendezvous import rendezvous
+
+        seconds = timedelta(seconds=timeout)
+        store, rank, processes = next(rendezvous("env://", timeout=seconds))
+        # torchrun gives a process that is started again the store of before, with the addresses of those that are gone.
+        store = dist.PrefixStore(f"start {restarts()}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=seconds)
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # where nobody left
     return dist.get_rank(), dist.get_world_size()
 

@@ -1,13 +1,16 @@
 """Several processes train as one does, whatever the engine, and go on from each other's checkpoints."""
 
 import json
+import os
+import time
 
 import pytest
 import torch
-from processes import together
-from runs import trainer
+from processes import free_port, together
+from runs import small_model, trainer
 
-from klflow_ext import Run, load_run
+from klflow_ext import Run, TrainConfig, Trainer, load_run
+from klflow_ext.train import LostProcess
 
 WIDE = {"time": "adaln", "n_layer": 1}  # parameters of many shapes
 ENGINES = {"ddp": {}, "fsdp": {"engine": "fsdp"}, "hsdp": {"engine": "fsdp", "shard_size": 1}}
@@ -92,3 +95,63 @@ def test_two_processes_are_one_with_every_engine(tmp_path):
     torn.write_bytes(torn.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"training-00002-of-00002.safetensors cannot be read: it has \d+ bytes"):
         make(tmp_path / "fsdp").load(checkpoint)
+
+
+# ---- what differs, and who is lost
+
+
+def differing(rank, folder):
+    for name, options, message in (
+        ("lr", {"lr": 0.1 + rank}, r"^lr: got 0.1 on process 0, 1.1 on process 1, allowed is the same on all$"),
+        ("ema", {"ema": 0.5 * rank}, "^ema: got 0.0 on process 0, 0.5 on process 1"),
+        ("batch", {"accumulate": 1 + 7 * rank}, "^accumulate: got 1 on process 0, 8 on process 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(4, folder / name, **options)
+    stream = torch.arange(5000).numpy() % 10
+    stream[77] += rank
+    model, path = small_model()
+    with pytest.raises(
+        ValueError, match='^data: got ".*" on process 0, ".*" on process 1, allowed is the same on all$'
+    ):
+        Trainer(model, path, stream, TrainConfig(length=16))
+    with pytest.raises(ValueError, match=r'^model: got .*"n_layer": 1.* on process 0, .*"n_layer": 2.* on process 1'):
+        trainer(4, None, shape={"n_layer": 1 + rank})
+    trainer(4, None)  # and together they go on
+
+
+@pytest.mark.slow
+def test_differences_are_refused_before_the_first_step(tmp_path):
+    together(2, tmp_path, differing, tmp_path)
+    assert not any((tmp_path / name).exists() for name in ("lr", "ema", "batch"))
+
+
+def losing(rank, port, folder, ends):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run = trainer(9, folder, timeout=4.0, checkpoint_seconds=1e-3)
+    step = run.train_step
+
+    def train_step():
+        if run.step == 3 and rank == 1:
+            if ends:
+                os._exit(0)
+            time.sleep(12)
+            os._exit(0)
+        return step()
+
+    run.train_step = train_step
+    begin = time.monotonic()
+    with pytest.raises(
+        LostProcess, match="a process was lost: it ended or gave no answer in time; the last checkpoint is"
+    ) as e:
+        run.fit(progress=False)
+    assert e.value.args[0].endswith("-step-3") and "\n" not in e.value.args[0]
+    assert (time.monotonic() - begin < 4) if ends else (4 <= time.monotonic() - begin < 11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_lost_process_ends_the_others_in_time(tmp_path, ends):
+    torch.multiprocessing.spawn(losing, (free_port(), tmp_path, ends), nprocs=2)
+    assert Run(tmp_path).last_good().step == 3
