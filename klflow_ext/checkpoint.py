@@ -155,8 +155,9 @@ class Checkpoint:
             blocks = {name.split(".")[1] for name in found if name.startswith("blocks.")}
             if len(blocks) != shape.n_layer:  # before that many are made, be it without memory
                 raise ValueError(f"it holds {len(blocks)} layers, {CONFIG} says {shape.n_layer}")
-            with torch.device("meta"):
-                expected = {name: list(value.shape) for name, value in Denoiser(shape, path).state_dict().items()}
+        with reading(self.folder / CONFIG), torch.device("meta"):
+            expected = {name: list(value.shape) for name, value in Denoiser(shape, path).state_dict().items()}
+        with reading(self.folder / MODEL) as file, safe_open(file, "pt") as stored:
             for name in sorted({*found, *expected}):
                 if found.get(name) != expected.get(name):
                     raise ValueError(f"it holds {name} of {found.get(name)}, {CONFIG} says {expected.get(name)}")

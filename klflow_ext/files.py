@@ -128,7 +128,7 @@ def reading(path: Path) -> Iterator[Path]:
         yield path
     except Exception as error:  # each library has its own exceptions for a broken file
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"run: {path} cannot be read: {said}") from error
+        raise ValueError(f"run: {path} cannot be read: {said[:300]}") from error  # some quote the file
 
 
 def read_json(path: Path) -> dict[str, Any]:

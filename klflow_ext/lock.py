@@ -35,11 +35,18 @@ class Lock:
                 if self.holds():
                     break
                 os.close(self._file)  # its owner removed the file between the two calls
-            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, (json.dumps(owner) + "\n").encode(), 0)
+            try:
+                self._sign()
+            except OSError:
+                self.release()
+                raise
         except OSError as error:
             raise ValueError(f"{self.path} cannot be written: {reason(error)}") from error
+
+    def _sign(self) -> None:
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, (json.dumps(owner) + "\n").encode(), 0)
 
     def _take(self) -> None:
         try:

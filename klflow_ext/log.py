@@ -11,6 +11,8 @@ from typing import Any
 
 from klflow_ext.files import reason, write_file
 
+LONGEST = 2**16  # bytes of a line; what is longer is torn
+
 
 class Log:
     """log.jsonl, to append steps to. A killed process loses no line of it; `sync` guards against the loss of power.
@@ -56,7 +58,7 @@ def _lines(path: Path, step: int) -> Iterator[bytes | None]:
     """Each line that stays: a whole record of a later step than those before it, up to `step`; None for one that does not."""
     last = 0
     with open(path, "rb") as file:
-        for line in file:
+        while line := file.readline(LONGEST):
             try:
                 at = json.loads(line)["step"]
             except (ValueError, KeyError, TypeError, RecursionError):

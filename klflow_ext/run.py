@@ -23,6 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from klflow_ext.checkpoint import FORMAT, Checkpoint, NewerFormat, stamps
+from klflow_ext.data import vocab_size_of
 from klflow_ext.files import TEMPORARY, Writer, read_json, reading, remove, sync, write_file, write_files
 from klflow_ext.lock import Lock
 from klflow_ext.log import Log
@@ -284,7 +285,9 @@ class Run:
 
         file = self._read(lambda checkpoint: checkpoint.check_text("tokenizer.json"))
         with reading(file):
-            return Tokenizer.from_file(str(file))
+            tokenizer = Tokenizer.from_file(str(file))
+            vocab_size_of(tokenizer)  # ids with gaps of 10^9 would take seconds and gigabytes later
+        return tokenizer
 
     def streams(self) -> tuple[np.ndarray, np.ndarray]:
         """(training, held-out) tokens, as memory maps, once all of both has been read and compared with what was written."""

@@ -10,11 +10,9 @@ from typing import Annotated
 
 import tyro
 
-from klflow_ext.checkpoint import CONFIG
 from klflow_ext.cli.evaluate import print_losses
 from klflow_ext.cli.terminal import choose_device, printable
 from klflow_ext.data import removed_lines
-from klflow_ext.files import reading
 from klflow_ext.run import Run
 from klflow_ext.sample import Sampler
 from klflow_ext.train import NetworkChoice, Prepared, TrainConfig, Trainer, join_processes, leave_processes, prepare
@@ -172,8 +170,7 @@ class Train(Settings):
         """(trainer, held-out tokens); the folder is this process's own until `owned` ends."""
         run, device = Run(folder), choose_device(self.device)
         checkpoint = run.last_good(say)
-        with reading(checkpoint.folder / CONFIG):
-            config = TrainConfig(**checkpoint.config()["train"])
+        config = TrainConfig.of(checkpoint)
         if join_processes(device, config.timeout)[0] == 0:
             owned.enter_context(run.owned())
         model, path = checkpoint.model()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from klflow_ext.checkpoint import CONFIG, Checkpoint
 from klflow_ext.checks import check_choice, check_field, check_flag
+from klflow_ext.files import reading
 
 Dtype = Literal["float32", "bfloat16"]
 TimeSampling = Literal["middle", "uniform", "learned"]
@@ -116,3 +118,9 @@ class TrainConfig:
                 raise ValueError(f"shard_size: got {self.shard_size}, allowed is None without engine='fsdp'")
         if self.compile and self.engine == "fsdp":
             raise ValueError("compile: got True, allowed is False with engine='fsdp', whose parameters come and go")
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> TrainConfig:
+        """That of a run; an error names the file."""
+        with reading(checkpoint.folder / CONFIG):
+            return cls(**checkpoint.config()["train"])

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from runs import contents
@@ -11,28 +10,6 @@ from klflow_ext import (
     build_info,
     data,
 )
-
-
-@pytest.fixture
-def klflow(monkeypatch, capsys, tmp_path):
-    """klflow(*arguments): the command line in this process, in tmp_path; what it returned and printed."""
-    from klflow_ext import cli
-
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["klflow", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        printed = capsys.readouterr()
-        message = code if isinstance(code, str) else ""
-        return SimpleNamespace(returncode=int(bool(code)), stdout=printed.out, stderr=printed.err + message)
-
-    return run
 
 
 @pytest.mark.slow

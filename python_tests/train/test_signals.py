@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -147,3 +148,43 @@ def test_as_a_program(tmp_path):
         assert process.returncode == status, said
         assert bool(list(folder.glob("checkpoint-*"))) == (status > 0)
         assert not re.search("Traceback", said), said
+
+
+@pytest.mark.slow
+def test_processes_stop_together(tmp_path):
+    """A signal to one of two ends both after the same step, which is saved before either ends."""
+    code = """
+import sys
+from pathlib import Path
+from runs import trainer
+run = trainer(10**6, Path(sys.argv[1]))
+plain = run.train_step
+def step():
+    if run.step == 3:
+        print("step", flush=True)
+    return plain()
+run.train_step = step
+try:
+    run.fit(progress=False)
+finally:
+    print("ended", run.step, flush=True)
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for target in range(2):
+        workers = []
+        for rank in range(2):
+            settings = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            settings["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
+            workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", code, str(tmp_path / str(target))], env={**os.environ, **settings},
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                )
+            )  # fmt: skip
+        assert [worker.stdout.readline() for worker in workers] == ["step\n"] * 2
+        workers[target].send_signal(signal.SIGTERM)
+        said = [worker.communicate(timeout=120) for worker in workers]
+        assert [worker.returncode for worker in workers] == [143, 143], said
+        assert said[0][0] == said[1][0] == f"ended {saved(tmp_path / str(target))['step']}\n"
