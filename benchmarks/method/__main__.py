@@ -3,7 +3,9 @@
 python benchmarks/method train --name posterior --seed 0      # one run: runs/method/..., results/method/...json
 python benchmarks/method judge --name posterior --seed 0      # bits per byte and entropy of its samples, a few minutes
 python benchmarks/method likelihood --name slices --seed 0    # nats per token of held-out text, minutes
+python benchmarks/method observe --name slices --seed 0       # held-out text through a channel that confuses it, minutes
 python benchmarks/method fill --name segments --seed 0        # held-out stories from their beginnings, and with holes
+python benchmarks/method grid --name posterior --seed 0       # the times of the sampling scheme by the race bound
 python benchmarks/method sweep --name posterior --seed 0      # t_split, time grid, boosts; with --nfe 16 11 minutes
 python benchmarks/method plot                                 # results/method_loss.png, results/method_frontier.png
 python benchmarks/method gallery                              # benchmarks/GALLERY.md: uncurated samples
@@ -15,12 +17,13 @@ compares at equal times; text compares across all of them.
 import argparse
 from pathlib import Path
 
+from observe import observe
 from runs import METHODS, ROOT
-from samples import fill, judge, likelihood, sweep
+from samples import fill, grid, judge, likelihood, sweep
 from show import gallery, plot
 from train import train
 
-ACTIONS = {f.__name__: f for f in (train, judge, likelihood, fill, sweep, plot, gallery)}
+ACTIONS = {f.__name__: f for f in (train, judge, likelihood, observe, fill, grid, sweep, plot, gallery)}
 
 
 def main() -> None:

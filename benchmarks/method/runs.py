@@ -20,7 +20,7 @@ METHODS = {
     "posterior": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle"}),
     "segments": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle", "given_share": 0.6}),
     "stdlib": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle", "given_share": 0.6}),
-    "slices": (LogitPath, {"input": "posterior", "time": "none", "slices": True}, {"time_sampling": "middle"}),
+    "slices": (LogitPath, {"input": "posterior", "time": "none", "slices": True}, {"time_sampling": "middle", "evidence_share": 0.15}),
     "mask slices": (MaskPath, {"input": "tokens", "time": "none", "slices": True}, {"time_sampling": "uniform"}),
     "posterior learned": (LogitPath, {"input": "posterior"}, {"time_sampling": "learned"}),
     "posterior uniform": (LogitPath, {"input": "posterior"}, {"time_sampling": "uniform"}),

@@ -105,6 +105,27 @@ def fill(arguments) -> None:
     update(arguments, filled=rows)
 
 
+def grid(arguments) -> None:
+    """The sampling scheme at each NFE, its times as the path has them, and where the race bound falls by as much."""
+    scorer, rows = load_judge(), []
+    sampler, tokenizer = load_sampler(arguments)
+    _, _, held = text_streams(arguments)
+    texts = data.batch(held, 128, LENGTH, 12345, 1)
+    for steps in arguments.nfe:
+        for name in ("path", "race"):
+            times = sampler.path.race_times(sampler.model, texts, steps) if name == "race" else None
+            row, _ = samples(
+                arguments, sampler, tokenizer, scorer, steps=steps, method="sampling", top_k=20, times=times
+            )
+            row = {
+                "times": name,
+                **{key: row[key] for key in ("steps", "bits_per_byte", "entropy", "seconds", "count")},
+            }
+            rows.append(row)
+            print(f"{label(arguments)}: {row}", flush=True)
+    update(arguments, grid=rows)
+
+
 def sweep(arguments) -> None:
     """Where hybrid turns to sampling and how the times are spaced; and what of the basic scheme's sum has to be kept."""
     scorer, rows, kept = load_judge(), [], []

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from klflow_ext import ops
-from klflow_ext.checks import check_field
-from klflow_ext.path.base import IGNORE, Path, check_targets, hide_padding
+from klflow_ext.checks import check_field, check_int
+from klflow_ext.path.base import IGNORE, Path, check_targets, check_text, hide_padding
 from klflow_ext.path.likelihood import Likelihood
-from klflow_ext.path.network import Called, Model, Network
+from klflow_ext.path.network import Called, Model, Network, as_network, evaluating
 from klflow_ext.path.noise import log_gamma
 from klflow_ext.path.race import race_rate
 from klflow_ext.path.state import Move, Prediction, State
@@ -181,13 +181,19 @@ class LogitPath(Path):
     def _nats(
         self, network: Network | Called, target: Tensor, label: Tensor, given: Tensor | None, seed: int, strata: int
     ) -> Tensor:
-        """The race bound (`klflow_ext.path.race`); `strata` passes and one more.
+        """The race bound (`klflow_ext.path.race`); `strata` passes and one more."""
+        return self._race(network, target, label, given, seed, strata).sum(1)
+
+    def _race(
+        self, network: Network | Called, target: Tensor, label: Tensor, given: Tensor | None, seed: int, strata: int
+    ) -> Tensor:
+        """(B, strata + 1) float64: the parts of the bound, by equal widths of s up to s_max, and the last cross-entropy.
 
         Each sequence has its own s in each of the strata, so the standard error tells all of the noise.
         """
         most = float(self.odds(self.t_max))
         generator = np.random.default_rng((seed, 2))
-        nats = torch.zeros(len(target), dtype=torch.float64, device=target.device)
+        parts = []
         for i in range(strata + 1):
             if i == strata:
                 s = torch.full((len(target),), most, dtype=torch.float64)
@@ -201,8 +207,23 @@ class LogitPath(Path):
                 rate = prediction.cross_entropy(label, ignore_index=IGNORE, reduction="none").double()
             else:
                 rate = race_rate(prediction, label.clamp_min(0), s).masked_fill(label == IGNORE, 0) * most / strata
-            nats += rate.sum(1)
-        return nats
+            parts.append(rate.sum(1))
+        return torch.stack(parts, 1)
+
+    def race_times(self, model: Model, target: Tensor, count: int, *, seed: int = 0, strata: int = 32) -> list[float]:
+        """`count` times from 0 to t_max, between any two of which the race bound of some texts falls by as much.
+
+        For `SampleOptions.times`: a pass stands where there is something to learn. Arguments as in `likelihood`; count >= 2.
+        """
+        count = check_int("count", count, 2, 2**31, "an integer >= 2")
+        strata = check_int("strata", strata, 1, 2**20, "an integer in [1, 2^20]")
+        network = as_network(model, self.vocab_size)
+        label, _ = check_text(target, None)
+        with torch.no_grad(), evaluating(network):
+            falls = self._race(network, target, label, None, seed, strata)[:, :-1].sum(0).clamp_min(0).cpu().numpy()
+        below = np.concatenate([[0.0], falls.cumsum()])
+        s = np.interp(np.linspace(0, below[-1], count), below, np.linspace(0, float(self.odds(self.t_max)), strata + 1))
+        return [0.0, *(float(x / (self.c + x)) for x in s[1:-1]), self.t_max]
 
     def likelihood(self, model: Model, target: Tensor, **options: Any) -> Likelihood:
         """As `Path.likelihood`: the race bound, with noise of alpha = 1."""

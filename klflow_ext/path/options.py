@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Literal, get_args
 
 from klflow_ext.checks import LEAST, MOST, check_choice, check_int, check_scalar
@@ -60,6 +61,10 @@ class SampleOptions:
     grid_power: float = 1.0
     """Of `Path.time_grid`, positive; below 1: more of the passes late."""
 
+    times: Sequence[float] | None = None
+    """Of the schemes that denoise, the times at which the network is asked, as many as steps, rising from 0 to below 1, such as those of
+    `LogitPath.race_times`. None: `Path.time_grid`."""
+
     final: Final | None = None
     """How the last pass chooses: "argmax", or "draw" from its p. None: "draw" on a path of tokens, else "argmax". It, t_split
     and grid_power say nothing to slices and segments."""
@@ -85,6 +90,8 @@ class SampleOptions:
         if self.final is not None:
             check_choice("final", self.final, get_args(Final))
         check_choice("euler", self.euler, get_args(Euler))
+        if self.times is not None:
+            keep("times", _times(self.times, self.steps))
         if self.top_k is not None:
             keep("top_k", check_int("top_k", self.top_k, 1, 2**63, "None or an integer >= 1"))
         if self.boosts is not None:
@@ -134,6 +141,16 @@ class ResolvedOptions(SampleOptions):
     def last_top_k(self) -> int:
         """top_k of the last pass."""
         return 1 if self.final == "argmax" else self.top_k
+
+
+def _times(times: Sequence[float], steps: int) -> tuple[float, ...]:
+    try:
+        found = tuple(float(t) for t in times)
+    except (TypeError, ValueError):
+        raise TypeError(f"times: got {times!r}, allowed are numbers") from None
+    if len(found) != steps or found[0] != 0 or found[-1] >= 1 or not all(a < b for a, b in pairwise(found)):
+        raise ValueError(f"times: got {len(found)} of {times!r}, allowed are steps = {steps}, rising from 0 to below 1")
+    return found
 
 
 def _temperature(value: float) -> float:

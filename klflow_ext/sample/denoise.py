@@ -18,7 +18,7 @@ def denoise(passes: Passes, options: ResolvedOptions, *, step: Step) -> Tensor:
     """steps - 1 moves from t = 0 over the time grid, a pass at each of its times; the last pass gives the tokens."""
     path, given, steps = passes.path, passes.given, options.steps
     temperatures = options.temperatures(steps)
-    grid = path.time_grid(steps - 1, options.grid_power).tolist()
+    grid = options.times or path.time_grid(steps - 1, options.grid_power).tolist()
     passes.expect(steps)
     state, previous = path.renoise(passes.known, 0.0, passes.rng(0), given), None
     for i in range(steps - 1):

@@ -114,7 +114,7 @@ class Replays:
         knobs = list(zip(top_ks, options.temperatures(steps), strict=True))
         buffers, replays = self._prepare((len(passes.given), passes.given.shape[1]), options, knobs)
         buffers.start(passes.given, passes.known, passes.rng(0))
-        grid = self.path.time_grid(steps - 1, options.grid_power).tolist()
+        grid = options.times or self.path.time_grid(steps - 1, options.grid_power).tolist()
         passes.expect(steps)
         for t, replay in zip(grid, replays, strict=True):
             buffers.t.fill_(t)

@@ -71,6 +71,10 @@ class Trainer:
             raise ValueError(f"length: got {config.length}, allowed is at most max_length = {model.config.max_length}")
         if len(stream) <= config.length:
             raise ValueError(f"stream: got {len(stream)} tokens, allowed are more than length = {config.length}")
+        if config.evidence_share and not model.reads_posterior:
+            raise ValueError(
+                f"evidence_share: got {config.evidence_share}, allowed is 0 for a model that reads no posteriors"
+            )
         self.model, self.path, self.stream, self.config = model, path, stream, config
         self.run = Run(out) if isinstance(out, (str, Path)) else out
         if self.run is not None:

@@ -67,6 +67,7 @@ def test_recorded_steps_give_the_tokens_of_the_sampler(config, calling_again):
             dict(steps=2, top_k=None, seed=[5, 6, 7]),
             dict(steps=6, top_k=5, top_p=0.9, seed=9, grid_power=0.5),
             dict(steps=6, top_k=5, temperature=(1.5, 0.5), final="draw"),
+            dict(steps=3, top_k=5, times=(0, 0.1, 0.2)),
         ):
             expected, found = (s.infill(tokens, flags, method="sampling", **options) for s in (ordinary, recorded))
             assert torch.equal(found.tokens, expected.tokens) and found.nfe == expected.nfe

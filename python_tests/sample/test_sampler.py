@@ -178,6 +178,9 @@ def test_schedules_of_temperature_and_time():
         assert [s[0] for s in seen] == pytest.approx(expected)
     times = [0.0] + [1 - 0.5 ** ((i / 4) ** 0.5) for i in range(1, 5)]
     assert [s[1] for s in seen] == pytest.approx(times[:4]) and [s[2] for s in seen] == pytest.approx(times[1:])
+    seen.clear()
+    sampler.sample((1, 3), steps=3, method="watching", times=[0, 0.3, 0.4])
+    assert [s[1:] for s in seen] == [(0.0, 0.3), (0.3, 0.4)]
 
 
 def test_the_last_temperature_is_that_of_the_last_pass():
@@ -278,6 +281,13 @@ def test_ragged_infill_is_each_sequence_alone(path):
         (dict(temperature=lambda progress: math.inf), "temperature: got inf"),
         (dict(t_split=-0.1), "t_split: got -0.1"),
         (dict(grid_power=0), "grid_power: got 0"),
+        (dict(steps=2, times=[0]), "times: got 1 of .*, allowed are steps = 2, rising from 0 to below 1"),
+        (dict(steps=2, times=[0.1, 0.2]), "times: got 2 of"),
+        (dict(steps=2, times=[0, 1]), "times: got 2 of"),
+        (dict(steps=3, times=[0, 0.2, 0.2]), "times: got 3 of"),
+        (dict(steps=1, times=["a"]), "times: got .*, allowed are numbers"),
+        (dict(layout="0 | 2"), "layout: got no 1"),
+        (dict(layout=3), "layout: got 3, allowed is None"),
         (dict(euler="fast"), "euler: got 'fast'"),
     ],
 )

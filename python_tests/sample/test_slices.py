@@ -1,6 +1,5 @@
 """Slices: who sees whom, the cache beside no cache, what is drawn, and what is refused."""
 
-import itertools
 import math
 from types import SimpleNamespace
 
@@ -20,7 +19,8 @@ from klflow_ext import (
     Trainer,
     UniformPath,
 )
-from klflow_ext.path import Prediction, Streams
+from klflow_ext.path import Layout, Prediction, Streams
+from klflow_ext.path.layout import BEST
 from klflow_ext.path.network import as_network
 from klflow_ext.sample import Passes
 
@@ -237,22 +237,34 @@ def test_training_on_slices_learns_what_the_sampler_asks(path):
 
 
 def test_orders_in_training():
-    """n from 4 to L, a third of them L; given ones are slice 0; the share of sequences whose questions carry noise."""
-    path = PATHS[0]
-    model = slices_model(path)
-    stream = np.zeros(5000, np.int32)
-    config = TrainConfig(batch_size=4000, length=16, given_share=0.5, flow_share=0.3)
+    """Slices of what asks by what stands alone, of what carries noise, and of what was observed; given ones are slice 0."""
+    path, length = PATHS[0], 64
+    model = Denoiser(DenoiserConfig(VOCAB, 1, 2, 16, 64, time="none", slices=True), path)
+    stream = np.arange(5000, dtype=np.int32) % VOCAB
+    config = TrainConfig(batch_size=4000, length=length, given_share=0.5, flow_share=0.3, evidence_share=0.2)
     batch = Trainer(model, path, stream, config).batches.batch(0)
     order, given = batch.order, batch.given
     assert torch.equal(order == 0, given) and 0.4 < given.any(1).float().mean() < 0.55
-    assert abs((batch.t > 0).float().mean() - 0.3) < 0.03
-    whole = order[~given.any(1)]
-    count = whole.amax(1)
-    assert count.min() == 4 and count.max() == 16 and 0.3 < (count == 16).float().mean() < 0.42
-    for row, n in itertools.islice(zip(whole, count, strict=True), 50):
-        assert torch.equal(row, torch.arange(16) % n + 1)
+    observed, noisy = batch.evidence.observed.any(1), batch.t > 0
+    assert abs(observed.float().mean() - 0.2) < 0.02 and abs(noisy.float().mean() - 0.3 * 0.8) < 0.03
+    assert torch.equal(batch.evidence.without(given).observed, ~given & observed[:, None])
+    whole = ~given.any(1)
+    blank = order[whole & ~observed & ~noisy]
+    count = blank.amax(1)
+    known = torch.tensor([n in BEST for n in count.tolist()])
+    assert count.min() == 4 and 0.31 < (count == length).float().mean() < 0.4 and 0.31 < known.float().mean() < 0.45
+    for row, n in zip(blank[:50], count[:50].tolist(), strict=True):
+        assert torch.equal(row, Layout.for_passes(n, length).order(torch.zeros(1, length, dtype=torch.bool))[0])
+    assert order[whole & noisy].amax(1).min() == 1
+    scattered = order[whole & observed]
+    for row in scattered[:50]:
+        sizes = row.bincount()[1:]
+        assert sizes.min() > 0 and sizes.max() - sizes.min() <= 1
+    assert (scattered.amax(1) == 1).any() and (scattered[:, 0] > 1).float().mean() > 0.5
     counts = (~given).sum(1)
     assert torch.equal(batch.counts, counts) and counts.min() >= 1
+    with pytest.raises(ValueError, match="^evidence_share: got 0.2, allowed is 0 for a model that reads no posteriors"):
+        Trainer(slices_model(PATHS[1]), PATHS[1], stream, TrainConfig(length=16, evidence_share=0.2))
 
 
 def test_what_is_refused():
