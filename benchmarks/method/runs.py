@@ -20,7 +20,8 @@ METHODS = {
     "posterior": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle"}),
     "segments": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle", "given_share": 0.6}),
     "stdlib": (LogitPath, {"input": "posterior"}, {"time_sampling": "middle", "given_share": 0.6}),
-    "slices": (LogitPath, {"input": "posterior", "time": "none", "slices": True}, {"time_sampling": "middle", "evidence_share": 0.15}),
+    "slices": (LogitPath, {"input": "posterior", "time": "none", "slices": True}, {"time_sampling": "middle"}),
+    "slices evidence": (LogitPath, {"input": "posterior", "time": "none", "slices": True}, {"time_sampling": "middle", "evidence_share": 0.15}),
     "mask slices": (MaskPath, {"input": "tokens", "time": "none", "slices": True}, {"time_sampling": "uniform"}),
     "posterior learned": (LogitPath, {"input": "posterior"}, {"time_sampling": "learned"}),
     "posterior uniform": (LogitPath, {"input": "posterior"}, {"time_sampling": "uniform"}),
@@ -85,8 +86,8 @@ def grouped(found: list[dict], key) -> dict[tuple, list[dict]]:
 
 def order_of(name: str) -> str | None:
     """The order of its draws that a run was trained for, its method; None: it moves all positions together."""
-    word = name.split()[-1]
-    return word if word in ("segments", "slices") else None
+    found = [word for word in name.split() if word in ("segments", "slices")]
+    return found[0] if found else None
 
 
 def sampled_as(name: str, method: str) -> str:

@@ -57,15 +57,8 @@ class Layout:
 
     @classmethod
     def stride(cls, count: int) -> Layout:
-        """Position i in set i modulo count."""
+        """Position i in set i modulo count: of what was tried the best by far (benchmarks/NOTES.md)."""
         return cls(tuple((i,) for i in range(count)))
-
-    @classmethod
-    def for_passes(cls, count: int, free: int) -> Layout:
-        """The best that is known for at most this number of sets and this many free positions (`BEST`), else a stride."""
-        count = min(count, free)
-        best = BEST.get(count)
-        return cls.stride(count) if best is None or best.period > free else best
 
     @classmethod
     def parse(cls, text: str) -> Layout:
@@ -114,7 +107,3 @@ class Layout:
             raise ValueError(
                 f"layout: got {len(self)} sets for {int(short[0])} free positions, allowed is one whose every set holds one of them"
             )
-
-
-# Found by the likelihood of held-out text (benchmarks/NOTES.md); what has slices is trained on them.
-BEST: dict[int, Layout] = {}

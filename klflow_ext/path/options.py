@@ -39,8 +39,7 @@ class SampleOptions:
 
     layout: Layout | str | None = None
     """Of slices and segments, the order of the positions, a `Layout` or its text, such as "0 4 | 2 6 | 1 3 5 7". There are then as many
-    passes as sets (times slice_steps), whatever `steps` says. None: of slices `Layout.for_passes(steps // slice_steps)`, of
-    segments a stride, position i in set i mod steps."""
+    passes as sets (times slice_steps), whatever `steps` says. None: a stride, position i in set i mod (steps / slice_steps)."""
 
     slice_steps: int = 1
     """Of "slices": passes for each slice, at least 1. With more, a slice goes from noise to its tokens by the sampling scheme, and

@@ -32,7 +32,7 @@ def slices(passes: Passes, options: ResolvedOptions) -> Tensor:
     free = int((~passes.given[0]).sum())  # of all
     if options.layout is not None:
         options.layout.check_fits(passes.given)
-    layout = options.layout or Layout.for_passes(max(1, options.steps // options.slice_steps), free)
+    layout = options.layout or Layout.stride(min(max(1, options.steps // options.slice_steps), free))
     order = layout.order(passes.given)
     steps = 1 if len(layout) == free else options.slice_steps  # single positions gain nothing by more
     # not of the passes made, which depend on the batch

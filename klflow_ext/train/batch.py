@@ -10,7 +10,7 @@ from torch import Tensor
 
 from klflow_ext import data
 from klflow_ext.path import IGNORE, Evidence, Path
-from klflow_ext.path.layout import BEST, Layout
+from klflow_ext.path.layout import slice_order
 from klflow_ext.train.channel import confuse
 from klflow_ext.train.config import TrainConfig
 
@@ -118,23 +118,14 @@ class Batches:
     def order(self, given: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
         """order (B, L), the slices of what is free, and blank (B,), as config.flow_share says.
 
-        The number n of slices of a sequence is L for a third of those that are blank, one of which a layout is known (`BEST`) for
-        a third, else from 4 to L, uniform in its logarithm; of those that carry noise from 1 to L.
+        The slices are strides. Their number n is L for a third of the sequences, else from 4 to L, uniform in its logarithm.
         """
         b, length = given.shape
-        blank = generator.random(b) >= self.config.flow_share
-        rows = []
-        for i in range(b):
-            kind, known = generator.random() if blank[i] else 1.0, [n for n in BEST if n <= length]
-            least = min(4, length) if blank[i] else 1
-            count = round(least * (length / least) ** generator.random())
-            if kind < 1 / 3:
-                count = length
-            elif kind < 2 / 3 and known:
-                count = int(generator.choice(known))
-            flags = given[i : i + 1]
-            rows.append(Layout.for_passes(count, max(1, int((~flags).sum()))).order(flags))
-        return torch.cat(rows), torch.from_numpy(blank)
+        least = min(4, length)
+        count = np.round(least * (length / least) ** np.minimum(1, 1.5 * generator.random(b))).astype(np.int64)
+        return slice_order(given, torch.from_numpy(count)[:, None]), torch.from_numpy(
+            generator.random(b) >= self.config.flow_share
+        )
 
     def scattered_order(self, given: Tensor, generator: np.random.Generator) -> Tensor:
         """order (B, L) of slices of one size whose positions lie anywhere, as where the surest are drawn first.

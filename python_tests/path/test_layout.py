@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from klflow_ext.path import Layout
-from klflow_ext.path.layout import BEST
 
 
 def test_positions_are_counted_among_those_that_are_free():
@@ -19,13 +18,6 @@ def test_text_and_back():
     assert str(layout) == "0 4 | 2 6 | 1 3 5 7"
     assert Layout.parse(str(layout)) == layout == Layout.parse("0,4|2,6|1,3,5,7")
     assert Layout.stride(3) == Layout.parse("0 | 1 | 2")
-
-
-def test_what_is_known_for_a_number_of_passes():
-    for count, best in BEST.items():
-        assert len(best) == count and Layout.for_passes(count, best.period) == best
-        assert Layout.for_passes(count, best.period - 1) == Layout.stride(min(count, best.period - 1))
-    assert Layout.for_passes(64, 10) == Layout.stride(10) and Layout.for_passes(5, 64) == Layout.stride(5)
 
 
 @pytest.mark.parametrize(

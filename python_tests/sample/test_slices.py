@@ -19,8 +19,7 @@ from klflow_ext import (
     Trainer,
     UniformPath,
 )
-from klflow_ext.path import Layout, Prediction, Streams
-from klflow_ext.path.layout import BEST
+from klflow_ext.path import Prediction, Streams
 from klflow_ext.path.network import as_network
 from klflow_ext.sample import Passes
 
@@ -251,11 +250,9 @@ def test_orders_in_training():
     whole = ~given.any(1)
     blank = order[whole & ~observed & ~noisy]
     count = blank.amax(1)
-    known = torch.tensor([n in BEST for n in count.tolist()])
-    assert count.min() == 4 and 0.31 < (count == length).float().mean() < 0.4 and 0.31 < known.float().mean() < 0.45
+    assert count.min() == 4 and 0.31 < (count == length).float().mean() < 0.4
     for row, n in zip(blank[:50], count[:50].tolist(), strict=True):
-        assert torch.equal(row, Layout.for_passes(n, length).order(torch.zeros(1, length, dtype=torch.bool))[0])
-    assert order[whole & noisy].amax(1).min() == 1
+        assert torch.equal(row, torch.arange(length) % n + 1)
     scattered = order[whole & observed]
     for row in scattered[:50]:
         sizes = row.bincount()[1:]
