@@ -5,6 +5,8 @@ tokenizer.json                    the tokenizer, if there is one       train.npy
 log.jsonl                         a line for each step                 report.json  why training stopped by itself
 lock                              who is training there, while it is
 
+A run that was trained on token folders (`klflow prepare`) has no train.npy and heldout.npy: its configs name the folders.
+
 What is not whole yet has a name that ends with .tmp, and goes when the folder is written to again.
 """
 
@@ -14,7 +16,7 @@ import errno
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
+from klflow_ext import data
 from klflow_ext.checkpoint import FORMAT, Checkpoint, NewerFormat, stamps
 from klflow_ext.data import vocab_size_of
 from klflow_ext.files import TEMPORARY, Writer, read_json, reading, remove, sync, write_file, write_files
@@ -66,7 +69,7 @@ class Run:
     @classmethod
     @contextmanager
     def create(
-        cls, out: Path, *, overwrite: bool, tokenizer: Any, stream: np.ndarray, heldout: np.ndarray
+        cls, out: Path, *, overwrite: bool, tokenizer: Any, stream: data.Stream, heldout: data.Stream
     ) -> Iterator[Run]:
         """A new run with its text, to save to; it takes its place at `out` (and that of an old run) when it is whole.
 
@@ -74,17 +77,15 @@ class Run:
             out: its folder.
             overwrite: whether it may take the place of a run.
             tokenizer: a tokenizers.Tokenizer.
-            stream, heldout: tokens to train on, and those that are kept back.
+            stream, heldout: tokens to train on, and those that are kept back; arrays are copied.
 
         Raises:
             ValueError: `out` holds something else, or cannot be written.
         """
         with cls._replacing(out, overwrite) as run:
-            writers = {
-                "tokenizer.json": lambda p: tokenizer.save(str(p)),
-                "train.npy": _array_writer(stream),
-                "heldout.npy": _array_writer(heldout),
-            }
+            writers: dict[str, Writer] = {"tokenizer.json": lambda p: tokenizer.save(str(p))}
+            if data.reference(stream) is None:
+                writers |= {"train.npy": _array_writer(stream), "heldout.npy": _array_writer(heldout)}
             write_files(run.folder, writers)
             yield run
 
@@ -153,7 +154,7 @@ class Run:
                 remove(file)
 
     def save(
-        self, config: dict, weights: dict[str, Tensor], training: dict, stream: np.ndarray, step: int, keep: int = 1,
+        self, config: dict, weights: dict[str, Tensor], training: dict, stream: data.Stream, step: int, keep: int = 1,
         parts: Path | None = None,
     ) -> Checkpoint:  # fmt: skip
         """Writes a checkpoint, and once it is whole removes all but the last ones.
@@ -162,7 +163,7 @@ class Run:
             config: of the model, the path and the training, as dicts.
             weights: what the run gives, by name.
             training: what its training goes on from.
-            stream: the tokens to train on, written once.
+            stream: the tokens to train on; an array is written once, token folders are named.
             step: where its training stands.
             keep: checkpoints that stay, this one with them.
             parts: a folder with the sharded tensors of `training`, as `Checkpoint.write` takes it.
@@ -175,12 +176,13 @@ class Run:
                 raise ValueError(
                     f"run: {self.folder} has gone, or another took its place, so that nothing can be saved"
                 )
-            before = self.checkpoints()
+            before, sources = self.checkpoints(), data.reference(stream)
             try:
-                if not (self.folder / "train.npy").exists():
+                if sources is None and not (self.folder / "train.npy").exists():
                     write_file(self.folder / "train.npy", _array_writer(stream))
                 texts, number = self._texts(before), before[0].number + 1 if before else 1
-                config = {"tokenizer": "tokenizer.json" in texts, **config}
+                named = {} if sources is None else {"data": sources}
+                config = {"tokenizer": "tokenizer.json" in texts, **named, **config}
                 written = Checkpoint.write(
                     self.folder,
                     number,
@@ -289,8 +291,21 @@ class Run:
             vocab_size_of(tokenizer)  # ids with gaps of 10^9 would take seconds and gigabytes later
         return tokenizer
 
-    def streams(self) -> tuple[np.ndarray, np.ndarray]:
-        """(training, held-out) tokens, as memory maps, once all of both has been read and compared with what was written."""
+    def streams(
+        self, moved: Sequence[str | Path] = (), checkpoint: Checkpoint | None = None
+    ) -> tuple[data.Stream, data.Stream]:
+        """(training, held-out) tokens, as memory maps. Its own are read and compared with what was written; of token folders the
+        fingerprints are compared.
+
+        Args:
+            moved: where its token folders are now, if not where they were.
+            checkpoint: whose tokens; None: the last one's.
+        """
+        sources = (self.config() if checkpoint is None else checkpoint.config()).get("data")
+        if sources is not None:
+            return data.from_reference(sources, moved)
+        if moved:
+            raise ValueError(f"data: got {moved[0]}, allowed is none: {self.folder} holds its own tokens")
         return self._stream("train.npy"), self._stream("heldout.npy")
 
     def _stream(self, name: str) -> np.ndarray:
@@ -302,7 +317,7 @@ class Run:
         return stream
 
 
-def _array_writer(array: np.ndarray) -> Writer:
+def _array_writer(array: Any) -> Writer:
     def write(path: Path) -> None:
         with open(path, "wb") as file:  # np.save adds .npy to a name
             np.save(file, array)

@@ -1,4 +1,4 @@
-"""The command line: klflow info | demo | train | sample | complete | infill | eval. It prints; the package does the work."""
+"""The command line: klflow info | demo | prepare | train | sample | complete | infill | eval. It prints; the package does the work."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ def main() -> None:
     from klflow_ext.cli.evaluate import Eval
     from klflow_ext.cli.generate import Complete, Infill, Sample
     from klflow_ext.cli.info import Info
+    from klflow_ext.cli.prepare import Prepare
     from klflow_ext.cli.train import Demo, Train
     from klflow_ext.train import Stopped
 
     commands: dict[str, Callable[..., Any]] = {
         "info": Info,
         "demo": Demo,
+        "prepare": Prepare,
         "train": Train,
         "sample": Sample,
         "complete": Complete,

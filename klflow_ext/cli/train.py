@@ -39,8 +39,9 @@ class Training(TrainConfig):
 class Settings:
     """Text, model and training, shared by demo and train."""
 
-    data: Path | None = None
-    """UTF-8 text file; without it, the source of this Python's standard library."""
+    data: tuple[str, ...] = ()
+    """A file of texts (UTF-8, JSONL or Parquet, also .gz and .zst) that memory holds, or token folders (klflow prepare), of
+    several each as FOLDER=WEIGHT; without it, the source of this Python's standard library."""
     out: Path = Path("runs/demo")
     """Run folder to write."""
     overwrite: bool = False
@@ -56,7 +57,7 @@ class Settings:
 
     def prepare(self) -> Prepared:
         return prepare(
-            self.data,
+            self.data or None,
             self.out,
             train=self.train,
             network=self.network,
@@ -108,17 +109,18 @@ class Demo(Settings):
 
 @dataclass
 class Train(Settings):
-    """Train on a text file, or go on with a run (--resume RUN)."""
+    """Train on a text or token folders, or go on with a run (--resume RUN)."""
 
     out: Path = Path("runs/train")
     resume: Path | None = None
-    """A run folder: its run is finished as it was meant, with its own settings."""
+    """A run folder: its run is finished as it was meant, with its own settings, on its own data (--data says where its token
+    folders have moved)."""
     more_steps: int = 0
     """With --resume: steps that are added to the run."""
     more_seconds: float = 0.0
     """With --resume: seconds that are added to it."""
 
-    RESUMED = ("resume", "more_steps", "more_seconds", "device")  # what may stand beside --resume
+    RESUMED = ("resume", "more_steps", "more_seconds", "device", "data")  # what may stand beside --resume
 
     def run(self):
         with ExitStack() as owned:
@@ -158,8 +160,8 @@ class Train(Settings):
         if foreign:
             names = ", ".join("--" + name.replace("_", "-") for name in foreign)
             raise ValueError(
-                f"resume: got {names} beside it, allowed are --more-steps, --more-seconds and --device: a run goes on with its "
-                "own settings"
+                f"resume: got {names} beside it, allowed are --more-steps, --more-seconds, --device and --data (where its token "
+                "folders are now): a run goes on with its own settings"
             )
         if self.more_steps < 0 or not 0 <= self.more_seconds < float("inf"):
             raise ValueError(
@@ -174,7 +176,7 @@ class Train(Settings):
         if join_processes(device, config.timeout)[0] == 0:
             owned.enter_context(run.owned())
         model, path = checkpoint.model()
-        stream, held = run.streams()
+        stream, held = run.streams(self.data if self.resume is not None else (), checkpoint)
         trainer = Trainer(model.train().to(device), path, stream, config, run)
         trainer.load(checkpoint)
         if not restarts():  # else what is added was added before

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import klflow_ext
+from klflow_ext import data
 
 BLOCKS, BLOCK = 64, 2**20  # of a long stream, pieces of so many bytes stand for it
 
@@ -52,8 +53,11 @@ def _difference(name: str, values: list[str | None]) -> str:
     return f"{name}: got {', '.join(said)}, allowed is the same on all"
 
 
-def fingerprint(stream: Any) -> str:
-    """Of the tokens: their number, type and bytes; of a long stream the bytes of pieces all over it."""
+def fingerprint(stream: data.Stream) -> str:
+    """Of the tokens: their number, type and bytes; of a long array the bytes of pieces all over it. Token folders have their own."""
+    sources = data.reference(stream)
+    if sources is not None:  # wherever the folders lie
+        return "; ".join(f"{s['fingerprint']} {s['split']} {s['weight']:g}" for s in sources)
     array = np.asanyarray(stream)
     digest = hashlib.blake2b(f"{array.dtype.str} {array.shape}".encode(), digest_size=16)
     size = BLOCK // array.dtype.itemsize

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from klflow_ext.checkpoint import CONFIG, Checkpoint
 from klflow_ext.checks import check_choice, check_field, check_flag
+from klflow_ext.data import Shuffle
 from klflow_ext.files import reading
 
 Dtype = Literal["float32", "bfloat16"]
@@ -31,6 +32,9 @@ class TrainConfig:
     """Sequences of a step, of all processes together."""
     length: int = 64
     """Tokens of a sequence, at least 2."""
+    shuffle: Shuffle = "windows"
+    """What changes its place from epoch to epoch: "windows" of the text as it stands, or whole "documents", packed one after
+    another (of token folders only)."""
     lr: float = 3e-3
     """Highest learning rate, of AdamW and Muon."""
     warmup: float = 0.02
@@ -107,6 +111,7 @@ class TrainConfig:
             raise ValueError(
                 f"accumulate: got {self.accumulate}, allowed is a divisor of batch_size = {self.batch_size}"
             )
+        check_choice("shuffle", self.shuffle, get_args(Shuffle))
         check_choice("dtype", self.dtype, get_args(Dtype))
         check_choice("time_sampling", self.time_sampling, (None, *get_args(TimeSampling)))
         check_flag("compile", self.compile)

@@ -11,11 +11,11 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from klflow_ext import data
 from klflow_ext.checkpoint import Checkpoint, pack
 from klflow_ext.log import Log
 from klflow_ext.model import Denoiser
@@ -42,7 +42,7 @@ class Trainer:
     Args:
         model: what to train, on the device where it is trained.
         path: from noise to text.
-        stream: int tokens, one long array.
+        stream: int tokens, one long array, or what `klflow_ext.data` has of them: `TokenFolder(folder).train`, a `Mixture`.
         config: how.
         out: the run, or its folder (made if needed), to which process 0 writes; None: no files.
 
@@ -57,7 +57,7 @@ class Trainer:
         self,
         model: Denoiser,
         path: NoisePath,
-        stream: np.ndarray,
+        stream: data.Stream,
         config: TrainConfig,
         out: Run | str | Path | None = None,
     ):
@@ -69,12 +69,12 @@ class Trainer:
             check_agreement({**asdict(config), **alike}, self.device)
         if config.length > model.config.max_length:
             raise ValueError(f"length: got {config.length}, allowed is at most max_length = {model.config.max_length}")
-        if len(stream) <= config.length:
-            raise ValueError(f"stream: got {len(stream)} tokens, allowed are more than length = {config.length}")
         if config.evidence_share and not model.reads_posterior:
             raise ValueError(
                 f"evidence_share: got {config.evidence_share}, allowed is 0 for a model that reads no posteriors"
             )
+        prior = model.log_prior.double().softmax(0).cpu().numpy() if model.reads_posterior else None
+        self.batches = Batches(stream, path, config, slices=model.slices, prior=prior)
         self.model, self.path, self.stream, self.config = model, path, stream, config
         self.run = Run(out) if isinstance(out, (str, Path)) else out
         if self.run is not None:
@@ -102,8 +102,6 @@ class Trainer:
         self.bad_step: BadStep | None = None  # the last of MOST_SKIPPED one after another
         self._log: Log | None = None
         self.average = self._weights() if config.ema else {}
-        prior = model.log_prior.double().softmax(0).cpu().numpy() if model.reads_posterior else None
-        self.batches = Batches(stream, path, config, slices=model.slices, prior=prior)
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
