@@ -5,6 +5,7 @@ import pytest
 import torch
 from processes import together
 
+from klflow_ext import data
 from klflow_ext.train import agreement
 from klflow_ext.train.agreement import check_agreement, code_version, fingerprint
 
@@ -47,3 +48,14 @@ def test_fingerprint(monkeypatch):
 
 def test_the_code_is_known_by_its_source():
     assert code_version().startswith("klflow_ext 0.") and torch.__version__ in code_version()
+
+
+def test_token_folders_are_known_by_what_they_hold(monkeypatch):
+    sources = [{"folder": "/here", "fingerprint": "abc", "split": "train", "weight": 0.25}]
+    monkeypatch.setattr(data, "reference", lambda stream: sources)
+    seen = fingerprint(None)
+    assert seen == "abc train 0.25"
+    sources[0]["folder"] = "/there"
+    assert fingerprint(None) == seen
+    sources[0]["weight"] = 0.5
+    assert fingerprint(None) != seen
