@@ -28,3 +28,7 @@ __all__ = [
     "noise_embedding", "merge_boosts", "cross_entropy", "cross_entropy_grad",
     "linear_cross_entropy", "sharded_linear_cross_entropy", "vocabulary_shard", "topk_sample", "topk_renoise", "euler_step", "softmax_expectation",
 ]  # fmt: skip
+TOGETHER = (
+    "sharded_linear_cross_entropy",
+    "vocabulary_shard",
+)  # of several processes: not under torch.compile or a CUDA graph
