@@ -90,8 +90,8 @@ def test_the_report_names_the_sequence(tmp_path, accumulate):
     run = trainer(100, tmp_path, accumulate=accumulate)
     plain = run._loss
 
-    def loss(tokens, t, given, order, rng, reduction, row_offset):
-        values = plain(tokens, t, given, order, rng, "none", row_offset)
+    def loss(tokens, t, given, order, evidence, rng, reduction, row_offset):
+        values = plain(tokens, t, given, order, evidence, rng, "none", row_offset)
         bad = torch.arange(row_offset // 16, row_offset // 16 + len(t)) == 5
         values = torch.where(bad[:, None], values * math.nan, values)
         return values if reduction == "none" else values.sum()
