@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # what the names below are; they are imported when they are f
     from klflow_ext.oracle import ExactDenoiser
     from klflow_ext.path import (
         Autoregressive,
+        Evidence,
+        Layout,
         LinearPath,
         LogitPath,
         MaskPath,
@@ -45,7 +47,8 @@ if TYPE_CHECKING:  # what the names below are; they are imported when they are f
 
 _LAZY = {
     "path": (
-        "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive", "Network", "SampleOptions",
+        "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive", "Network", "Evidence",
+        "Layout", "SampleOptions",
     ),
     "oracle": ("ExactDenoiser",),
     "model": ("Denoiser", "DenoiserConfig"),
@@ -71,7 +74,7 @@ _MODULES = (
 )
 __all__ = [  # a literal, which type checkers read
     "build_info", "ops", "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive",
-    "Network", "SampleOptions", "ExactDenoiser", "Denoiser", "DenoiserConfig", "Run", "load_run", "Trainer", "TrainConfig",
+    "Network", "Evidence", "Layout", "SampleOptions", "ExactDenoiser", "Denoiser", "DenoiserConfig", "Run", "load_run", "Trainer", "TrainConfig",
     "Objective", "Sampler", "register_sampler", "register_way",
 ]  # fmt: skip
 
