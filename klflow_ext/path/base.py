@@ -130,7 +130,7 @@ class Path:
 
         Args:
             model: `model(x_t, t) -> logits`, (B, L, V) or (B, L), and (B,), to (B, L, V). Of a Network (Denoiser) the logits
-                are never built whole.
+                are never built whole; it may be one that `fully_shard` split over processes.
             target: (B, L) tokens; `IGNORE` marks padding.
             t: (B,) times in [0, 1].
             given: (B, L) bool, positions that the model sees in the clear.
@@ -144,14 +144,18 @@ class Path:
         if order is not None:
             _check_order(network, order, target)
             given = order == 0
-        state = self.noisy(target, t[:, None], rng, given=given, row_offset=row_offset)
-        if evidence is not None:
-            if not network.reads_posterior:
-                raise ValueError("evidence: got some, allowed is None for a network that reads no posteriors")
-            state.evidence = evidence if given is None else evidence.without(given)
-        prediction = self.predict(network, state, target, t, given, order)
-        label = target if given is None else target.masked_fill(given, IGNORE)
-        return self._cross_entropy(prediction, state, label, reduction)
+        if evidence is not None and not network.reads_posterior:
+            raise ValueError("evidence: got some, allowed is None for a network that reads no posteriors")
+
+        def loss() -> Tensor:
+            state = self.noisy(target, t[:, None], rng, given=given, row_offset=row_offset)
+            if evidence is not None:
+                state.evidence = evidence if given is None else evidence.without(given)
+            prediction = self.predict(network, state, target, t, given, order)
+            label = target if given is None else target.masked_fill(given, IGNORE)
+            return self._cross_entropy(prediction, state, label, reduction)
+
+        return network.gathered(loss)
 
     def predict(
         self, network: Network | Called, state: State, target: Tensor, t: Tensor, given: Tensor | None,
