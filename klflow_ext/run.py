@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from klflow_ext import data
 from klflow_ext.checkpoint import FORMAT, Checkpoint, NewerFormat, stamps
@@ -30,7 +30,6 @@ from klflow_ext.data import vocab_size_of
 from klflow_ext.files import TEMPORARY, Writer, read_json, reading, remove, sync, write_file, write_files
 from klflow_ext.lock import Lock
 from klflow_ext.log import Log
-from klflow_ext.model import Denoiser
 from klflow_ext.path import Path as NoisePath
 
 T = TypeVar("T")
@@ -275,9 +274,13 @@ class Run:
         """Network, path and training settings. ValueError where the folder is no run, is broken, or is of another version."""
         return self._read(Checkpoint.config)
 
-    def model(self) -> tuple[Denoiser, NoisePath]:
-        """(model, path), the model in evaluation mode, with the averaged weights of a run with ema."""
-        return self._read(Checkpoint.model)
+    def model(self, model: nn.Module | None = None) -> tuple[Any, NoisePath]:
+        """(model, path), the model in evaluation mode, with the averaged weights of a run with ema.
+
+        Args:
+            model: takes up the weights, where the run cannot say how it is made (`Network.to_dict`); None: it is made anew.
+        """
+        return self._read(lambda checkpoint: checkpoint.model(model))
 
     def tokenizer(self) -> Any:
         """The tokenizers.Tokenizer, or None of a run that was trained on tokens alone."""
@@ -325,7 +328,7 @@ def _array_writer(array: Any) -> Writer:
     return write
 
 
-def load_run(run: str | Path) -> tuple[Denoiser, NoisePath, Any]:
-    """(model, path, tokenizer) of a run folder: `Run.model` and `Run.tokenizer`."""
+def load_run(run: str | Path, model: nn.Module | None = None) -> tuple[Any, NoisePath, Any]:
+    """(model, path, tokenizer) of a run folder: `Run.model` and `Run.tokenizer`. model: takes up the weights; None: one is made."""
     opened = Run(run)
-    return (*opened.model(), opened.tokenizer())
+    return (*opened.model(model), opened.tokenizer())

@@ -178,7 +178,14 @@ class Prediction:
         evidence = None if self.evidence is None else self.evidence.at(places)
         logits, hidden = (choose(self._logits), None) if self._logits is not None else (None, choose(self._head()[0]))
         return Prediction(
-            logits, hidden, self.weight, self.bias, softcap=self.softcap, evidence=evidence, heard=self.heard, whole=self
+            logits,
+            hidden,
+            self.weight,
+            self.bias,
+            softcap=self.softcap,
+            evidence=evidence,
+            heard=self.heard,
+            whole=self,
         )
 
     def draw(self, k: int, rng: Tensor, temperature: float = 1.0, top_p: float = 1.0, row_offset: int = 0) -> Tensor:
