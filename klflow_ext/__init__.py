@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # what the names below are; they are imported when they are f
     from klflow_ext.oracle import ExactDenoiser
     from klflow_ext.path import (
         Autoregressive,
+        Evidence,
+        Layout,
         LinearPath,
         LogitPath,
         MaskPath,
@@ -45,17 +47,19 @@ if TYPE_CHECKING:  # what the names below are; they are imported when they are f
     from klflow_ext.run import Run, load_run
     from klflow_ext.sample import Sampler, register_sampler, register_way
     from klflow_ext.train import Batches, Objective, TrainConfig, Trainer
+    from klflow_ext.transformer import TransformerDenoiser
 
 _LAZY = {
     "path": (
-        "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive", "Network", "SampleOptions",
-        "State", "Move", "Prediction",
+        "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive", "Network", "State",
+        "Move", "Prediction", "Evidence", "Layout", "SampleOptions",
     ),
     "oracle": ("ExactDenoiser",),
     "model": ("Denoiser", "DenoiserConfig", "Reader"),
     "run": ("Run", "load_run"),
     "train": ("Trainer", "TrainConfig", "Objective", "Batches"),
     "sample": ("Sampler", "register_sampler", "register_way"),
+    "transformer": ("TransformerDenoiser",),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _LAZY.items() for name in names}
 _MODULES = (
@@ -72,11 +76,14 @@ _MODULES = (
     "checks",
     "muon",
     "sharding",
+    "hub",
+    "transformer",
 )
 __all__ = [  # a literal, which type checkers read
     "build_info", "ops", "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive",
-    "Network", "State", "Move", "Prediction", "SampleOptions", "ExactDenoiser", "Denoiser", "DenoiserConfig", "Reader", "Run",
-    "load_run", "Trainer", "TrainConfig", "Objective", "Batches", "Sampler", "register_sampler", "register_way",
+    "Network", "State", "Move", "Prediction", "Evidence", "Layout", "SampleOptions", "ExactDenoiser", "Denoiser",
+    "DenoiserConfig", "Reader", "Run", "load_run", "Trainer", "TrainConfig", "Objective", "Batches", "Sampler",
+    "register_sampler", "register_way", "TransformerDenoiser",
 ]  # fmt: skip
 
 

@@ -144,40 +144,10 @@ class Checkpoint:
         return config
 
     def model(self, model: nn.Module | None = None) -> tuple[nn.Module, NoisePath]:
-        """(model, path), the model in evaluation mode. Of a Denoiser no memory is taken for what config.json says and the weights do
-        not.
-
-        model: takes up the weights, where nothing else can make it; None: it is made as config.json says.
-        """
-        from safetensors import safe_open
-
+        """(model, path), as `read_model` gives them."""
         config = self.config()
         self.check(MODEL)
-        with reading(self.folder / CONFIG):
-            path = NoisePath.from_dict(config["path"])
-            if model is None and "class" not in config["model"]:
-                self._check_denoiser(config["model"], path)
-            made = remake(config["model"], path) if model is None else model
-            as_network(made, path.vocab_size)
-        said = f"{CONFIG} says" if model is None else "the model has"
-        with reading(self.folder / MODEL) as file, safe_open(file, "pt") as stored:
-            names = stored.keys()
-            _check_shapes(stored, own_state(made), said)
-            load_own_state(made, {name: stored.get_tensor(name) for name in names})
-        return made.eval(), path
-
-    def _check_denoiser(self, values: dict, path: NoisePath) -> None:
-        from safetensors import safe_open
-
-        shape = DenoiserConfig(**values)
-        with reading(self.folder / MODEL) as file, safe_open(file, "pt") as stored:
-            blocks = {name.split(".")[1] for name in stored.keys() if name.startswith("blocks.")}  # noqa: SIM118
-            if len(blocks) != shape.n_layer:  # before that many are made, be it without memory
-                raise ValueError(f"it holds {len(blocks)} layers, {CONFIG} says {shape.n_layer}")
-        with torch.device("meta"):
-            expected = Denoiser(shape, path).state_dict()
-        with reading(self.folder / MODEL) as file, safe_open(file, "pt") as stored:
-            _check_shapes(stored, expected, f"{CONFIG} says")
+        return read_model(self.folder, config, model)
 
     @contextmanager
     def training(self, like: Callable[[str], Any] | None = None) -> Iterator[dict[str, Any]]:
@@ -196,6 +166,47 @@ class Checkpoint:
                 return
             tensors = read_parts(self.folder, _names(tree), like or (lambda name: None))
             yield _unpack(tree, tensors.__getitem__)
+
+
+def read_model(folder: Path, config: dict[str, Any], model: nn.Module | None = None) -> tuple[nn.Module, NoisePath]:
+    """(model, path) of a folder with model.safetensors, the model in evaluation mode. Of a Denoiser no memory is taken for what
+    config says and the weights do not.
+
+    Args:
+        folder: where model.safetensors is.
+        config: config.json, with the "model" and the "path".
+        model: takes up the weights, where nothing else can make it; None: it is made as config says.
+
+    Raises:
+        ValueError: a file is missing or broken, or the two do not fit.
+    """
+    from safetensors import safe_open
+
+    with reading(folder / CONFIG):
+        path = NoisePath.from_dict(config["path"])
+        if model is None and "class" not in config["model"]:
+            _check_denoiser(folder, config["model"], path)
+        made = remake(config["model"], path) if model is None else model
+        as_network(made, path.vocab_size)
+    said = f"{CONFIG} says" if model is None else "the model has"
+    with reading(folder / MODEL) as file, safe_open(file, "pt") as stored:
+        _check_shapes(stored, own_state(made), said)
+        load_own_state(made, {name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+    return made.eval(), path
+
+
+def _check_denoiser(folder: Path, values: dict, path: NoisePath) -> None:
+    from safetensors import safe_open
+
+    shape = DenoiserConfig(**values)
+    with reading(folder / MODEL) as file, safe_open(file, "pt") as stored:
+        blocks = {name.split(".")[1] for name in stored.keys() if name.startswith("blocks.")}  # noqa: SIM118
+        if len(blocks) != shape.n_layer:  # before that many are made, be it without memory
+            raise ValueError(f"it holds {len(blocks)} layers, {CONFIG} says {shape.n_layer}")
+    with torch.device("meta"):
+        expected = Denoiser(shape, path).state_dict()
+    with reading(folder / MODEL) as file, safe_open(file, "pt") as stored:
+        _check_shapes(stored, expected, f"{CONFIG} says")
 
 
 def _check_shapes(stored: Any, expected: dict[str, Tensor], said: str) -> None:
