@@ -261,7 +261,7 @@ class Trainer:
         return f"step {self.step} is saved{after}: klflow train --resume {self.run.folder} goes on from there"
 
     def _last(self) -> str:
-        """Where training can go on from, once a process is lost."""
+        """Where training can go on from."""
         found = [] if self.run is None else self.run.checkpoints()
         return f"the last checkpoint is {found[0].folder}" if found else "nothing is kept"
 
@@ -273,7 +273,7 @@ class Trainer:
             except ValueError as error:  # the weights themselves
                 last = f"not saved: {error}"
             else:
-                last = f"the last checkpoint is in {self.run.folder}"
+                last = self._last()
         if self.run is not None and self.rank == 0:
             found = self.run.checkpoints()
             path = self.run.write_report({**bad.to_dict(), "checkpoint": str(found[0].folder) if found else None})
