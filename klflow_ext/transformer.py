@@ -73,7 +73,7 @@ class TransformerDenoiser(Reader):
             )
         super().__init__(path, input, top, log_prior)
         self.tokenizer, self.causal, self.vocab_size = backend, causal, vocab
-        self.max_length = _longest(transformer)
+        self.max_length, self._recompute = _longest(transformer), False
         own = _own_logits(transformer, vocab) if check else None
         self.transformer, self.head = transformer, output
         where = next(name for name, part in transformer.named_modules() if part is output)
@@ -131,15 +131,16 @@ class TransformerDenoiser(Reader):
 
     @property
     def recompute(self) -> bool | None:  # type: ignore[override]
-        """Gradient checkpointing of transformers."""
-        return self.transformer.is_gradient_checkpointing if self.transformer.supports_gradient_checkpointing else None
+        """Gradient checkpointing, of transformers."""
+        return self._recompute if self.transformer.supports_gradient_checkpointing else None
 
     @recompute.setter
     def recompute(self, on: bool | None) -> None:
         if on:
             self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
-        elif self.transformer.is_gradient_checkpointing:
+        elif self._recompute:
             self.transformer.gradient_checkpointing_disable()
+        self._recompute = bool(on)
 
     # ---- files
 
