@@ -154,7 +154,7 @@ class Run:
 
     def save(
         self, config: dict, weights: dict[str, Tensor], training: dict, stream: data.Stream, step: int, keep: int = 1,
-        parts: Path | None = None,
+        parts: Path | None = None, tokenizer: Any = None,
     ) -> Checkpoint:  # fmt: skip
         """Writes a checkpoint, and once it is whole removes all but the last ones.
 
@@ -165,6 +165,7 @@ class Run:
             stream: the tokens to train on; an array is written once, token folders are named.
             step: where its training stands.
             keep: checkpoints that stay, this one with them.
+            tokenizer: a tokenizers.Tokenizer, written with the first checkpoint; None: none is.
             parts: a folder with the sharded tensors of `training`, as `Checkpoint.write` takes it.
 
         Raises:
@@ -179,6 +180,8 @@ class Run:
             try:
                 if sources is None and not (self.folder / "train.npy").exists():
                     write_file(self.folder / "train.npy", _array_writer(stream))
+                if tokenizer is not None and not before and not (self.folder / "tokenizer.json").exists():
+                    write_file(self.folder / "tokenizer.json", lambda p: tokenizer.save(str(p)))
                 texts, number = self._texts(before), before[0].number + 1 if before else 1
                 named = {} if sources is None else {"data": sources}
                 config = {"tokenizer": "tokenizer.json" in texts, **named, **config}

@@ -46,7 +46,8 @@ class TransformerDenoiser(Reader):
         transformer: taken over, and changed: its output layer moves to `head`.
         path: from noise to text; None: a LogitPath of the tokenizer's V, or of the transformer's.
         tokenizer: a fast one of transformers, or a tokenizers.Tokenizer; None: none is kept.
-        causal: False: a decoder's causal mask is taken off. True: it is kept; needs a decoder.
+        causal: False: a decoder's causal mask is taken off. True: it is kept; needs a decoder. Either way a position is trained to
+            say its own token, where a decoder was trained to say the next.
         input, top, log_prior: as in `Reader`.
         check: whether a few tokens are read, to see that this network says what the transformer said, and whom a position sees.
 
@@ -137,9 +138,9 @@ class TransformerDenoiser(Reader):
     @recompute.setter
     def recompute(self, on: bool | None) -> None:
         if on:
-            self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+            self.transformer.activation_checkpointing_enable({"use_reentrant": False})
         elif self._recompute:
-            self.transformer.gradient_checkpointing_disable()
+            self.transformer.activation_checkpointing_disable()
         self._recompute = bool(on)
 
     # ---- files

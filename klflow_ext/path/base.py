@@ -157,6 +157,10 @@ class Path:
             reduction: "mean" (NaN where no position counts), "sum" or "none" ((B, L), zero where a position does not count).
         """
         network = as_network(model, self.vocab_size)
+        if network.max_length is not None and target.dim() == 2 and target.shape[1] > network.max_length:
+            raise ValueError(
+                f"target: got shape {tuple(target.shape)}, allowed is a length of at most max_length = {network.max_length}"
+            )
         if order is not None:
             _check_order(network, order, target)
             given = order == 0

@@ -10,6 +10,7 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,7 @@ class Trainer:
         stream: int tokens, one long array, or what `klflow_ext.data` has of them: `TokenFolder(folder).train`, a `Mixture`.
         config: how.
         out: the run, or its folder (made if needed), to which process 0 writes; None: no files.
+        tokenizer: a tokenizers.Tokenizer, which a new run keeps; None: it has the one that is there, or none.
 
     Raises:
         ValueError: an argument does not fit another; the message names it.
@@ -64,6 +66,7 @@ class Trainer:
         stream: data.Stream,
         config: TrainConfig,
         out: Run | str | Path | None = None,
+        tokenizer: Any = None,
     ):
         self.network = as_network(model, path.vocab_size)
         if self.network.module is None:
@@ -78,6 +81,7 @@ class Trainer:
         self.batches = Batches.of(stream, path, config, model)
         self.model, self.path, self.stream, self.config = model, path, stream, config
         self.run = Run(out) if isinstance(out, (str, Path)) else out
+        self.tokenizer = tokenizer
         if self.run is not None:
             import safetensors  # noqa: F401  (missing, it is so before any work)
         if config.batch_size % (config.accumulate * self.processes):
@@ -361,7 +365,7 @@ class Trainer:
             }
             if self._log is not None:
                 self._log.sync()  # before the checkpoint, whose steps it then has in any case
-            run.save(config, weights, training, self.stream, self.step, self.config.keep, parts)
+            run.save(config, weights, training, self.stream, self.step, self.config.keep, parts, self.tokenizer)
 
     def load(self, checkpoint: Checkpoint | None = None) -> None:
         """Takes up a checkpoint, of any number of processes and any engine. An average or a loss curve that it lacks starts anew from

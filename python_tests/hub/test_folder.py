@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from klflow_ext import Denoiser, DenoiserConfig, LogitPath, Sampler, TrainConfig, Trainer, TransformerDenoiser, data
+from klflow_ext import (
+    Denoiser,
+    DenoiserConfig,
+    LogitPath,
+    Sampler,
+    TrainConfig,
+    Trainer,
+    TransformerDenoiser,
+    data,
+    load_run,
+)
 from klflow_ext.hub import from_pretrained, push_to_hub, save_pretrained
 
 transformers = pytest.importorskip("transformers")
@@ -89,6 +99,21 @@ def test_a_denoiser_and_a_run_folder(tmp_path):
         assert same(model.eval(), again) and its_path.to_dict() == path.to_dict() and tokens is None
     with pytest.raises(ValueError, match="with a Denoiser, allowed is a TransformerDenoiser"):
         TransformerDenoiser.from_pretrained(tmp_path / "run")
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path):
+    """So that the commands sample from it, and a folder for the Hub is made of it."""
+    model = bert(tokenizer())
+    stream = np.array(model.tokenizer.encode("some text to read and write. " * 30).ids)
+    config = TrainConfig(steps=2, batch_size=2, length=8)
+    trainer = Trainer(model, model.path, stream, config, tmp_path / "run", model.tokenizer)
+    trainer.fit(progress=False)
+    again = TransformerDenoiser.from_pretrained(tmp_path / "run")
+    assert same(model.eval(), again) and again.tokenizer.to_str() == model.tokenizer.to_str()
+    run = Trainer(model, model.path, stream, config, tmp_path / "run")  # goes on without it
+    run.load()
+    run.save()
+    assert load_run(tmp_path / "run")[2].to_str() == model.tokenizer.to_str()
 
 
 def test_pushed(monkeypatch):

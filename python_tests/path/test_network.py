@@ -122,6 +122,15 @@ def test_the_shapes_of_times(path):
         assert {shape for _, shape in model.seen} == ({(2,), (2, 5)} if by_position else {(2,)})
 
 
+def test_too_long():
+    model, path = Own(), LogitPath(V)
+    model.max_length = 4
+    with pytest.raises(ValueError, match=r"^target: got shape \(2, 5\), allowed is a length of at most max_length = 4"):
+        path.loss(model, torch.zeros(2, 5, dtype=torch.int64), torch.full((2,), 0.1), 0)
+    with pytest.raises(ValueError, match="got a length of 5, allowed is at most the model's max_length, 4"):
+        Sampler(model, path).sample((2, 5))
+
+
 def test_scaled_rows():
     """A plain layer learns from them; those of noise have unit variance after a matrix of unit variance."""
     path = LogitPath(2000)
