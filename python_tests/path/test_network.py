@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from klflow_ext import LinearPath, LogitPath, MaskPath, Network, Sampler, UniformPath
+from klflow_ext import Evidence, LinearPath, LogitPath, MaskPath, Network, Sampler, UniformPath
 from klflow_ext.path import State, as_network
 from klflow_ext.path.network import load_own_state, own_state, second_names
 
@@ -74,6 +74,19 @@ def test_heads(padded, softcap, bias):
     assert Sampler(model, path).sample((4, 8), steps=4, top_k=V).tokens.max() < V
     if softcap:
         assert prediction.logits.abs().max() < softcap
+
+
+@pytest.mark.parametrize("padded,softcap,bias", KINDS)
+def test_heads_where_something_was_observed(padded, softcap, bias):
+    """The loss among the tokens that are listed, and what is drawn with a likelihood."""
+    model = Own(padded, softcap, bias)
+    x, t, label = torch.full((1, 2, V), 1 / V), torch.zeros(1), torch.tensor([[3, 4]])
+    evidence = Evidence(torch.tensor([[[3, 8, 9], [4, 0, -1]]]), torch.tensor([[[0.1, -0.4, 0.3], [-0.5, 0.2, 0.0]]]))
+    with torch.no_grad():
+        prediction = as_network(model, V).predict(State(x), t)
+        log_p = evidence.add_to(logits_by_hand(model, x, t)).log_softmax(-1)
+        torch.testing.assert_close(prediction.loss_among(evidence, label), -log_p.gather(2, label[..., None])[..., 0])
+        torch.testing.assert_close(prediction.with_evidence(evidence).logits.log_softmax(-1), log_p)
 
 
 def test_a_softcap_changes_what_is_drawn():
