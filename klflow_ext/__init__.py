@@ -26,7 +26,7 @@ from . import ops  # noqa: E402
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what the names below are; they are imported when they are first asked for
-    from klflow_ext.model import Denoiser, DenoiserConfig
+    from klflow_ext.model import Denoiser, DenoiserConfig, Reader
     from klflow_ext.oracle import ExactDenoiser
     from klflow_ext.path import (
         Autoregressive,
@@ -35,26 +35,31 @@ if TYPE_CHECKING:  # what the names below are; they are imported when they are f
         LinearPath,
         LogitPath,
         MaskPath,
+        Move,
         Network,
         Path,
+        Prediction,
         SampleOptions,
         SpherePath,
+        State,
         UniformPath,
     )
     from klflow_ext.run import Run, load_run
     from klflow_ext.sample import Sampler, register_sampler, register_way
-    from klflow_ext.train import Objective, TrainConfig, Trainer
+    from klflow_ext.train import Batches, Objective, TrainConfig, Trainer
+    from klflow_ext.transformer import TransformerDenoiser
 
 _LAZY = {
     "path": (
-        "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive", "Network", "Evidence",
-        "Layout", "SampleOptions",
+        "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive", "Network", "State",
+        "Move", "Prediction", "Evidence", "Layout", "SampleOptions",
     ),
     "oracle": ("ExactDenoiser",),
-    "model": ("Denoiser", "DenoiserConfig"),
+    "model": ("Denoiser", "DenoiserConfig", "Reader"),
     "run": ("Run", "load_run"),
-    "train": ("Trainer", "TrainConfig", "Objective"),
+    "train": ("Trainer", "TrainConfig", "Objective", "Batches"),
     "sample": ("Sampler", "register_sampler", "register_way"),
+    "transformer": ("TransformerDenoiser",),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _LAZY.items() for name in names}
 _MODULES = (
@@ -71,11 +76,14 @@ _MODULES = (
     "checks",
     "muon",
     "sharding",
+    "hub",
+    "transformer",
 )
 __all__ = [  # a literal, which type checkers read
     "build_info", "ops", "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive",
-    "Network", "Evidence", "Layout", "SampleOptions", "ExactDenoiser", "Denoiser", "DenoiserConfig", "Run", "load_run", "Trainer", "TrainConfig",
-    "Objective", "Sampler", "register_sampler", "register_way",
+    "Network", "State", "Move", "Prediction", "Evidence", "Layout", "SampleOptions", "ExactDenoiser", "Denoiser",
+    "DenoiserConfig", "Reader", "Run", "load_run", "Trainer", "TrainConfig", "Objective", "Batches", "Sampler",
+    "register_sampler", "register_way", "TransformerDenoiser",
 ]  # fmt: skip
 
 
@@ -84,9 +92,15 @@ def build_info() -> dict:
     return dict(_C.build_info())
 
 
-def __getattr__(name: str):
-    if name in _WHERE:
-        return getattr(import_module(f".{_WHERE[name]}", __name__), name)
-    if name in _MODULES:
-        return import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # else type checkers would take any name for an Any
+
+    def __getattr__(name: str):
+        if name in _WHERE:
+            return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+        if name in _MODULES:
+            return import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE, *_MODULES})

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from klflow_ext.files import TEMPORARY, checksum, read_json, reading, remove, write_folder
-from klflow_ext.model import Denoiser, DenoiserConfig
+from klflow_ext.model import Denoiser, DenoiserConfig, remake
 from klflow_ext.parts import read_parts
 from klflow_ext.path import Path as NoisePath
+from klflow_ext.path import as_network
+from klflow_ext.path.network import load_own_state, own_state
 from klflow_ext.sharding import is_sharded
 
 FORMAT = 2  # manifest.json says which
@@ -141,29 +143,11 @@ class Checkpoint:
                     raise ValueError(f"{name}: got {config.get(name)!r}, allowed is an object")
         return config
 
-    def model(self) -> tuple[Denoiser, NoisePath]:
-        """(model, path), the model in evaluation mode. No memory is taken for what config.json says and the weights do not."""
-        from safetensors import safe_open
-
+    def model(self, model: nn.Module | None = None) -> tuple[nn.Module, NoisePath]:
+        """(model, path), as `read_model` gives them."""
         config = self.config()
         self.check(MODEL)
-        with reading(self.folder / CONFIG):
-            path = NoisePath.from_dict(config["path"])
-            shape = DenoiserConfig(**config["model"])
-        with reading(self.folder / MODEL) as file, safe_open(file, "pt") as stored:
-            found = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
-            blocks = {name.split(".")[1] for name in found if name.startswith("blocks.")}
-            if len(blocks) != shape.n_layer:  # before that many are made, be it without memory
-                raise ValueError(f"it holds {len(blocks)} layers, {CONFIG} says {shape.n_layer}")
-        with reading(self.folder / CONFIG), torch.device("meta"):
-            expected = {name: list(value.shape) for name, value in Denoiser(shape, path).state_dict().items()}
-        with reading(self.folder / MODEL) as file, safe_open(file, "pt") as stored:
-            for name in sorted({*found, *expected}):
-                if found.get(name) != expected.get(name):
-                    raise ValueError(f"it holds {name} of {found.get(name)}, {CONFIG} says {expected.get(name)}")
-            model = Denoiser(shape, path)
-            model.load_state_dict({name: stored.get_tensor(name) for name in found})
-        return model.eval(), path
+        return read_model(self.folder, config, model)
 
     @contextmanager
     def training(self, like: Callable[[str], Any] | None = None) -> Iterator[dict[str, Any]]:
@@ -182,6 +166,55 @@ class Checkpoint:
                 return
             tensors = read_parts(self.folder, _names(tree), like or (lambda name: None))
             yield _unpack(tree, tensors.__getitem__)
+
+
+def read_model(folder: Path, config: dict[str, Any], model: nn.Module | None = None) -> tuple[nn.Module, NoisePath]:
+    """(model, path) of a folder with model.safetensors, the model in evaluation mode. Of a Denoiser no memory is taken for what
+    config says and the weights do not.
+
+    Args:
+        folder: where model.safetensors is.
+        config: config.json, with the "model" and the "path".
+        model: takes up the weights, where nothing else can make it; None: it is made as config says.
+
+    Raises:
+        ValueError: a file is missing or broken, or the two do not fit.
+    """
+    from safetensors import safe_open
+
+    with reading(folder / CONFIG):
+        path = NoisePath.from_dict(config["path"])
+        if model is None and "class" not in config["model"]:
+            _check_denoiser(folder, config["model"], path)
+        made = remake(config["model"], path) if model is None else model
+        as_network(made, path.vocab_size)
+    said = f"{CONFIG} says" if model is None else "the model has"
+    with reading(folder / MODEL) as file, safe_open(file, "pt") as stored:
+        _check_shapes(stored, own_state(made), said)
+        load_own_state(made, {name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+    return made.eval(), path
+
+
+def _check_denoiser(folder: Path, values: dict, path: NoisePath) -> None:
+    from safetensors import safe_open
+
+    shape = DenoiserConfig(**values)
+    with reading(folder / MODEL) as file, safe_open(file, "pt") as stored:
+        blocks = {name.split(".")[1] for name in stored.keys() if name.startswith("blocks.")}  # noqa: SIM118
+        if len(blocks) != shape.n_layer:  # before that many are made, be it without memory
+            raise ValueError(f"it holds {len(blocks)} layers, {CONFIG} says {shape.n_layer}")
+    with torch.device("meta"):
+        expected = Denoiser(shape, path).state_dict()
+    with reading(folder / MODEL) as file, safe_open(file, "pt") as stored:
+        _check_shapes(stored, expected, f"{CONFIG} says")
+
+
+def _check_shapes(stored: Any, expected: dict[str, Tensor], said: str) -> None:
+    found = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+    shapes = {name: list(value.shape) for name, value in expected.items()}
+    for name in sorted({*found, *shapes}):
+        if found.get(name) != shapes.get(name):
+            raise ValueError(f"it holds {name} of {found.get(name)}, {said} {shapes.get(name)}")
 
 
 def stamps(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from klflow_ext import data
 from klflow_ext.checkpoint import FORMAT, Checkpoint, NewerFormat, stamps
@@ -30,7 +30,6 @@ from klflow_ext.data import vocab_size_of
 from klflow_ext.files import TEMPORARY, Writer, read_json, reading, remove, sync, write_file, write_files
 from klflow_ext.lock import Lock
 from klflow_ext.log import Log
-from klflow_ext.model import Denoiser
 from klflow_ext.path import Path as NoisePath
 
 T = TypeVar("T")
@@ -155,7 +154,7 @@ class Run:
 
     def save(
         self, config: dict, weights: dict[str, Tensor], training: dict, stream: data.Stream, step: int, keep: int = 1,
-        parts: Path | None = None,
+        parts: Path | None = None, tokenizer: Any = None,
     ) -> Checkpoint:  # fmt: skip
         """Writes a checkpoint, and once it is whole removes all but the last ones.
 
@@ -166,6 +165,7 @@ class Run:
             stream: the tokens to train on; an array is written once, token folders are named.
             step: where its training stands.
             keep: checkpoints that stay, this one with them.
+            tokenizer: a tokenizers.Tokenizer, written with the first checkpoint; None: none is.
             parts: a folder with the sharded tensors of `training`, as `Checkpoint.write` takes it.
 
         Raises:
@@ -180,6 +180,8 @@ class Run:
             try:
                 if sources is None and not (self.folder / "train.npy").exists():
                     write_file(self.folder / "train.npy", _array_writer(stream))
+                if tokenizer is not None and not before and not (self.folder / "tokenizer.json").exists():
+                    write_file(self.folder / "tokenizer.json", lambda p: tokenizer.save(str(p)))
                 texts, number = self._texts(before), before[0].number + 1 if before else 1
                 named = {} if sources is None else {"data": sources}
                 config = {"tokenizer": "tokenizer.json" in texts, **named, **config}
@@ -275,9 +277,13 @@ class Run:
         """Network, path and training settings. ValueError where the folder is no run, is broken, or is of another version."""
         return self._read(Checkpoint.config)
 
-    def model(self) -> tuple[Denoiser, NoisePath]:
-        """(model, path), the model in evaluation mode, with the averaged weights of a run with ema."""
-        return self._read(Checkpoint.model)
+    def model(self, model: nn.Module | None = None) -> tuple[Any, NoisePath]:
+        """(model, path), the model in evaluation mode, with the averaged weights of a run with ema.
+
+        Args:
+            model: takes up the weights, where the run cannot say how it is made (`Network.to_dict`); None: it is made anew.
+        """
+        return self._read(lambda checkpoint: checkpoint.model(model))
 
     def tokenizer(self) -> Any:
         """The tokenizers.Tokenizer, or None of a run that was trained on tokens alone."""
@@ -325,7 +331,7 @@ def _array_writer(array: Any) -> Writer:
     return write
 
 
-def load_run(run: str | Path) -> tuple[Denoiser, NoisePath, Any]:
-    """(model, path, tokenizer) of a run folder: `Run.model` and `Run.tokenizer`."""
+def load_run(run: str | Path, model: nn.Module | None = None) -> tuple[Any, NoisePath, Any]:
+    """(model, path, tokenizer) of a run folder: `Run.model` and `Run.tokenizer`. model: takes up the weights; None: one is made."""
     opened = Run(run)
-    return (*opened.model(), opened.tokenizer())
+    return (*opened.model(model), opened.tokenizer())

@@ -50,7 +50,9 @@ def test_paths(examples, method):
 
 def test_networks(examples):
     torch.manual_seed(0)
-    network, path = examples["Convolutions"](V), LogitPath(V)
+    path = LogitPath(V)
+    network = examples["Convolutions"](path)
+    assert isinstance(examples["Convolutions"].from_dict(network.to_dict(), path), examples["Convolutions"])
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
     target = torch.arange(16).expand(8, -1) % 4
     losses = []

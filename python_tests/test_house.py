@@ -17,7 +17,8 @@ FLOORS = [  # each may import what stands before it, and nothing behind
     {"model", "oracle", "data"},
     {"checkpoint"},
     {"sample", "evaluate", "run"},
-    {"train"},
+    {"hub"},
+    {"train", "transformer"},
     {"cli"},
     {"__main__"},
 ]

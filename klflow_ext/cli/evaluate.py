@@ -14,7 +14,7 @@ import tyro
 
 from klflow_ext import data, evaluate
 from klflow_ext.cli.terminal import choose_device
-from klflow_ext.path import Likelihood
+from klflow_ext.path import Likelihood, as_network
 from klflow_ext.run import Run
 from klflow_ext.sample import Sampler
 
@@ -77,10 +77,9 @@ class Eval:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed is an integer >= {least}")
         run = Run(self.run_folder)
         (model, path), tokenizer = run.model(), run.tokenizer()
-        if self.length > model.config.max_length:
-            raise ValueError(
-                f"length: got {self.length}, allowed is at most the run's max_length, {model.config.max_length}"
-            )
+        longest = as_network(model, path.vocab_size).max_length
+        if longest is not None and self.length > longest:
+            raise ValueError(f"length: got {self.length}, allowed is at most the run's max_length, {longest}")
         device = choose_device(self.device)
         model = model.to(device)
         stream, held = run.streams(self.data)

@@ -13,7 +13,7 @@ import tyro
 
 from klflow_ext.cli.terminal import choose_device, given_text, printable
 from klflow_ext.data import parse_holes
-from klflow_ext.path import SampleOptions
+from klflow_ext.path import SampleOptions, as_network
 from klflow_ext.run import Run
 from klflow_ext.sample import Sampler, Samples
 
@@ -46,8 +46,10 @@ class Generation:
             raise ValueError(f"run: {self.run_folder} has no tokenizer.json, without which there is no text")
         if count < 1:
             raise ValueError(f"count: got {count}, allowed is an integer >= 1")
-        if not 1 <= length <= model.config.max_length:
-            raise ValueError(f"length: got {length}, allowed is 1 to the run's max_length, {model.config.max_length}")
+        longest = as_network(model, path.vocab_size).max_length
+        if length < 1 or (longest is not None and length > longest):
+            most = "" if longest is None else f" to the run's max_length, {longest}"
+            raise ValueError(f"length: got {length}, allowed is 1{most}")
         device = choose_device(self.device)
         sampler = Sampler(model.to(device), path, device)
         options = {"options": self.options, "seed": self.seed, "progress": sys.stderr.isatty()}

@@ -10,17 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from klflow_ext import ops
 from klflow_ext.model.attention import Cache, behind_cache, in_blocks, next_slice, one_stream, two_streams
 from klflow_ext.model.blocks import Block, norm
 from klflow_ext.model.config import DenoiserConfig
-from klflow_ext.ops.arguments import INTEGERS, looks_at_values
-from klflow_ext.path import LogitPath, Network, Path
-from klflow_ext.path.logit import log_evidence
+from klflow_ext.model.reader import Reader
+from klflow_ext.path import Path
 from klflow_ext.path.network import Streams
 
 
-class Denoiser(Network):
+class Denoiser(Reader):
     """model(x_t, t) -> logits of p(k | x_t, t) for every position: head(hidden(embed(x_t, t), t)).
 
     embed_noise makes the same embedding from tokens, a time and a seed, and head is a plain matrix, so that training and
@@ -44,31 +42,20 @@ class Denoiser(Network):
     Parameters are of torch's default dtype, but float32 where that is float64. `.bfloat16()` and `.half()` cast them alone.
     """
 
-    log_prior: Tensor
     cos: Tensor
     sin: Tensor
     recompute: bool = False
 
     def __init__(self, config: DenoiserConfig, path: Path, log_prior: Tensor | None = None):
-        super().__init__()
         if path.vocab_size != config.vocab_size:
             raise ValueError(
                 f"path: its vocab_size is {path.vocab_size}, allowed is that of config, {config.vocab_size}"
             )
-        allowed = (
-            ("tokens",) if path.reads == "tokens" else ("simplex", "posterior") if path.closed_form else ("simplex",)
-        )
-        if config.input not in allowed:
-            raise ValueError(f"input: got {config.input!r}, allowed is one of {allowed} for {path!r}")
-        self.reads_posterior, self.self_conditions = config.input == "posterior", config.self_conditioning
-        self.makes_noise = path.closed_form
+        super().__init__(path, config.input, config.top, log_prior)
+        self.self_conditions = config.self_conditioning
         self.causal, self.slices, self.max_length = config.causal, config.slices, config.max_length
         self.caches = config.causal or config.slices
         self.config = config
-        self.c: float | None = None
-        self.beta: float | None = None
-        if isinstance(path, LogitPath) and path.closed_form:
-            self.c, self.beta = path.c, path.beta
         d = config.n_embd
         self.embedding = nn.Parameter(torch.randn(config.vocab_size + (config.input == "tokens"), d))
         if config.time != "none":
@@ -80,10 +67,6 @@ class Denoiser(Network):
             self.self_in = nn.Linear(d, d, bias=False)
             nn.init.zeros_(self.self_in.weight)
         nn.init.zeros_(self.head.weight)
-        uniform = torch.full((config.vocab_size,), -math.log(config.vocab_size), dtype=torch.float32)
-        if log_prior is not None and log_prior.shape != uniform.shape:
-            raise ValueError(f"log_prior: got shape {tuple(log_prior.shape)}, allowed is ({config.vocab_size},)")
-        self.register_buffer("log_prior", uniform if log_prior is None else log_prior.float())
         half = d // config.n_head // 2
         angles = torch.outer(
             torch.arange(config.max_length + 1, dtype=torch.float32),
@@ -94,15 +77,21 @@ class Denoiser(Network):
         if self.embedding.dtype == torch.float64:  # torch's default dtype, in which there are no kernels
             self.float()
 
-    def _apply(self, fn, recurse=True):
-        """Casts parameters only: in 16 bits the prior and the rotations would lose what they are made for."""
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            now = getattr(self, name)
-            if now.dtype != buffer.dtype:
-                setattr(self, name, buffer.to(now.device))
-        return self
+    @property
+    def table(self) -> Tensor:
+        return self.embedding
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its config."""
+        return self.config.to_dict()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], path: Path) -> Denoiser:
+        return cls(DenoiserConfig(**values), path)
+
+    def sharded_units(self) -> list[nn.Module]:
+        """The blocks."""
+        return list(self.blocks)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The matrices from hidden states to hidden states: what Muon is for. Not embeddings, head, or layers of the time."""
@@ -117,88 +106,6 @@ class Denoiser(Network):
         if not self.caches:
             raise ValueError("causal: got False, allowed is True, or slices=True, where keys and values are cached")
         return Cache(self.config, batch, self.embedding)
-
-    def posterior(self, x: Tensor, t: Tensor) -> Tensor:
-        """q_k proportional to pi_k (1 - (1 - e^-s) u_k)^-V, u = softmax(log x_t / (1 - t)), s = c t / (1 - t).
-
-        x (B, L, V), t (B,) or (B, L). A row that is certain already (a given one) stays as it is.
-        """
-        t = t.reshape(len(x), -1).clamp_max(1 - 1e-6)  # at t = 1 a row is one-hot, whatever divides its logarithm
-        assert self.c is not None, "only the posterior input asks for it"
-        evidence = log_evidence(x.log(), t, self.c)
-        return (self.log_prior + evidence).softmax(-1)
-
-    def embed(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """What a path makes, at times t (a number, (B,) or (B, L)), as embeddings (B, L, D).
-
-        x: rows (B, L, V) on the simplex; for input="tokens" integer ids (B, L) in [0, V], of which the CPU checks the range.
-        """
-        vocab, longest = self.config.vocab_size, self.config.max_length
-        tokens = self.config.input == "tokens"
-        if x.dim() != 3 - tokens or x.shape[1] > longest or (not tokens and x.shape[2] != vocab):
-            allowed = f"(B, L <= {longest})" if tokens else f"(B, L <= {longest}, {vocab})"
-            raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is {allowed}")
-        if tokens:
-            if x.dtype not in INTEGERS:
-                raise ValueError(f"x: got {x.dtype}, allowed is {' or '.join(map(str, INTEGERS))}")
-            if looks_at_values(x) and x.numel() and not 0 <= x.min() <= x.max() <= vocab:
-                bad = x[(x < 0) | (x > vocab)][0].item()
-                raise ValueError(f"x: got the id {bad}, allowed is 0 to V = {vocab}, which is the mask or start")
-            return F.embedding(x, self.embedding)
-        if self.config.input == "posterior":
-            x, t = x.float(), self._times(t, *x.shape[:2])
-            top, beta = self.config.top, self.beta
-            if not self._is_sparse or top is None or beta is None:
-                return self.posterior(x, t).to(self.embedding.dtype) @ self.embedding
-            ids, q, rest = ops.token_posterior(x.log(), t.reshape(len(t), -1), self.log_prior, top=top, beta=beta)
-            return ops.posterior_embedding(ids, q, rest, self.embedding, self.log_prior)
-        return self._centred(x.to(self.embedding.dtype) @ self.embedding)
-
-    def embed_certain(self, tokens: Tensor) -> Tensor:
-        """embed of rows that show their tokens (B, L), which are never built."""
-        h = F.embedding(tokens, self.embedding)
-        return self._centred(h) if self.config.input == "simplex" else h
-
-    def embed_posterior(self, ids: Tensor, q: Tensor, rest: Tensor) -> Tensor:
-        """embed of rows whose posterior is q (B, L, K) at ids, and `rest` (B, L) spread over the others as the prior is."""
-        return ops.posterior_embedding(ids, q, rest, self.embedding, self.log_prior)
-
-    def embed_noise(
-        self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, row_offset: int = 0,
-        boost: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """embed(x_t, t) of x_t = noise_interpolate(target, t, rng), whose rows are never built.
-
-        target (B, L); t a number, (B,) or (B, L); rng, given, row_offset as in `ops.noise_embedding`. With a posterior of
-        more than 4 top tokens, all but its `top` largest entries are embedded as their mean. With boost, target and boost
-        are (B, L, K): rows on the way of the basic scheme (`ops.noise_posterior`), for a posterior only.
-        """
-        config = self.config
-        if config.input == "tokens" or self.beta is None:
-            raise ValueError(f"input: got {config.input!r}, allowed in embed_noise are rows of a LogitPath")
-        t = self._times(t, *target.shape[:2])
-        options: dict[str, Any] = {"beta": self.beta, "given": given, "row_offset": row_offset}
-        t = t.reshape(len(t), -1)
-        if config.input == "posterior":
-            top = config.top if self._is_sparse else None if boost is None else config.vocab_size
-            options |= {"log_prior": self.log_prior, "top": top, "boost": boost}
-            return ops.noise_embedding(target, t, self.embedding, rng, **options)
-        return self._centred(ops.noise_embedding(target, t, self.embedding, rng, **options))
-
-    @property
-    def _is_sparse(self) -> bool:
-        return self.config.top is not None and self.config.vocab_size > 4 * self.config.top
-
-    def _centred(self, h: Tensor) -> Tensor:
-        vocab = self.config.vocab_size
-        return (h - self.embedding.detach().mean(0)) * math.sqrt(vocab)
-
-    def _times(self, t: Tensor | float, b: int, length: int) -> Tensor:
-        """t as (B,) or (B, L)."""
-        t = torch.as_tensor(t, dtype=torch.float32, device=self.embedding.device)
-        if t.shape not in ((), (b,), (b, length)):
-            raise ValueError(f"t: got shape {tuple(t.shape)}, allowed is a number, ({b},) or ({b}, {length})")
-        return t if t.dim() == 2 else t.expand(b)
 
     def hidden(
         self,

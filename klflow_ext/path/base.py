@@ -104,6 +104,22 @@ class Path:
 
     # ---- training
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """Rows x_t (..., V) as a layer is to read them: (x_t - 1 / V) sqrt(V).
+
+        All entries of noise are near 1 / V, and what tells one row from another is as small. A matrix that reads x_t itself hardly
+        learns; with rows W[j] of unit variance, scaled(x_t) @ W has unit variance for pure noise (alpha = 1). The Denoiser's
+        "simplex" input is this.
+
+        Raises:
+            ValueError: a path of tokens, whose ids belong into an embedding; rows that are not V wide.
+        """
+        if self.reads != "rows":
+            raise ValueError(f"path: got {self!r}, whose x_t are ids, allowed where they are scaled is a path of rows")
+        if x.dim() < 1 or x.shape[-1] != self.vocab_size:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is (..., V = {self.vocab_size})")
+        return scaled(x, 1 / self.vocab_size, self.vocab_size)
+
     def sample(
         self, target: Tensor, t: Tensor | float, rng, *, given: Tensor | None = None, row_offset: int = 0
     ) -> Tensor:
@@ -143,6 +159,10 @@ class Path:
             reduction: "mean" (NaN where no position counts), "sum" or "none" ((B, L), zero where a position does not count).
         """
         network = as_network(model, self.vocab_size)
+        if network.max_length is not None and target.dim() == 2 and target.shape[1] > network.max_length:
+            raise ValueError(
+                f"target: got shape {tuple(target.shape)}, allowed is a length of at most max_length = {network.max_length}"
+            )
         if order is not None:
             _check_order(network, order, target)
             given = order == 0
@@ -264,6 +284,11 @@ class Path:
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.fields)
         return f"{type(self).__name__}({settings})"
+
+
+def scaled(x: Tensor, mean: Tensor | float, vocab_size: int) -> Tensor:
+    """(x - mean) sqrt(V): of rows, whose mean is 1 / V, or of their products with a matrix, whose mean is that of its rows."""
+    return (x - mean) * math.sqrt(vocab_size)
 
 
 def check_targets(target: Tensor, vocab_size: int) -> None:

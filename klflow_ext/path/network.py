@@ -1,5 +1,6 @@
-"""What losses and samplers ask of a network, all of it. Any `model(x_t, t) -> logits` will do; a `Network` offers more, by
-which no logits and no noisy rows are built. Nothing about a model is guessed from the names of its attributes.
+"""The protocol: what losses, samplers and trainers ask of a network, all of it. Any `model(x_t, t) -> logits` will do, if rows
+x_t go through `path.scaled` first; a `Network` offers more, by which no logits and no noisy rows are built. Nothing about a
+model is guessed from the names of its attributes. `State`, `Prediction` and `Move` (state.py) are what is asked, said and done.
 
     network = as_network(model, vocab_size)
     prediction = network.predict(state, times)      # then prediction.cross_entropy(label), or prediction.draw(k, rng)
@@ -7,6 +8,7 @@ which no logits and no noisy rows are built. Nothing about a model is guessed fr
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from klflow_ext.path.state import Prediction, State
+from klflow_ext.path.state import Prediction, State, capped
 from klflow_ext.sharding import is_sharded
 
 Result = TypeVar("Result")
@@ -75,22 +77,34 @@ class Streams:
 
 
 class Network(nn.Module):
-    """A model whose logits are head(hidden(embed(x_t, t), t)): logits of a few rows exist at a time.
+    """The protocol of a model: its logits are head(hidden(embed(x_t, t), t)), and those of a few rows exist at a time.
 
     A subclass defines
-        embed(x_t, t) -> (B, L, D), hidden(h, t) -> (B, L, D), at times t (B,) or (B, L);
+        embed(x_t, t) -> (B, L, D), of what the path makes: rows (B, L, V), or ids (B, L);
+        hidden(h, t) -> (B, L, D);
         head: a torch.nn.Linear from D to V, with a bias or without.
-    It may define
+    Times t are float32 tensors (B,), or (B, L) where some tokens are given and the path makes rows: those are then at time 1. A
+    network that cannot read (B, L) says `times_by_position = False` and is told (B,).
+
+    `klflow_ext.Reader` defines embed and the next three for a network with an embedding matrix. One without may define
         embed_noise(target, t, rng, given=, row_offset=) -> (B, L, D): embed of a LogitPath's noise, straight from tokens and
             seed; then `makes_noise` is True. If it reads posteriors, it also takes boost=, and `reads_posterior` is True;
         embed_posterior(ids, q, rest) -> (B, L, D): embed of posteriors by their entries, and log_prior (V,), of one that reads them;
+        embed_certain(tokens) -> (B, C, D): embed of rows that show their tokens; if hidden takes streams=, `slices` is True;
         cache(B), for an Autoregressive path or slices, which hidden then takes as cache=; then `caches` is True;
-        embed_certain(tokens) -> (B, C, D): embed of rows that show their tokens; if hidden takes streams=, `slices` is True.
+        to_dict() and from_dict(values, path): what a run folder keeps to make the network again (see there);
+        hidden_matrices() and sharded_units(): what Muon trains, and what `fully_shard` splits one by one.
+    All else that a Trainer or a Sampler needs is below, with its default.
 
     Attributes:
         self_conditions: hidden takes previous=, its own result of the pass before, or zeros.
         causal: whether a position sees only itself and those before it; None: unknown.
         max_length: the longest sequence it reads; None: any.
+        softcap: c where the logits are c tanh(head(h) / c); None: they are head(h). No further logits are built for it.
+        vocab_size: V, of a network whose head is wider (a padded vocabulary); None: as wide as the head. The rows of the head behind V
+            are of no token: they get no probability, in no loss and no draw, and no gradient. Their view costs one more tensor of
+            the weight's size in the backward pass.
+        recompute: whether the backward pass computes parts of `hidden` again instead of keeping them; None: it cannot.
     """
 
     makes_noise: bool = False
@@ -100,7 +114,10 @@ class Network(nn.Module):
     self_conditions: bool = False
     causal: bool | None = None
     max_length: int | None = None
-    times_by_position: ClassVar[bool] = True  # told the times (B, L) where some tokens are given, those being at time 1
+    softcap: float | None = None
+    vocab_size: int | None = None
+    recompute: bool | None = None
+    times_by_position: bool = True
 
     embed: Callable[..., Tensor]
     embed_noise: Callable[..., Tensor]
@@ -114,6 +131,33 @@ class Network(nn.Module):
     @property
     def module(self) -> nn.Module:
         return self
+
+    @property
+    def _tokens(self) -> int:
+        """V."""
+        return self.head.weight.shape[0] if self.vocab_size is None else self.vocab_size
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x_t at times t to all logits (B, L, V). No loss and no sampler calls it."""
+        return capped(self.head(self.hidden(self.embed(x, t), t))[..., : self._tokens], self.softcap)
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """What `from_dict` makes such a network of, in the types of JSON; a run folder keeps it. None: nothing does, and
+        `load_run(folder, model=...)` takes a network that was made by hand."""
+        return None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], path: Any) -> Network:
+        """The network that `to_dict` described, on a path, with any weights."""
+        raise NotImplementedError(f"{cls.__name__}.from_dict")
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices from hidden states to hidden states, which Muon trains; all other parameters AdamW does."""
+        return hidden_matrices(self, self._tokens, self.head)
+
+    def sharded_units(self) -> list[nn.Module]:
+        """The modules that `fully_shard` splits one by one, so that the parameters of one are whole at a time."""
+        return []
 
     def gathered(self, function: Callable[[], Result]) -> Result:
         """function(), which asks this network; where `fully_shard` split it over processes, its parameters are whole within."""
@@ -167,7 +211,14 @@ class Network(nn.Module):
             if previous is None and self.training:
                 previous = self._first_estimate(h, times, state.row_offset)
             options["previous"] = previous
-        return Prediction(None, self.hidden(h, times, **options)[:, before:], self.head.weight, self.head.bias)
+        return Prediction(None, self.hidden(h, times, **options)[:, before:], *self._layer(), softcap=self.softcap)
+
+    def _layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the output layer, without the rows behind V."""
+        weight, bias, count = self.head.weight, self.head.bias, self._tokens
+        if count == len(weight):
+            return weight, bias
+        return weight[:count], None if bias is None else bias[:count]
 
     def _first_estimate(self, h: Tensor, times: Tensor, row_offset: int) -> Tensor:
         """What every other sequence is conditioned on in training: its own estimate, made without a gradient, the others on
@@ -196,10 +247,18 @@ class Called:
     causal: ClassVar[bool | None] = None
     max_length: ClassVar[int | None] = None
     times_by_position: ClassVar[bool] = False
+    recompute: ClassVar[bool | None] = None
 
     @property
     def module(self) -> nn.Module | None:
         return self.model if isinstance(self.model, nn.Module) else None
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """As `Network.hidden_matrices`; of a model that is no module none."""
+        return [] if self.module is None else hidden_matrices(self.module, self.vocab_size)
+
+    def sharded_units(self) -> list[nn.Module]:
+        return []
 
     def gathered(self, function: Callable[[], Result]) -> Result:
         """function(): the model's own call is what gathers parameters."""
@@ -229,7 +288,7 @@ def as_network(model: Model, vocab_size: int) -> Network | Called:
     call.
 
     Raises:
-        ValueError: a Network whose head has not V outputs, or one within DistributedDataParallel or another wrapper, which
+        ValueError: a Network whose head has not V outputs (see `Network.vocab_size` for a wider one), or one within DistributedDataParallel or another wrapper, which
             hides what a Network offers and works in its own call alone.
     """
     inner = model if isinstance(model, Network) else getattr(model, "_orig_mod", model)  # of torch.compile
@@ -241,13 +300,53 @@ def as_network(model: Model, vocab_size: int) -> Network | Called:
                 "path)), whose call is the loss"
             )
         return Called(model, vocab_size)
-    width = inner.head.weight.shape[0]
-    if width != vocab_size:
-        raise ValueError(f"head: got {width} outputs, allowed is V = {vocab_size}")
+    head = getattr(inner, "head", None)
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"head: got {type(head).__name__}, allowed is a torch.nn.Linear from D to V")
+    if inner._tokens != vocab_size:
+        got = f"{inner._tokens} outputs" if inner.vocab_size is None else f"vocab_size = {inner._tokens}"
+        raise ValueError(f"head: got {got}, allowed is V = {vocab_size}")
+    if head.weight.shape[0] < vocab_size:
+        raise ValueError(f"head: got {head.weight.shape[0]} outputs, allowed are at least vocab_size = {vocab_size}")
+    if inner.softcap is not None and not 0 < inner.softcap < math.inf:
+        raise ValueError(f"softcap: got {inner.softcap!r}, allowed is None or a positive number")
     fsdp = sys.modules.get("torch.distributed.fsdp")  # its import takes a second, and without it nothing is sharded
     if fsdp is not None and isinstance(inner, fsdp.FSDPModule) and "gathered" not in vars(inner):
         fsdp.register_fsdp_forward_method(inner, "gathered")
     return inner
+
+
+def hidden_matrices(module: nn.Module, vocab_size: int, head: nn.Module | None = None) -> list[nn.Parameter]:
+    """The matrices of a module but those of its head, of a torch.nn.Embedding, and with a side of V, or V + 1 with a mask."""
+    tables = {id(p) for m in module.modules() if m is head or isinstance(m, nn.Embedding) for p in m.parameters()}
+    sides = {vocab_size, vocab_size + 1}
+    return [p for p in module.parameters() if p.dim() == 2 and id(p) not in tables and not sides & set(p.shape)]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where its first parameter or buffer is; of a module without any the CPU."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def second_names(module: nn.Module) -> dict[str, str]:
+    """Of parameters that stand in a module more than once (tied weights): every name but the first, and the first."""
+    first: dict[int, str] = {}
+    named = [(name, first.setdefault(id(p), name)) for name, p in module.named_parameters(remove_duplicate=False)]
+    return {name: own for name, own in named if name != own}
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """Its state_dict with each tied parameter once, by its first name, as files keep it."""
+    others = second_names(module)
+    return {name: value for name, value in module.state_dict().items() if name not in others}
+
+
+def load_own_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Takes up what `own_state` gave."""
+    tied = {name: state[own] for name, own in second_names(module).items() if own in state}
+    module.load_state_dict({**state, **tied})
 
 
 @contextmanager

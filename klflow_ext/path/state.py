@@ -1,9 +1,11 @@
-"""What a sampler step works on: where the sequences are, what the network says of them, and where they go next."""
+"""What a sampler step works on, and a part of the protocol of networks (`Network`): `State`, where the sequences are, which a
+network is asked about; `Prediction`, what it says of them; `Move`, where they go next."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,11 +87,17 @@ class State:
         return self._x
 
 
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap tanh(logits / softcap), as `ops.cross_entropy` does it; None: the logits."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 class Prediction:
     """What the network says of a state: its logits, or losses and draws from them, for which they exist a few at a time.
 
     Args:
         logits: (B, L, V), or None: those of hidden (B, L, D) @ weight.T + bias, weight (V, D), bias (V,) or None.
+        softcap: of those, which are then softcap tanh(logits / softcap); None: as they are.
         evidence: what was observed, of B x L positions: its likelihood is a factor of p; None: nothing.
 
     Attributes:
@@ -104,10 +112,11 @@ class Prediction:
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         *,
+        softcap: float | None = None,
         evidence: Evidence | None = None,
         whole: Prediction | None = None,
     ):
-        self._logits, self.hidden, self.weight, self.bias = logits, hidden, weight, bias
+        self._logits, self.hidden, self.weight, self.bias, self.softcap = logits, hidden, weight, bias, softcap
         self.evidence = evidence
         self._whole = whole  # of which this is a part, so that it hears of what is bad
         self.bad: Tensor | None = None
@@ -123,7 +132,8 @@ class Prediction:
         """The same, and what was observed."""
         if evidence is None:
             return self
-        return Prediction(self._logits, self.hidden, self.weight, self.bias, evidence=evidence, whole=self)
+        options: Any = {"softcap": self.softcap, "evidence": evidence, "whole": self}
+        return Prediction(self._logits, self.hidden, self.weight, self.bias, **options)
 
     @property
     def is_dense(self) -> bool:
@@ -145,7 +155,7 @@ class Prediction:
 
     def _of(self, hidden: Tensor) -> Tensor:
         weight, bias = self._head()[1], None if self.bias is None else self.bias.to(hidden.dtype)
-        return torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
+        return capped(torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias), self.softcap)
 
     def cross_entropy(self, label: Tensor, **options) -> Tensor:
         """-log p(label), label (B, L); options as in `ops.cross_entropy`. Gradients flow to the network."""
@@ -155,7 +165,7 @@ class Prediction:
             wide = self._logits.dtype == torch.float64  # there are no kernels of it
             return ops.cross_entropy(self._logits.float() if wide else self._logits, label, **options)
         hidden, weight = self._head()
-        return ops.linear_cross_entropy(hidden, weight, label, bias=self.bias, **options)
+        return ops.linear_cross_entropy(hidden, weight, label, bias=self.bias, softcap=self.softcap, **options)
 
     def loss_among(self, evidence: Evidence, label: Tensor) -> Tensor:
         """(B, L): -log p(label | what was observed), label (B, L), where p is among the tokens that are listed alone; 0 where nothing
@@ -166,7 +176,7 @@ class Prediction:
         else:
             hidden, weight = self._head()
             logits = torch.einsum("bld,blkd->blk", hidden, F.embedding(ids, weight).to(hidden.dtype))
-            logits = logits if self.bias is None else logits + self.bias[ids]
+            logits = capped(logits if self.bias is None else logits + self.bias[ids], self.softcap)
         observed = evidence.observed
         among = torch.where(used, logits.float() + evidence.log_likelihood, -torch.inf)
         own = torch.where(used & (evidence.ids == label[..., None]), among, -torch.inf)
@@ -185,7 +195,8 @@ class Prediction:
         choose = lambda x: x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))  # noqa: E731
         evidence = None if self.evidence is None else self.evidence.at(places)
         logits, hidden = (choose(self._logits), None) if self._logits is not None else (None, choose(self._head()[0]))
-        return Prediction(logits, hidden, self.weight, self.bias, evidence=evidence, whole=self)
+        options: Any = {"softcap": self.softcap, "evidence": evidence, "whole": self}
+        return Prediction(logits, hidden, self.weight, self.bias, **options)
 
     def draw(self, k: int, rng: Tensor, temperature: float = 1.0, top_p: float = 1.0, row_offset: int = 0) -> Tensor:
         """(B, L) tokens of `ops.topk_sample`, rng (B, 2); 0 where the logits say nothing (see `bad`)."""

@@ -5,6 +5,7 @@ from klflow_ext.run import load_run
 from klflow_ext.train.batch import Batch, Batches, LossCurve, low_discrepancy
 from klflow_ext.train.config import TrainConfig
 from klflow_ext.train.objective import Objective
+from klflow_ext.train.optimizers import make_optimizers
 from klflow_ext.train.prepare import NetworkChoice, Prepared, prepare
 from klflow_ext.train.processes import LostProcess, join_processes, leave_processes
 from klflow_ext.train.report import NotFinite
@@ -14,5 +15,5 @@ from klflow_ext.train.trainer import Trainer
 
 __all__ = [
     "Batch", "Batches", "LossCurve", "LostProcess", "NetworkChoice", "NotFinite", "Objective", "Prepared", "Stopped", "TrainConfig",
-    "Trainer", "join_processes", "leave_processes", "load_run", "low_discrepancy", "prepare", "prepare_tokens",
+    "Trainer", "join_processes", "leave_processes", "load_run", "low_discrepancy", "make_optimizers", "prepare", "prepare_tokens",
 ]  # fmt: skip

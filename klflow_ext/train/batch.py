@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from klflow_ext import data
-from klflow_ext.path import IGNORE, Evidence, Path
+from klflow_ext.path import IGNORE, Evidence, Path, as_network
 from klflow_ext.path.layout import slice_order
+from klflow_ext.path.network import Model, Network
 from klflow_ext.train.channel import confuse
 from klflow_ext.train.config import TrainConfig
 
@@ -62,16 +64,37 @@ class LossCurve:
 
 @dataclass
 class Batch:
-    """tokens (B, L) int64, t (B,) float32, given (B, L) bool; blank (B,): of these nothing but what is given is to be seen,
-    t = 0; counts (B,) of free tokens; order (B, L) int64, the slice of each position, or None; evidence of some sequences, or None."""
+    """What one step sees, and what a loop of one's own needs of it.
+
+    Attributes:
+        tokens: (B, L) int64. t: (B,) float32. given: (B, L) bool, seen in the clear.
+        blank: (B,) bool; of these nothing but what is given is to be seen, t = 0.
+        counts: (B,), how many tokens are free.
+        rng: (2,) int64, (seed, step): the noise, another in every step.
+        order: (B, L) int64, the slice of each position, or None. evidence: of some sequences, or None.
+    """
 
     tokens: Tensor
     t: Tensor
     given: Tensor
     blank: Tensor
     counts: Tensor
+    rng: Tensor
     order: Tensor | None = None
     evidence: Evidence | None = None
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The same on a device."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: x.to(device) for name, x in values.items() if x is not None}
+        return Batch(**values)
+
+    def loss(self, path: Path, model: Model) -> Tensor:
+        """The loss of a Trainer: -log p in nats per free token, the mean over the batch. Gradients flow to the model."""
+        total = path.loss(
+            model, self.tokens, self.t, self.rng, given=self.given, order=self.order, evidence=self.evidence, reduction="sum"
+        )  # fmt: skip
+        return total / int(self.counts.sum())
 
 
 class Batches:
@@ -101,7 +124,28 @@ class Batches:
         self.time_sampling = config.time_sampling or ("middle" if path.t_max < 1 else "uniform")
         self.curve = LossCurve(path.t_max) if self.time_sampling == "learned" else None
 
+    @classmethod
+    def of(cls, stream: data.Stream, path: Path, config: TrainConfig, model: Model) -> Batches:
+        """Those for a model, as a Trainer makes them: with slices and evidence where it has these.
+
+        batches = Batches.of(stream, path, config, model)
+        for step in range(config.steps):
+            batches.batch(step).loss(path, model).backward()
+        """
+        network = as_network(model, path.vocab_size)
+        if network.max_length is not None and config.length > network.max_length:
+            raise ValueError(f"length: got {config.length}, allowed is at most max_length = {network.max_length}")
+        if config.evidence_share and not network.reads_posterior:
+            raise ValueError(
+                f"evidence_share: got {config.evidence_share}, allowed is 0 for a model that reads no posteriors"
+            )
+        prior = None
+        if isinstance(network, Network) and network.reads_posterior:
+            prior = network.log_prior.double().softmax(0).cpu().numpy()
+        return cls(stream, path, config, slices=network.slices, prior=prior)
+
     def batch(self, step: int) -> Batch:
+        """That of a step, on the CPU."""
         c = self.config
         tokens = torch.from_numpy(self.source.take(np.arange(step * c.batch_size, (step + 1) * c.batch_size)))
         generator = np.random.default_rng((c.seed, step, 1))
@@ -117,7 +161,8 @@ class Batches:
             if order is not None:
                 order = torch.where(observed[:, None], self.scattered_order(given, generator), order)
         counts = ((tokens != IGNORE) & ~given).sum(1)
-        return Batch(tokens, t.masked_fill(blank, 0.0), given, blank, counts, order, evidence)
+        rng = torch.tensor([c.seed, step], dtype=torch.int64)
+        return Batch(tokens, t.masked_fill(blank, 0.0), given, blank, counts, rng, order, evidence)
 
     def order(self, given: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
         """order (B, L), the slices of what is free, and blank (B,), as config.flow_share says.

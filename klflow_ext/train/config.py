@@ -124,6 +124,12 @@ class TrainConfig:
         if self.compile and self.engine == "fsdp":
             raise ValueError("compile: got True, allowed is False with engine='fsdp', whose parameters come and go")
 
+    def learning_rate(self, progress: float) -> float:
+        """At a share of the budget in [0, 1]: warm-up, stable, then linear decay to zero."""
+        up = min(1.0, (progress + 1e-3) / max(self.warmup, 1e-3))
+        down = min(1.0, (1 - progress) / max(self.decay, 1e-9))
+        return self.lr * min(up, down)
+
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> TrainConfig:
         """That of a run; an error names the file."""

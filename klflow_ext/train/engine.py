@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from klflow_ext.files import TEMPORARY, remove
-from klflow_ext.model import Denoiser
 from klflow_ext.parts import write_parts
-from klflow_ext.path import Path
+from klflow_ext.path import Network, Path, as_network
+from klflow_ext.path.network import device_of, load_own_state, own_state
 from klflow_ext.sharding import is_sharded, sharded_like
 from klflow_ext.train.config import TrainConfig
 from klflow_ext.train.objective import Objective
@@ -30,7 +30,7 @@ class Engine:
 
     processes, shards = 1, False
 
-    def __init__(self, model: Denoiser, path: Path, config: TrainConfig):
+    def __init__(self, model: nn.Module, path: Path, config: TrainConfig):
         self.model = model
         objective = Objective(model, path, config.dtype)
         if config.compile:
@@ -64,9 +64,9 @@ class Engine:
 
     def load_model(self, state: dict[str, Tensor]) -> None:
         """Takes up whole weights, the same on every process."""
-        now = self.model.state_dict()
-        self.model.load_state_dict(
-            {name: sharded_like(x, now[name]) if name in now else x for name, x in state.items()}
+        now = own_state(self.model)
+        load_own_state(
+            self.model, {name: sharded_like(x, now[name]) if name in now else x for name, x in state.items()}
         )
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -86,7 +86,7 @@ def _is_like(value: Any, parameter: Tensor) -> bool:
 class Group(Engine):
     """Several processes, which start from the weights of process 0."""
 
-    def __init__(self, model: Denoiser, path: Path, config: TrainConfig):
+    def __init__(self, model: nn.Module, path: Path, config: TrainConfig):
         self.processes = dist.get_world_size()
         super().__init__(model, path, config)
 
@@ -116,7 +116,7 @@ class Shards(Group):
     """Every process has a part of each parameter, its gradient and its optimizer's state; a block's parameters are gathered before
     its passes. Gradients are reduced in every part of a batch: no process need have room for all of them.
 
-    With dtype bfloat16 the blocks' parameters are gathered in that, as autocast would cast them. Embedding and head stay in
+    With dtype bfloat16 the parameters of the network's sharded_units are gathered in that, as autocast would cast them. Embedding and head stay in
     float32: their gradients are sums over many rows.
     """
 
@@ -129,15 +129,15 @@ class Shards(Group):
         for value in objective.state_dict().values():
             dist.broadcast(value, 0)
         size = config.shard_size or self.processes
-        device = self.model.embedding.device.type
+        device = device_of(self.model).type
         if size == self.processes:
             mesh = init_device_mesh(device, (size,), mesh_dim_names=("shard",))
         else:
             mesh = init_device_mesh(device, (self.processes // size, size), mesh_dim_names=("replicate", "shard"))
         narrow = torch.bfloat16 if config.dtype == "bfloat16" else None
         policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
-        for block in self.model.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+        for unit in as_network(self.model, objective.path.vocab_size).sharded_units():
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
         fully_shard(objective, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
         return objective
 
@@ -174,7 +174,7 @@ class Shards(Group):
 ENGINES: dict[str, type[Engine]] = {"ddp": Replicas, "fsdp": Shards}
 
 
-def make_engine(model: Denoiser, path: Path, config: TrainConfig, processes: int) -> Engine:
+def make_engine(model: nn.Module, path: Path, config: TrainConfig, processes: int) -> Engine:
     """The engine that a config asks for; one process needs none.
 
     Raises:
@@ -183,5 +183,9 @@ def make_engine(model: Denoiser, path: Path, config: TrainConfig, processes: int
     size = config.shard_size
     if size is not None and processes > 1 and processes % size:
         raise ValueError(f"shard_size: got {size}, allowed is a divisor of the {processes} processes")
-    model.recompute = config.recompute
+    network = as_network(model, path.vocab_size)
+    if isinstance(network, Network) and network.recompute is not None:
+        network.recompute = config.recompute
+    elif config.recompute:
+        raise ValueError("recompute: got True, allowed is False for a network that cannot (Network.recompute is None)")
     return (Engine if processes == 1 else ENGINES[config.engine or "ddp"])(model, path, config)

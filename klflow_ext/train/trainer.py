@@ -10,30 +10,35 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from klflow_ext import data
 from klflow_ext.checkpoint import Checkpoint, pack
 from klflow_ext.log import Log
-from klflow_ext.model import Denoiser
-from klflow_ext.muon import Muon, multiplies_bfloat16
+from klflow_ext.model import describe, remake
+from klflow_ext.muon import multiplies_bfloat16
 from klflow_ext.path import Path as NoisePath
+from klflow_ext.path import as_network
+from klflow_ext.path.network import device_of, load_own_state, own_state
 from klflow_ext.run import Run
 from klflow_ext.sharding import gathered, local, sharded_like, whole
 from klflow_ext.train.agreement import check_agreement, code_version, fingerprint
 from klflow_ext.train.batch import Batch, Batches
 from klflow_ext.train.config import TrainConfig
 from klflow_ext.train.engine import make_engine
+from klflow_ext.train.optimizers import make_optimizers
 from klflow_ext.train.processes import join_processes, noticing_loss
 from klflow_ext.train.report import BadStep, NotFinite
 from klflow_ext.train.signals import Signals, stopped
 
 
 class Trainer:
-    """Trains a Denoiser on a token stream; everything random depends on (seed, step) alone, so resuming is exact.
+    """Trains a Denoiser, another Network, or any module `model(x_t, t) -> logits` on a token stream; everything random depends on
+    (seed, step) alone, so resuming is exact.
 
     Under torchrun (or an initialised torch.distributed) each process computes its share of the same batches, by the engine of
     the config: the run is that of one process, to rounding. All start from the weights of process 0, which alone logs; the
@@ -45,6 +50,7 @@ class Trainer:
         stream: int tokens, one long array, or what `klflow_ext.data` has of them: `TokenFolder(folder).train`, a `Mixture`.
         config: how.
         out: the run, or its folder (made if needed), to which process 0 writes; None: no files.
+        tokenizer: a tokenizers.Tokenizer, which a new run keeps; None: it has the one that is there, or none.
 
     Raises:
         ValueError: an argument does not fit another; the message names it.
@@ -55,28 +61,27 @@ class Trainer:
 
     def __init__(
         self,
-        model: Denoiser,
+        model: nn.Module,
         path: NoisePath,
         stream: data.Stream,
         config: TrainConfig,
         out: Run | str | Path | None = None,
+        tokenizer: Any = None,
     ):
-        self.device = model.embedding.device
+        self.network = as_network(model, path.vocab_size)
+        if self.network.module is None:
+            raise ValueError(f"model: got a {type(model).__name__}, allowed where it is trained is a torch.nn.Module")
+        model = self.network.module
+        self.device = device_of(model)
         self.rank, self.processes = join_processes(self.device, config.timeout)
         if self.processes > 1:  # before anything is refused on some of them only
-            alike = {"model": model.config.to_dict(), "path": path.to_dict(), "device": self.device.type}
+            alike = {"model": describe(model), "path": path.to_dict(), "device": self.device.type}
             alike |= {"data": fingerprint(stream), "code": code_version()}
             check_agreement({**asdict(config), **alike}, self.device)
-        if config.length > model.config.max_length:
-            raise ValueError(f"length: got {config.length}, allowed is at most max_length = {model.config.max_length}")
-        if config.evidence_share and not model.reads_posterior:
-            raise ValueError(
-                f"evidence_share: got {config.evidence_share}, allowed is 0 for a model that reads no posteriors"
-            )
-        prior = model.log_prior.double().softmax(0).cpu().numpy() if model.reads_posterior else None
-        self.batches = Batches(stream, path, config, slices=model.slices, prior=prior)
+        self.batches = Batches.of(stream, path, config, model)
         self.model, self.path, self.stream, self.config = model, path, stream, config
         self.run = Run(out) if isinstance(out, (str, Path)) else out
+        self.tokenizer = tokenizer
         if self.run is not None:
             import safetensors  # noqa: F401  (missing, it is so before any work)
         if config.batch_size % (config.accumulate * self.processes):
@@ -89,13 +94,7 @@ class Trainer:
                 stacklevel=2,
             )
         self.engine = make_engine(model, path, config, self.processes)
-        hidden = model.hidden_matrices()
-        names = {id(p) for p in hidden}
-        rest = [p for p in model.parameters() if id(p) not in names]
-        self.optimizers = [
-            torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0),
-            Muon(hidden, lr=config.lr, weight_decay=config.weight_decay),
-        ]
+        self.optimizers = make_optimizers(model, path, config)
         self.step, self.seconds = 0, 0.0
         self.skipped = self.skipped_last = 0  # steps without an update: in all, and the last ones
         self.gradient_norm = math.nan
@@ -106,14 +105,14 @@ class Trainer:
     def _weights(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
-    def averaged_model(self) -> Denoiser:
+    def averaged_model(self) -> nn.Module:
         """What a run is judged by: a copy of the model with the averaged weights; with ema = 0 the model itself. Of sharded
         parameters a whole copy in any case, for which all processes must ask."""
         if not self.average and not self.engine.shards:
             return self.model
-        weights = whole({**self.model.state_dict(), **self.average})
-        model = Denoiser(self.model.config, self.path) if self.engine.shards else copy.deepcopy(self.model)
-        model.to(self.device).load_state_dict(weights)
+        weights = whole({**own_state(self.model), **self.average})
+        model = remake(describe(self.model), self.path) if self.engine.shards else copy.deepcopy(self.model)
+        load_own_state(model.to(self.device), weights)
         return model.train(self.model.training)
 
     # ---- one step
@@ -124,13 +123,6 @@ class Trainer:
         if self.config.max_seconds is not None:
             done = max(done, self.seconds / self.config.max_seconds)
         return min(done, 1.0)
-
-    def learning_rate(self, progress: float) -> float:
-        """Warm-up, stable, then linear decay to zero."""
-        c = self.config
-        up = min(1.0, (progress + 1e-3) / max(c.warmup, 1e-3))
-        down = min(1.0, (1 - progress) / max(c.decay, 1e-9))
-        return c.lr * min(up, down)
 
     def train_step(self) -> float:
         """One optimizer step; returns the loss in nats per free token, the mean over the whole batch.
@@ -145,7 +137,7 @@ class Trainer:
             raise NotFinite(self.bad_step.lines("nothing was saved since"))
         self.model.train()  # a path may condition a model on itself in training only
         batch = self.batches.batch(self.step)
-        lr = self.learning_rate(self.progress())
+        lr = c.learning_rate(self.progress())
         loss, losses = self._gradients(batch)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
@@ -349,7 +341,7 @@ class Trainer:
         """
         curve = self.batches.curve
         training = {
-            "model": self.model.state_dict(),
+            "model": own_state(self.model),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "average": self.average,
             "curve": None if curve is None else curve.sums,
@@ -357,7 +349,7 @@ class Trainer:
             "seconds": self.seconds,
             "skipped": self.skipped,
         }
-        weights = gathered({**self.model.state_dict(), **self.average}, self.rank == 0)
+        weights = gathered({**own_state(self.model), **self.average}, self.rank == 0)
         with ExitStack() as stack:
             run = self._folder() if self.rank == 0 else self.run
             if self.rank == 0 and run is not None:
@@ -367,13 +359,13 @@ class Trainer:
             if self.rank or run is None:
                 return
             config = {
-                "model": self.model.config.to_dict(),
+                "model": describe(self.model),
                 "path": self.path.to_dict(),
                 "train": asdict(self.config),
             }
             if self._log is not None:
                 self._log.sync()  # before the checkpoint, whose steps it then has in any case
-            run.save(config, weights, training, self.stream, self.step, self.config.keep, parts)
+            run.save(config, weights, training, self.stream, self.step, self.config.keep, parts, self.tokenizer)
 
     def load(self, checkpoint: Checkpoint | None = None) -> None:
         """Takes up a checkpoint, of any number of processes and any engine. An average or a loss curve that it lacks starts anew from
