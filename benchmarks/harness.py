@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from klflow_ext import build_info
-from klflow_ext.run import write_file
+from klflow_ext.files import write_file
 
 DTYPES = ("float32", "bfloat16", "float16")
 

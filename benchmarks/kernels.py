@@ -29,7 +29,7 @@ from harness import (
 )
 
 from klflow_ext import ops
-from klflow_ext.run import write_file
+from klflow_ext.files import write_file
 
 DEFAULT_SHAPES = {
     "cpu": "1024x50259,8192x2048,1x50259",

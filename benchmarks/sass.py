@@ -26,7 +26,7 @@ import tempfile
 from collections import Counter, namedtuple
 from pathlib import Path
 
-from klflow_ext.run import write_file
+from klflow_ext.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCH = "sm_90"

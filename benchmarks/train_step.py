@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from harness import Record, choices, figure, machine, measure, parse, parser_of, peak_bytes
 
 from klflow_ext import Denoiser, DenoiserConfig, LogitPath
+from klflow_ext.files import write_file
 from klflow_ext.muon import Muon
-from klflow_ext.run import write_file
 
 STEPS = ("posterior", "simplex", "integer", "eager")
 BETA = 0.01

@@ -14,15 +14,15 @@ from klflow_ext import data
 from klflow_ext.path import Path as NoisePath
 
 
-def unigram_log_prior(stream: np.ndarray, vocab_size: int) -> torch.Tensor:
+def unigram_log_prior(stream: data.Stream, vocab_size: int) -> torch.Tensor:
     """(V,) log frequencies of the tokens, half a count added to each so that none is impossible."""
-    counts = torch.from_numpy(np.bincount(stream, minlength=vocab_size)).double() + 0.5
+    counts = torch.from_numpy(data.token_counts(stream, vocab_size)).double() + 0.5
     return (counts / counts.sum()).log().float()
 
 
-def unigram_entropy(stream: np.ndarray, vocab_size: int, log_prior: torch.Tensor) -> float:
+def unigram_entropy(stream: data.Stream, vocab_size: int, log_prior: torch.Tensor) -> float:
     """Cross-entropy in nats per token of a stream under unigram frequencies: what a model without context pays."""
-    counts = torch.from_numpy(np.bincount(stream, minlength=vocab_size)).double()
+    counts = torch.from_numpy(data.token_counts(stream, vocab_size)).double()
     return float(-(counts / counts.sum() * log_prior.double()).sum())
 
 

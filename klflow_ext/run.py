@@ -1,8 +1,13 @@
 """The run folder: one run, written whole and read whole, by `Run` alone. Nobody else touches its files.
 
-config.json         network, path and training settings       tokenizer.json       the tokenizer, if there is one
-model.safetensors   weights (averaged, if the run averages)   train.npy heldout.npy  tokens
-checkpoint.pt       what training goes on from                log.jsonl            a line for each step
+checkpoint-<number>-step-<step>/  network, weights and state of one step (klflow_ext/checkpoint.py); the last of them count
+tokenizer.json                    the tokenizer, if there is one       train.npy heldout.npy  tokens
+log.jsonl                         a line for each step                 report.json  why training stopped by itself
+lock                              who is training there, while it is
+
+A run that was trained on token folders (`klflow prepare`) has no train.npy and heldout.npy: its configs name the folders.
+
+What is not whole yet has a name that ends with .tmp, and goes when the folder is written to again.
 """
 
 from __future__ import annotations
@@ -10,106 +15,42 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from klflow_ext.model import Denoiser, DenoiserConfig
+from klflow_ext import data
+from klflow_ext.checkpoint import FORMAT, Checkpoint, NewerFormat, stamps
+from klflow_ext.data import vocab_size_of
+from klflow_ext.files import TEMPORARY, Writer, read_json, reading, remove, sync, write_file, write_files
+from klflow_ext.lock import Lock
+from klflow_ext.log import Log
+from klflow_ext.model import Denoiser
 from klflow_ext.path import Path as NoisePath
 
-FORMAT = 1  # config.json says which
-
-
-def write_files(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
-    """Writes each file under a temporary name, then renames all: a reader finds them as they were before or as they are after.
-
-    Raises:
-        ValueError: one cannot be written. It is named, nothing temporary is left, and what was there before stays.
-    """
-    mask = os.umask(0)
-    os.umask(mask)
-    temporary = {name: folder / f"{name}.tmp" for name in writers}
-    name = next(iter(writers))
-    try:
-        for name, write in writers.items():
-            write(temporary[name])
-            os.chmod(temporary[name], 0o666 & ~mask)  # safetensors' files would be private
-        for name in writers:
-            os.replace(temporary[name], folder / name)
-    except Exception as error:  # each library has its own for a full disk
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-        raise ValueError(f"{folder / name} cannot be written: {_reason(error)}") from error
-    except BaseException:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-        raise
-
-
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """One file, as `write_files` does it."""
-    write_files(path.parent, {path.name: write})
-
-
-def _reason(error: BaseException) -> str:
-    while (below := error.__cause__ or error.__context__) is not None:
-        error = below
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+T = TypeVar("T")
+TEXTS = ("tokenizer.json", "train.npy", "heldout.npy")
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Whether a new run may be written to a folder: ValueError where it holds anything but a run that may be overwritten."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    """Whether a new run may be written to a folder: ValueError where it holds anything but a run that may be overwritten, or
+    where another process is training."""
+    if not out.exists():
         return
     if not out.is_dir():
         raise ValueError(f"out: {out} is a file, allowed is a folder")
-    if not (out / "config.json").is_file() and not (out / "checkpoint.pt").is_file():
+    if not any(file.name != Lock.NAME for file in out.iterdir()):
+        return
+    if not Run(out).checkpoints() and not (out / "config.json").is_file():  # which runs of format 1 have
         raise ValueError(f"out: {out} holds other files than a run's, allowed is a new folder, an empty one or a run")
     if not overwrite:
         raise ValueError(f"out: {out} holds a run already; --overwrite replaces it, --resume {out} goes on with it")
-
-
-@contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` to write a new run to, which takes its place (and that of an old run) when it is whole."""
-    check_out(out, overwrite)
-    staging, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"out: {out} cannot be written: {error.strerror}") from None
-    try:
-        yield staging
-        shutil.rmtree(old, ignore_errors=True)
-        try:
-            os.rename(staging, out)  # also over an empty folder
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            os.rename(out, old)
-            os.rename(staging, out)
-            shutil.rmtree(old)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[Path]:
-    """Any failure to read a file of a run folder becomes a ValueError that names the file."""
-    if not path.is_file():
-        raise ValueError(f"run: {path.parent} is no whole run folder: it has no {path.name}")
-    try:
-        yield path
-    except Exception as error:  # each library has its own exceptions for a broken file
-        raise ValueError(f"run: {path} cannot be read: {str(error).splitlines()[0]}") from error
+    Lock(out).release()
 
 
 class Run:
@@ -121,13 +62,14 @@ class Run:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._lock: Lock | None = None
 
     # ---- written
 
     @classmethod
     @contextmanager
     def create(
-        cls, out: Path, *, overwrite: bool, tokenizer: Any, stream: np.ndarray, heldout: np.ndarray
+        cls, out: Path, *, overwrite: bool, tokenizer: Any, stream: data.Stream, heldout: data.Stream
     ) -> Iterator[Run]:
         """A new run with its text, to save to; it takes its place at `out` (and that of an old run) when it is whole.
 
@@ -135,91 +77,198 @@ class Run:
             out: its folder.
             overwrite: whether it may take the place of a run.
             tokenizer: a tokenizers.Tokenizer.
-            stream, heldout: tokens to train on, and those that are kept back.
+            stream, heldout: tokens to train on, and those that are kept back; arrays are copied.
 
         Raises:
             ValueError: `out` holds something else, or cannot be written.
         """
-        with new_folder(out, overwrite) as folder:
-            writers = {
-                "tokenizer.json": lambda p: tokenizer.save(str(p)),
-                "train.npy": _array_writer(stream),
-                "heldout.npy": _array_writer(heldout),
-            }
-            write_files(folder, writers)
-            yield cls(folder)
+        with cls._replacing(out, overwrite) as run:
+            writers: dict[str, Writer] = {"tokenizer.json": lambda p: tokenizer.save(str(p))}
+            if data.reference(stream) is None:
+                writers |= {"train.npy": _array_writer(stream), "heldout.npy": _array_writer(heldout)}
+            write_files(run.folder, writers)
+            yield run
 
-    def save(self, config: dict, weights: dict[str, Tensor], checkpoint: dict, stream: np.ndarray) -> None:
-        """Writes the folder, or what has changed of it, all at once.
+    @classmethod
+    @contextmanager
+    def _replacing(cls, out: Path, overwrite: bool) -> Iterator[Run]:
+        """A run in a folder beside `out`, which takes its place when it is whole."""
+        check_out(out, overwrite)
+        run, old = cls(out.with_name(out.name + ".new")), out.with_name(out.name + ".old")
+        staging = run.folder
+        with run.owned():  # else two processes would write into it
+            try:
+                for file in staging.iterdir():  # of a process that was killed
+                    if file.name != Lock.NAME:
+                        remove(file)
+                yield run
+                remove(old)
+                run._take_place(out, old, overwrite)
+            except BaseException:
+                remove(staging)
+                raise
+
+    def _take_place(self, out: Path, old: Path, overwrite: bool) -> None:
+        assert self._lock is not None
+        try:
+            os.rename(self.folder, out)  # also over an empty folder
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise ValueError(f"out: {out} cannot be written: {error.strerror}") from None
+            check_out(out, overwrite)  # another run may have come there meanwhile
+            with Run(out).owned():
+                os.rename(out, old)
+                os.rename(self.folder, out)
+            remove(old)
+        self.folder = out
+        self._lock.moved(out)
+        sync(out.resolve().parent)
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Within the block no other process can write to the folder, which is made if needed. Blocks may be nested.
+
+        Raises:
+            ValueError: another process writes to it; the message says which.
+        """
+        if self._lock is not None:
+            yield
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{self.folder} cannot be written: {error.strerror}") from None
+        self._lock = Lock(self.folder)
+        try:
+            self._clear()
+            yield
+        finally:
+            self._lock.release()
+            self._lock = None
+
+    def _clear(self) -> None:
+        """Removes what a killed process left unfinished."""
+        for file in self.folder.glob(f"*{TEMPORARY}"):
+            name = file.name.removesuffix(TEMPORARY)
+            if Checkpoint.NAME.fullmatch(name) or name in (*TEXTS, "log.jsonl", "report.json"):
+                remove(file)
+
+    def save(
+        self, config: dict, weights: dict[str, Tensor], training: dict, stream: data.Stream, step: int, keep: int = 1
+    ) -> Checkpoint:
+        """Writes a checkpoint, and once it is whole removes all but the last ones.
 
         Args:
             config: of the model, the path and the training, as dicts.
             weights: what the run gives, by name.
-            checkpoint: what its training goes on from.
-            stream: the tokens to train on, written once.
+            training: what its training goes on from.
+            stream: the tokens to train on; an array is written once, token folders are named.
+            step: where its training stands.
+            keep: checkpoints that stay, this one with them.
 
         Raises:
-            ValueError: a weight is not finite, or a file cannot be written; what was there before stays.
+            ValueError: a tensor is not finite, or a file cannot be written; what was there before stays.
         """
-        from safetensors.torch import save_file
+        with self.owned():
+            if self._lock is None or not self._lock.holds():
+                raise ValueError(
+                    f"run: {self.folder} has gone, or another took its place, so that nothing can be saved"
+                )
+            before, sources = self.checkpoints(), data.reference(stream)
+            try:
+                if sources is None and not (self.folder / "train.npy").exists():
+                    write_file(self.folder / "train.npy", _array_writer(stream))
+                texts, number = self._texts(before), before[0].number + 1 if before else 1
+                named = {} if sources is None else {"data": sources}
+                config = {"tokenizer": "tokenizer.json" in texts, **named, **config}
+                written = Checkpoint.write(
+                    self.folder, number, step, config=config, weights=weights, training=training, texts=texts
+                )
+            except ValueError as error:
+                last = f"the last checkpoint is {before[0].folder}" if before else "there is no checkpoint before it"
+                raise ValueError(f"{error}; {last}") from error
+            for checkpoint in before[max(keep, 1) - 1 :]:
+                checkpoint.remove()
+        return written
 
-        bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
-        if bad:
-            raise ValueError(f"{bad[0]}: got numbers that are not finite, which are never saved")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        config = {"format": FORMAT, "tokenizer": (self.folder / "tokenizer.json").exists(), **config}
-        writers = {
-            "checkpoint.pt": lambda p: torch.save(checkpoint, p),
-            "model.safetensors": lambda p: save_file(weights, p),
-            "config.json": lambda p: p.write_text(json.dumps(config, indent=2) + "\n"),
-        }
-        if not (self.folder / "train.npy").exists():
-            writers["train.npy"] = _array_writer(stream)
-        write_files(self.folder, writers)
+    def _texts(self, before: list[Checkpoint]) -> dict[str, Any]:
+        """Size and checksum of what the run's checkpoints share, from the last of them that tells."""
+        for checkpoint in before:
+            try:
+                return checkpoint.manifest["texts"]
+            except ValueError:
+                continue
+        return stamps(self.folder, [name for name in TEXTS if (self.folder / name).exists()])
 
-    def open_log(self) -> IO[str]:
-        """log.jsonl, to append lines to."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return open(self.folder / "log.jsonl", "a")
+    def open_log(self, step: int) -> Log:
+        """log.jsonl, to append lines to from this step on."""
+        return Log(self.folder / "log.jsonl", step)
+
+    def write_report(self, report: dict[str, Any]) -> Path:
+        """report.json: why training stopped by itself."""
+        write_file(self.folder / "report.json", lambda p: p.write_text(json.dumps(report, indent=2) + "\n", "utf-8"))
+        return self.folder / "report.json"
 
     # ---- read
 
-    def config(self) -> dict:
-        """config.json. ValueError where the folder is no run, is broken, or is of another version."""
-        path = self.folder / "config.json"
-        if not path.is_file():
-            raise ValueError(f"run: {self.folder} is no run folder: it has no config.json")
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"run: {path} cannot be read: {error}") from None
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
-            found = config.get("format") if isinstance(config, dict) else None
+    def checkpoints(self) -> list[Checkpoint]:
+        """All of them, the last first. Whether they are whole is seen when they are read."""
+        found = [Checkpoint(f) for f in self.folder.glob("checkpoint-*") if Checkpoint.NAME.fullmatch(f.name)]
+        return sorted(found, key=lambda checkpoint: -checkpoint.number)
+
+    def last(self) -> Checkpoint:
+        """The last checkpoint. ValueError where the folder is no run, or one of another version."""
+        found = self.checkpoints()
+        if found:
+            return found[0]
+        if (self.folder / "config.json").is_file():
+            old = read_json(self.folder / "config.json").get("format")
             raise ValueError(
-                f"run: {self.folder} has format {found!r}, allowed is {FORMAT}: train it again with this version"
+                f"run: {self.folder} has format {old!r}, allowed is {FORMAT}: train it again with this version"
             )
-        return config
+        raise ValueError(f"run: {self.folder} is no run folder: it has no checkpoint")
+
+    def last_good(self, report: Callable[[str], object] = warnings.warn) -> Checkpoint:
+        """The last checkpoint that is whole, for training to go on from.
+
+        Args:
+            report: called with a line on each later one that is not.
+
+        Raises:
+            ValueError: none is whole, or one was written by another version.
+        """
+        self.last()
+        damage = []
+        for checkpoint in self.checkpoints():
+            try:
+                checkpoint.check()
+            except NewerFormat:
+                raise
+            except ValueError as error:
+                damage.append(str(error))
+                continue
+            for said in damage:
+                report(f"{said}; going back to {checkpoint.folder.name}")
+            return checkpoint
+        raise ValueError(f"{damage[0]}; no checkpoint of {self.folder} is whole")
+
+    def _read(self, read: Callable[[Checkpoint], T]) -> T:
+        """What the last checkpoint gives; asked again where training has put a later one in its place meanwhile."""
+        while True:
+            checkpoint = self.last()
+            try:
+                return read(checkpoint)
+            except ValueError:
+                if checkpoint.folder.exists() or checkpoint.number == self.last().number:
+                    raise
+
+    def config(self) -> dict:
+        """Network, path and training settings. ValueError where the folder is no run, is broken, or is of another version."""
+        return self._read(Checkpoint.config)
 
     def model(self) -> tuple[Denoiser, NoisePath]:
         """(model, path), the model in evaluation mode, with the averaged weights of a run with ema."""
-        from safetensors import safe_open
-
-        config = self.config()
-        with reading(self.folder / "config.json"):
-            path = NoisePath.from_dict(config["path"])
-            shape = DenoiserConfig(**config["model"])
-        with reading(self.folder / "model.safetensors") as file, safe_open(file, "pt") as stored:
-            rows = shape.vocab_size + (shape.input == "tokens")
-            found, expected = stored.get_slice("embedding").get_shape(), [rows, shape.n_embd]
-            blocks = {name.split(".")[1] for name in stored.keys() if name.startswith("blocks.")}  # noqa: SIM118
-            if found != expected or len(blocks) != shape.n_layer:  # before memory is taken for what config.json says
-                raise ValueError(
-                    f"it holds an embedding of {found} and {len(blocks)} layers, config.json says {expected} and "
-                    f"{shape.n_layer}"
-                )
-            model = Denoiser(shape, path)
-            model.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-        return model.eval(), path
+        return self._read(Checkpoint.model)
 
     def tokenizer(self) -> Any:
         """The tokenizers.Tokenizer, or None of a run that was trained on tokens alone."""
@@ -227,25 +276,39 @@ class Run:
             return None
         from tokenizers import Tokenizer
 
-        with reading(self.folder / "tokenizer.json") as file:
-            return Tokenizer.from_file(str(file))
+        file = self._read(lambda checkpoint: checkpoint.check_text("tokenizer.json"))
+        with reading(file):
+            tokenizer = Tokenizer.from_file(str(file))
+            vocab_size_of(tokenizer)  # ids with gaps of 10^9 would take seconds and gigabytes later
+        return tokenizer
 
-    def streams(self) -> tuple[np.ndarray, np.ndarray]:
-        """(training, held-out) tokens, as memory maps."""
-        streams = []
-        for name in ("train.npy", "heldout.npy"):
-            with reading(self.folder / name) as file:
-                streams.append(np.load(file, mmap_mode="r"))
-        return streams[0], streams[1]
+    def streams(
+        self, moved: Sequence[str | Path] = (), checkpoint: Checkpoint | None = None
+    ) -> tuple[data.Stream, data.Stream]:
+        """(training, held-out) tokens, as memory maps. Its own are read and compared with what was written; of token folders the
+        fingerprints are compared.
 
-    @contextmanager
-    def checkpoint(self, device: torch.device) -> Iterator[dict]:
-        """What training goes on from; an error while it is taken up is one of the file."""
-        with reading(self.folder / "checkpoint.pt") as path:
-            yield torch.load(path, map_location=device, weights_only=True)
+        Args:
+            moved: where its token folders are now, if not where they were.
+            checkpoint: whose tokens; None: the last one's.
+        """
+        sources = (self.config() if checkpoint is None else checkpoint.config()).get("data")
+        if sources is not None:
+            return data.from_reference(sources, moved)
+        if moved:
+            raise ValueError(f"data: got {moved[0]}, allowed is none: {self.folder} holds its own tokens")
+        return self._stream("train.npy"), self._stream("heldout.npy")
+
+    def _stream(self, name: str) -> np.ndarray:
+        file = self._read(lambda checkpoint: checkpoint.check_text(name))
+        with reading(file):
+            stream = np.load(file, mmap_mode="r", allow_pickle=False)
+            if stream.ndim != 1 or stream.dtype.kind not in "iu":
+                raise ValueError(f"it holds {stream.dtype} of shape {stream.shape}, allowed is a row of integers")
+        return stream
 
 
-def _array_writer(array: np.ndarray) -> Callable[[Path], None]:
+def _array_writer(array: Any) -> Writer:
     def write(path: Path) -> None:
         with open(path, "wb") as file:  # np.save adds .npy to a name
             np.save(file, array)

@@ -1,6 +1,8 @@
 import fcntl
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import simt
@@ -68,3 +70,25 @@ def data_folder():
     if not folder or not Path(folder).is_dir():
         pytest.skip("KLFLOW_DATA names no folder with the test data")
     return Path(folder)
+
+
+@pytest.fixture
+def klflow(monkeypatch, capsys, tmp_path):
+    """klflow(*arguments): the command line in this process, in tmp_path; what it returned and printed."""
+    from klflow_ext import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["klflow", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        message = code if isinstance(code, str) else ""
+        return SimpleNamespace(returncode=int(bool(code)), stdout=printed.out, stderr=printed.err + message)
+
+    return run

@@ -9,6 +9,7 @@ from klflow_ext import (
     Denoiser,
     DenoiserConfig,
     LogitPath,
+    Run,
     TrainConfig,
     Trainer,
 )
@@ -28,6 +29,17 @@ def trainer(steps, out=None, input="posterior", shape=None, **options):
     # Runs of the cyclic text 0 1 2 ... 9 0 1 ...: a context shows its neighbours exactly.
     stream = (np.arange(5000) % 10).astype(np.int32)
     return Trainer(model, path, stream, TrainConfig(steps=steps, batch_size=8, length=16, **options), out)
+
+
+def saved(folder):
+    """What the last checkpoint of a run has for its training to go on from."""
+    with Run(folder).last().check().training() as state:
+        return state
+
+
+def contents(folder):
+    """Every file below a folder, by its name."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def cyclic_next(model, sequences=4):

@@ -11,10 +11,11 @@ PACKAGE = Path(klflow_ext.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = [  # each may import what stands before it, and nothing behind
     {"checks"},
-    {"reference", "muon"},
-    {"ops"},
+    {"reference", "muon", "files"},
+    {"ops", "lock", "log"},
     {"path"},
     {"model", "oracle", "data"},
+    {"checkpoint"},
     {"sample", "evaluate", "run"},
     {"train"},
     {"cli"},

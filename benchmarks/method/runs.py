@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from klflow_ext import Autoregressive, LinearPath, LogitPath, MaskPath, Sampler, SpherePath, UniformPath, data, load_run
-from klflow_ext.run import write_file
+from klflow_ext.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent  # of the benchmarks
 RESULTS = ROOT / "results" / "method"

@@ -1,7 +1,8 @@
-"""The command line: klflow info | demo | train | sample | complete | infill | eval. It prints; the package does the work."""
+"""The command line: klflow info | demo | prepare | train | sample | complete | infill | eval. It prints; the package does the work."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +24,14 @@ def main() -> None:
     from klflow_ext.cli.evaluate import Eval
     from klflow_ext.cli.generate import Complete, Infill, Sample
     from klflow_ext.cli.info import Info
+    from klflow_ext.cli.prepare import Prepare
     from klflow_ext.cli.train import Demo, Train
+    from klflow_ext.train import Stopped
 
     commands: dict[str, Callable[..., Any]] = {
         "info": Info,
         "demo": Demo,
+        "prepare": Prepare,
         "train": Train,
         "sample": Sample,
         "complete": Complete,
@@ -41,6 +45,6 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(commands, prog="klflow").run()
     except (ValueError, TypeError, ImportError, OSError) as error:
         sys.exit(f"klflow: {error}")
-    except KeyboardInterrupt as interrupt:
-        print(f"klflow: stopped{'; ' * bool(interrupt.args)}{interrupt}", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, Stopped) as stop:
+        print(f"klflow: stopped{'; ' * bool(str(stop))}{stop}", file=sys.stderr)
+        sys.exit(stop.code if isinstance(stop, Stopped) else 128 + signal.SIGINT)

@@ -20,7 +20,7 @@ from klflow_ext.sample import Sampler
 
 
 def print_losses(model, path, stream, held, length):
-    prior = evaluate.unigram_log_prior(np.asarray(stream), path.vocab_size)
+    prior = evaluate.unigram_log_prior(stream, path.vocab_size)
     print(
         f"held-out loss, nats per token (unigram entropy {evaluate.unigram_entropy(held, path.vocab_size, prior):.3f}):"
     )
@@ -67,6 +67,8 @@ class Eval:
     count: int = 32
     length: int = 64
     steps: int = 64
+    data: tuple[str, ...] = ()
+    """Where the token folders of the run are, if they have moved."""
     device: str | None = None
 
     def run(self):
@@ -81,7 +83,7 @@ class Eval:
             )
         device = choose_device(self.device)
         model = model.to(device)
-        stream, held = run.streams()
+        stream, held = run.streams(self.data)
         # First, so that a wrong folder fails at once.
         judge = None if self.judge is None else evaluate.Judge(self.judge)
         print_losses(model, path, stream, held, self.length)
@@ -93,8 +95,9 @@ class Eval:
         if judge is None:
             return
         generator = np.random.default_rng(0)
-        real = [held[i : i + self.length] for i in generator.integers(0, len(held) - self.length, self.count)]
-        unigram = generator.choice(stream, (self.count, self.length))
+        real = data.batch(held, self.count, self.length, seed=0, step=0).tolist()
+        counts = data.token_counts(stream, path.vocab_size)
+        unigram = generator.choice(path.vocab_size, (self.count, self.length), p=counts / counts.sum())
         rows: dict[str, Iterable] = {"real text": real, "unigram-sampled": unigram}
         schemes: dict[str, dict[str, Any]] = {
             "basic": {"method": "basic"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ from klflow_ext.cli.terminal import choose_device, printable
 from klflow_ext.data import removed_lines
 from klflow_ext.run import Run
 from klflow_ext.sample import Sampler
-from klflow_ext.train import NetworkChoice, Prepared, TrainConfig, Trainer, leave_processes, prepare
+from klflow_ext.train import NetworkChoice, Prepared, TrainConfig, Trainer, join_processes, leave_processes, prepare
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Training(TrainConfig):
 class Settings:
     """Text, model and training, shared by demo and train."""
 
-    data: Path | None = None
-    """UTF-8 text file; without it, the source of this Python's standard library."""
+    data: tuple[str, ...] = ()
+    """A file of texts (UTF-8, JSONL or Parquet, also .gz and .zst) that memory holds, or token folders (klflow prepare), of
+    several each as FOLDER=WEIGHT; without it, the source of this Python's standard library."""
     out: Path = Path("runs/demo")
     """Run folder to write."""
     overwrite: bool = False
@@ -48,7 +50,7 @@ class Settings:
 
     def prepare(self) -> Prepared:
         return prepare(
-            self.data,
+            self.data or None,
             self.out,
             train=self.train,
             network=self.network,
@@ -97,21 +99,23 @@ class Demo(Settings):
 
 @dataclass
 class Train(Settings):
-    """Train on a text file, or go on with a run (--resume RUN)."""
+    """Train on a text or token folders, or go on with a run (--resume RUN)."""
 
     out: Path = Path("runs/train")
     resume: Path | None = None
-    """A run folder: its run is finished as it was meant, with its own settings."""
+    """A run folder: its run is finished as it was meant, with its own settings, on its own data (--data says where its token
+    folders have moved)."""
     more_steps: int = 0
     """With --resume: steps that are added to the run."""
     more_seconds: float = 0.0
     """With --resume: seconds that are added to it."""
 
-    RESUMED = ("resume", "more_steps", "more_seconds", "device")  # what may stand beside --resume
+    RESUMED = ("resume", "more_steps", "more_seconds", "device", "data")  # what may stand beside --resume
 
     def run(self):
-        trainer, held = self.go_on(self.resume) if self.resume is not None else self.start()
-        trainer.fit()
+        with ExitStack() as owned:
+            trainer, held = self.go_on(self.resume, owned) if self.resume is not None else self.start()
+            trainer.fit()
         print_losses(trainer.averaged_model().eval(), trainer.path, trainer.stream, held, trainer.config.length)
         print(f"run folder: {trainer.run.folder}")
         leave_processes()
@@ -123,26 +127,31 @@ class Train(Settings):
         prepared = self.prepare()
         return prepared.trainer, prepared.heldout
 
-    def go_on(self, folder: Path):
+    def go_on(self, folder: Path, owned: ExitStack):
+        """(trainer, held-out tokens); the folder is this process's own until `owned` ends."""
         given = {word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in sys.argv[2:]
                  if word.startswith("--")}  # fmt: skip
         foreign = sorted(given - set(self.RESUMED))
         if foreign:
             names = ", ".join("--" + name.replace("_", "-") for name in foreign)
             raise ValueError(
-                f"resume: got {names} beside it, allowed are --more-steps, --more-seconds and --device: a run goes on with its "
-                "own settings"
+                f"resume: got {names} beside it, allowed are --more-steps, --more-seconds, --device and --data (where its token "
+                "folders are now): a run goes on with its own settings"
             )
         if self.more_steps < 0 or not 0 <= self.more_seconds < float("inf"):
             raise ValueError(
                 f"more_steps, more_seconds: got {self.more_steps}, {self.more_seconds}, allowed are numbers >= 0"
             )
-        run = Run(folder)
-        config = TrainConfig(**run.config()["train"])
-        model, path = run.model()
-        stream, held = run.streams()
-        trainer = Trainer(model.train().to(choose_device(self.device)), path, stream, config, run)
-        trainer.load()
+        run, device = Run(folder), choose_device(self.device)
+        run.last()  # before anything is made in a folder that is no run
+        if join_processes(device)[0] == 0:
+            owned.enter_context(run.owned())
+        checkpoint = run.last_good(lambda line: print(line, flush=True))
+        config = TrainConfig.of(checkpoint)
+        model, path = checkpoint.model()
+        stream, held = run.streams(self.data, checkpoint)
+        trainer = Trainer(model.train().to(device), path, stream, config, run)
+        trainer.load(checkpoint)
         if self.more_steps:
             trainer.config = replace(trainer.config, steps=trainer.step + self.more_steps, max_seconds=None)
         if self.more_seconds:

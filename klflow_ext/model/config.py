@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from klflow_ext.checks import check_choice, check_field, check_flag
+from klflow_ext.checks import check_choice, check_field, check_flag, check_int
 
 Input = Literal["simplex", "posterior", "tokens"]
 Time = Literal["token", "add", "adaln", "none"]
@@ -56,9 +56,14 @@ class DenoiserConfig:
         "1.5b": (48, 25, 1600, 1024),
     }
 
+    MOST: ClassVar[dict[str, int]] = {  # what is asked for beyond is a mistake, or a file that lies
+        "vocab_size": 2**31 - 1, "n_layer": 2**12, "n_head": 2**12, "n_embd": 2**18, "max_length": 2**20,
+    }  # fmt: skip
+
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "max_length"):
-            check_field(name, getattr(self, name), 2 if name == "vocab_size" else 1)
+            least, most = 2 if name == "vocab_size" else 1, self.MOST[name]
+            check_int(name, getattr(self, name), least, most, f"an integer from {least} to {most}", ValueError)
         if self.top is not None:
             check_field("top", self.top, 1, "None or an integer >= 1")
         if self.n_embd % (2 * self.n_head):

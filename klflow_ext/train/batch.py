@@ -75,10 +75,13 @@ class Batch:
 
 
 class Batches:
-    """The batches of a token stream (any integers), as a config says.
+    """The batches of a stream of tokens, as a config says: those of `data.order_of`, which are never drawn twice in an epoch.
 
     slices: whether the network has them; then there is an order.
     prior: (V,) token frequencies of a network that reads posteriors, by which evidence is made; None: none is.
+
+    Raises:
+        ValueError: the stream is too short, or cannot be shuffled so.
 
     Attributes:
         time_sampling: how times are drawn. curve: where "learned" looks; the Trainer adds to it.
@@ -86,20 +89,21 @@ class Batches:
 
     def __init__(
         self,
-        stream: np.ndarray,
+        stream: data.Stream,
         path: Path,
         config: TrainConfig,
         slices: bool = False,
         prior: np.ndarray | None = None,
     ):
         self.stream, self.path, self.config, self.slices = stream, path, config, slices
+        self.source = data.order_of(stream, config.length, config.seed, config.shuffle)
         self.prior = None if prior is None else np.maximum(prior, 1e-12)
         self.time_sampling = config.time_sampling or ("middle" if path.t_max < 1 else "uniform")
         self.curve = LossCurve(path.t_max) if self.time_sampling == "learned" else None
 
     def batch(self, step: int) -> Batch:
         c = self.config
-        tokens = data.batch(self.stream, c.batch_size, c.length, c.seed, step)
+        tokens = torch.from_numpy(self.source.take(np.arange(step * c.batch_size, (step + 1) * c.batch_size)))
         generator = np.random.default_rng((c.seed, step, 1))
         t = self.times(generator)
         given, blank = self.given_mask(generator)

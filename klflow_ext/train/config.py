@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from klflow_ext.checkpoint import CONFIG, Checkpoint
 from klflow_ext.checks import check_choice, check_field, check_flag
+from klflow_ext.data import Shuffle
+from klflow_ext.files import reading
 
 Dtype = Literal["float32", "bfloat16"]
 TimeSampling = Literal["middle", "uniform", "learned"]
+MOST_TOKENS = 2**28  # of a step, whose tokens and times alone then take some gigabytes
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,9 @@ class TrainConfig:
     """Sequences of a step, of all processes together."""
     length: int = 64
     """Tokens of a sequence, at least 2."""
+    shuffle: Shuffle = "windows"
+    """What changes its place from epoch to epoch: "windows" of the text as it stands, or whole "documents", packed one after
+    another (of token folders only)."""
     lr: float = 3e-3
     """Highest learning rate, of AdamW and Muon."""
     warmup: float = 0.02
@@ -52,6 +59,9 @@ class TrainConfig:
     """Of everything random, in [0, 2^63)."""
     checkpoint_seconds: float = 60.0
     """Between checkpoints."""
+    keep: int = 1
+    """Checkpoints that stay, the last ones, at least 1; an older one goes when a new one is whole. With 2 a run whose last one is
+    damaged on the disk can still go on."""
     accumulate: int = 1
     """Parts in which each process computes its share of a batch, to save memory; the gradient is that of the whole."""
     time_sampling: TimeSampling | None = None
@@ -68,7 +78,7 @@ class TrainConfig:
     """torch.compile of the loss, in one graph."""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("length", 2), ("accumulate", 1)):
+        for name, least in (("steps", 1), ("batch_size", 1), ("length", 2), ("accumulate", 1), ("keep", 1)):
             check_field(name, getattr(self, name), least)
         for name in ("warmup", "decay", "given_share", "flow_share", "evidence_share", "middle_share"):
             if not 0 <= getattr(self, name) <= 1:
@@ -81,10 +91,21 @@ class TrainConfig:
             raise ValueError(f"max_seconds: got {self.max_seconds!r}, allowed is None or a positive number")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: got {self.ema!r}, allowed is a number in [0, 1)")
+        if self.batch_size * self.length > MOST_TOKENS:
+            raise ValueError(
+                f"batch_size: got {self.batch_size} sequences of {self.length} tokens, allowed are {MOST_TOKENS} tokens in all"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate: got {self.accumulate}, allowed is a divisor of batch_size = {self.batch_size}"
             )
+        check_choice("shuffle", self.shuffle, get_args(Shuffle))
         check_choice("dtype", self.dtype, get_args(Dtype))
         check_choice("time_sampling", self.time_sampling, (None, *get_args(TimeSampling)))
         check_flag("compile", self.compile)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> TrainConfig:
+        """That of a run; an error names the file."""
+        with reading(checkpoint.folder / CONFIG):
+            return cls(**checkpoint.config()["train"])

@@ -1,14 +1,13 @@
-"""From a text to a Trainer: tokenizer, streams, network, and a run folder that is whole from the start."""
+"""From a text or token folders to a Trainer: tokenizer, streams, network, and a run folder that is whole from the start."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from klflow_ext import data
@@ -21,6 +20,7 @@ from klflow_ext.train.config import TrainConfig
 from klflow_ext.train.trainer import Trainer
 
 TOKENIZER_SAMPLE = 4e6  # characters that a tokenizer is trained on; more hardly change it
+HELD_TEXTS = 100
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,17 @@ class NetworkChoice:
 
 @dataclass
 class Prepared:
-    """trainer; tokenizer (tokenizers.Tokenizer); heldout, the tokens that are kept back, and held_texts, their documents."""
+    """trainer; tokenizer (tokenizers.Tokenizer); heldout, the tokens that are kept back, and held_texts, their documents (of
+    token folders, HELD_TEXTS of them)."""
 
     trainer: Trainer
     tokenizer: Any
-    heldout: np.ndarray
+    heldout: data.Stream
     held_texts: list[str]
 
 
 def prepare(
-    text: Path | None,
+    text: str | Path | Sequence[str | Path] | None,
     out: Path,
     *,
     train: TrainConfig,
@@ -96,7 +97,8 @@ def prepare(
     """Checks everything, then makes the tokenizer, encodes, and writes the run folder, which can be resumed from then on.
 
     Args:
-        text: a UTF-8 file; None: the source of this Python's standard library (`data.documents`).
+        text: a file of texts, which memory must hold; token folders (`klflow prepare`), each with "=WEIGHT" behind it or none,
+            which are read as they stand; None: the source of this Python's standard library (`data.documents`).
         out: the run folder.
         train, network: how, and what.
         tokenizer: a tokenizers file; None: one of at most vocab_size tokens is trained on the text.
@@ -112,28 +114,41 @@ def prepare(
     import safetensors  # noqa: F401  (what is missing is missed before any work)
     import tokenizers  # noqa: F401
 
+    paths, weights = data.parse_sources([] if text is None else text)
     network.make(vocab_size, train.length)
-    made = None
-    if tokenizer is not None:
-        made = data.load_tokenizer(tokenizer)
-    elif vocab_size < 257:
-        raise ValueError(f"vocab_size: got {vocab_size}, allowed is at least 257 (every byte and {data.END})")
-    train_texts, held_texts = data.documents(text)
-    check_out(out, overwrite)
-
     start = time.perf_counter()
-    size = sum(map(len, train_texts))
-    making = "training a tokenizer" if made is None else "encoding"
-    report(f"text: {size / 1e6:.1f} M characters in {len(train_texts)} documents; {making} ...")
-    if made is None:
-        sample = train_texts if size < TOKENIZER_SAMPLE else train_texts[:: int(size // TOKENIZER_SAMPLE) + 1]
-        made = data.train_tokenizer(sample, vocab_size)
-    stream, heldout = data.encode(made, train_texts), data.encode(made, held_texts)
+    stream: data.Stream
+    heldout: data.Stream
+    if any(map(data.is_token_folder, paths)):
+        if tokenizer is not None:
+            raise ValueError(f"tokenizer: got {tokenizer}, allowed is none beside token folders, which have their own")
+        check_out(out, overwrite)
+        stream, heldout = folders = data.open_streams(paths, weights)
+        made, held_texts = _of_folder(data.TokenFolder(paths[0]))
+        report("tokens: " + "; ".join(_described(folders[0])))
+    else:
+        if len(paths) > 1 or weights is not None:
+            raise ValueError(
+                f"data: got {text!r}, allowed are one file of texts or token folders (klflow prepare "
+                "makes one of many files)"
+            )
+        made = _tokenizer(tokenizer, vocab_size)
+        train_texts, held_texts = data.documents(paths[0] if paths else None)
+        check_out(out, overwrite)
+        size = sum(map(len, train_texts))
+        making = "training a tokenizer" if made is None else "encoding"
+        report(f"text: {size / 1e6:.1f} M characters in {len(train_texts)} documents; {making} ...")
+        if made is None:
+            sample = train_texts if size < TOKENIZER_SAMPLE else train_texts[:: int(size // TOKENIZER_SAMPLE) + 1]
+            made = data.train_tokenizer(sample, vocab_size)
+        stream, heldout = data.encode(made, train_texts), data.encode(made, held_texts)
+        if len(heldout) <= train.length:
+            raise ValueError(
+                f"length: got {train.length}, allowed is less than the {len(heldout)} tokens of held-out text (a twentieth of "
+                "all)"
+            )
+    data.order_of(heldout, train.length, train.seed)  # of folders, whether it is long enough
     vocab_size = data.vocab_size_of(made)
-    if len(heldout) <= train.length:
-        raise ValueError(
-            f"length: got {train.length}, allowed is less than the {len(heldout)} tokens of held-out text (a twentieth of all)"
-        )
     report(f"tokenizer: V = {vocab_size}, {len(stream):,} tokens, {time.perf_counter() - start:.0f} s")
 
     torch.manual_seed(train.seed)
@@ -149,3 +164,26 @@ def prepare(
     count = sum(p.numel() for p in model.parameters())
     report(f"model: {count / 1e6:.1f} M parameters, input {config.input}, on {trainer.device}; {path!r}")
     return Prepared(trainer, made, heldout, held_texts)
+
+
+def _tokenizer(path: Path | None, vocab_size: int) -> Any:
+    """That of the file, or None where one is to be trained."""
+    if path is not None:
+        return data.load_tokenizer(path)
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size: got {vocab_size}, allowed is at least 257 (every byte and {data.END})")
+    return None
+
+
+def _of_folder(folder: data.TokenFolder) -> tuple[Any, list[str]]:
+    """(tokenizer, the first held-out documents)."""
+    tokenizer, held = folder.tokenizer(), folder.heldout
+    return tokenizer, [tokenizer.decode(held.document(i).tolist()) for i in range(min(HELD_TEXTS, held.documents))]
+
+
+def _described(stream: data.Tokens | data.Mixture) -> list[str]:
+    mixture = stream if isinstance(stream, data.Mixture) else data.Mixture([stream])
+    return [
+        f"{part.source.folder}: {weight:.1%} of the sequences, {len(part):,} tokens in {part.documents:,} documents"
+        for part, weight in zip(mixture.streams, mixture.weights, strict=True)
+    ]

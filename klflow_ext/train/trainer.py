@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import atexit
 import copy
-import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from klflow_ext import data
+from klflow_ext.checkpoint import Checkpoint
+from klflow_ext.log import Log
 from klflow_ext.model import Denoiser
 from klflow_ext.muon import Muon, multiplies_bfloat16
 from klflow_ext.path import Evidence
@@ -29,6 +27,8 @@ from klflow_ext.path import Path as NoisePath
 from klflow_ext.run import Run
 from klflow_ext.train.batch import Batch, Batches
 from klflow_ext.train.config import TrainConfig
+from klflow_ext.train.report import BadStep, NotFinite
+from klflow_ext.train.signals import Signals, stopped
 
 
 def join_processes(device: torch.device) -> tuple[int, int]:
@@ -50,29 +50,6 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-@contextmanager
-def _interrupts() -> Iterator[list]:
-    """A list that SIGINT fills, so that a step is finished; the second one is a KeyboardInterrupt at once.
-
-    Where SIGINT is ignored, as in a job that a script put in the background, it stays ignored.
-    """
-    caught: list = []
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield caught
-        return
-
-    def note(number, frame):
-        if caught:
-            raise KeyboardInterrupt("stopped within a step, which is not saved")
-        caught.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 class Trainer:
     """Trains a Denoiser on a token stream; everything random depends on (seed, step) alone, so resuming is exact.
 
@@ -83,7 +60,7 @@ class Trainer:
     Args:
         model: what to train, on the device where it is trained.
         path: from noise to text.
-        stream: int tokens, one long array.
+        stream: int tokens, one long array, or what `klflow_ext.data` has of them: `TokenFolder(folder).train`, a `Mixture`.
         config: how.
         out: the run, or its folder (made if needed), to which process 0 writes; None: no files.
 
@@ -98,18 +75,18 @@ class Trainer:
         self,
         model: Denoiser,
         path: NoisePath,
-        stream: np.ndarray,
+        stream: data.Stream,
         config: TrainConfig,
         out: Run | str | Path | None = None,
     ):
         if config.length > model.config.max_length:
             raise ValueError(f"length: got {config.length}, allowed is at most max_length = {model.config.max_length}")
-        if len(stream) <= config.length:
-            raise ValueError(f"stream: got {len(stream)} tokens, allowed are more than length = {config.length}")
         if config.evidence_share and not model.reads_posterior:
             raise ValueError(
                 f"evidence_share: got {config.evidence_share}, allowed is 0 for a model that reads no posteriors"
             )
+        prior = model.log_prior.double().softmax(0).cpu().numpy() if model.reads_posterior else None
+        self.batches = Batches(stream, path, config, slices=model.slices, prior=prior)
         self.model, self.path, self.stream, self.config = model, path, stream, config
         self.run = Run(out) if isinstance(out, (str, Path)) else out
         if self.run is not None:
@@ -138,9 +115,9 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.skipped = self.skipped_last = 0  # steps without an update: in all, and the last ones
         self.gradient_norm = math.nan
+        self.bad_step: BadStep | None = None  # the last of MOST_SKIPPED one after another
+        self._log: Log | None = None
         self.average = self._weights() if config.ema else {}
-        prior = model.log_prior.double().softmax(0).cpu().numpy() if model.reads_posterior else None
-        self.batches = Batches(stream, path, config, slices=model.slices, prior=prior)
         self._loss = torch.compile(self._path_loss, fullgraph=True) if config.compile else self._path_loss
 
     def _weights(self) -> dict[str, Tensor]:
@@ -197,26 +174,30 @@ class Trainer:
     def train_step(self) -> float:
         """One optimizer step; returns the loss in nats per free token, the mean over the whole batch.
 
-        A step whose loss or gradient is not finite changes nothing but the count of skipped steps.
+        A step whose loss or gradient is not finite changes nothing but the count of skipped steps. After MOST_SKIPPED of them, one
+        after another, the next is a NotFinite.
 
         A free position that the path's loss leaves out (MaskPath: one that shows its token) counts with a loss of 0.
         """
         c = self.config
+        if self.bad_step is not None:
+            raise NotFinite(self.bad_step.lines("nothing was saved since"))
         self.model.train()  # a path may condition a model on itself in training only
         batch = self.batches.batch(self.step)
         lr = self.learning_rate(self.progress())
         loss, losses = self._gradients(batch)
-        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip))
-        finite = math.isfinite(loss) and math.isfinite(self.gradient_norm)  # the same on all processes
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.gradient_norm = float(norm)
+        if not (math.isfinite(loss) and math.isfinite(self.gradient_norm)):  # the same on all processes
+            self._skip(batch, loss)
+            return loss
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), c.clip, norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if finite:
-                optimizer.step()
+            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if not finite:
-            self._skip(loss)
-            return loss
         self.skipped_last = 0
         if self.average:
             decay = min(c.ema, (1 + self.step) / (10 + self.step))
@@ -228,35 +209,53 @@ class Trainer:
         self.step += 1
         return loss
 
-    def _skip(self, loss: float) -> None:
-        self.step += 1
+    def _skip(self, batch: Batch, loss: float) -> None:
         self.skipped += 1
         self.skipped_last += 1
         if self.skipped_last >= self.MOST_SKIPPED:
-            raise ValueError(
-                f"loss: got {loss:g} with a gradient of norm {self.gradient_norm:g} in step {self.step}, the last of "
-                f"{self.skipped_last} that were skipped one after another; the weights are those of before"
+            gradients = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+            self.bad_step = BadStep.of(
+                self.step + 1, loss, self.gradient_norm, self.skipped_last, batch.t, self._losses(batch), gradients
             )
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+
+    @torch.no_grad()
+    def _losses(self, batch: Batch) -> Tensor:
+        """(B,): the loss of each sequence, in nats per free token, of all processes."""
+        losses = torch.zeros(self.config.batch_size, dtype=torch.float32, device=self.device)
+        for part in self._parts():
+            losses[part] = self._part_loss(batch, part, "none").sum(1)
+        if self.processes > 1:
+            dist.all_reduce(losses)
+        return losses.cpu() / batch.counts.clamp(min=1)
+
+    def _parts(self) -> list[slice]:
+        """Of a batch, those that this process computes."""
+        size = self.config.batch_size // (self.config.accumulate * self.processes)
+        first = self.rank * self.config.accumulate * size
+        return [slice(start, start + size) for start in range(first, first + self.config.accumulate * size, size)]
+
+    def _part_loss(self, batch: Batch, part: slice, reduction: str) -> Tensor:
+        """The noise of a row depends on its number in the whole batch alone."""
+        c = self.config
+        rng = torch.tensor([c.seed, self.step], dtype=torch.int64, device=self.device)
+        tokens, t, given = (x[part].to(self.device) for x in (batch.tokens, batch.t, batch.given))
+        order = None if batch.order is None else batch.order[part].to(self.device)
+        evidence = None if batch.evidence is None else batch.evidence[part].to(self.device)
+        return self._loss(tokens, t, given, order, evidence, rng, reduction, part.start * c.length)
 
     def _gradients(self, batch: Batch) -> tuple[float, Tensor | None]:
         """Fills .grad with the gradient of the whole batch's loss, over its count of free tokens.
 
-        The noise of a row depends on its number in the whole batch alone. Returns that loss, and the sums (B,) of each
-        sequence where they are measured in this step.
+        Returns that loss, and the sums (B,) of each sequence where they are measured in this step.
         """
         c, count = self.config, int(batch.counts.sum())
-        size = c.batch_size // (c.accumulate * self.processes)
-        first = self.rank * c.accumulate * size
         measure = self.batches.curve is not None and self.step % self.MEASURE_EVERY == 0
-        rng = torch.tensor([c.seed, self.step], dtype=torch.int64, device=self.device)
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
         losses = torch.zeros(c.batch_size, dtype=torch.float32, device=self.device)
-        for start in range(first, first + c.accumulate * size, size):
-            part = slice(start, start + size)
-            tokens, t, given = (x[part].to(self.device) for x in (batch.tokens, batch.t, batch.given))
-            order = None if batch.order is None else batch.order[part].to(self.device)
-            evidence = None if batch.evidence is None else batch.evidence[part].to(self.device)
-            sums = self._loss(tokens, t, given, order, evidence, rng, "none" if measure else "sum", start * c.length)
+        for part in self._parts():
+            sums = self._part_loss(batch, part, "none" if measure else "sum")
             if measure:
                 losses[part] = sums.detach().sum(1)
             mean = sums.sum() / count
@@ -278,67 +277,94 @@ class Trainer:
     def fit(self, progress: bool = True) -> None:
         """Runs to the end of the budget, logging and saving on the way; a checkpoint is written at the end too.
 
-        Ctrl-C ends it after the step, which is saved; a second one ends it at once.
+        SIGINT (Ctrl-C), SIGTERM, SIGHUP or SIGUSR1 to any process ends all after the same step, which is saved; a second one
+        ends at once what it is sent to.
 
         Raises:
-            ValueError: MOST_SKIPPED steps one after another were not finite (what was learned before is saved), or a file cannot
-                be written (the last checkpoint stays whole).
-            KeyboardInterrupt: Ctrl-C; its text says what is kept.
+            NotFinite: MOST_SKIPPED steps one after another were not finite; what was learned before is saved, and report.json
+                says more. It is a ValueError.
+            ValueError: a file cannot be written, or another process trains in this folder; the last checkpoint stays whole.
+            KeyboardInterrupt: SIGINT; its text says what is kept.
+            Stopped: another signal, in the same way. It is a SystemExit.
         """
-        run = self.run if self.rank == 0 else None
-        log = None if run is None else run.open_log()
-        try:
-            with _interrupts() as interrupts:
-                self._steps(interrupts, log, progress and self.rank == 0)
-        finally:
-            if log is not None:
-                log.close()
-            if run is not None and sys.exc_info()[0] in (None, ValueError):
+        with ExitStack() as stack:
+            if self.run is not None and self.rank == 0:
+                stack.enter_context(self.run.owned())
+                self._log = self.run.open_log(self.step)
+                stack.callback(self._close_log)
+            signals = stack.enter_context(Signals())
+            self._steps(signals, progress and self.rank == 0)
+            if self.bad_step is not None:
+                self._give_up(self.bad_step)
+            if self._log is not None:
                 self.save()
-        if interrupts:
-            kept = "nothing is kept"
-            if run is not None:
-                self.save()
-                kept = f"step {self.step} is saved: klflow train --resume {run.folder} goes on from there"
-            raise KeyboardInterrupt(kept)
+            number = self._agreed(self.seconds, signals.number)[1]  # where the others wait for what is saved
+        if number:
+            raise stopped(number, self._kept(time.monotonic() - signals.at if signals.number else None))
 
-    def _steps(self, interrupts: list, log, progress: bool) -> None:
+    def _close_log(self) -> None:
+        assert self._log is not None
+        self._log.close()
+        self._log = None
+
+    def _kept(self, seconds: float | None) -> str:
+        """What is kept, `seconds` after this process's signal."""
+        if self.run is None:
+            return f"nothing of its {self.step} steps is kept"
+        after = "" if seconds is None else f" {seconds:.2f} s after the signal"
+        return f"step {self.step} is saved{after}: klflow train --resume {self.run.folder} goes on from there"
+
+    def _give_up(self, bad: BadStep) -> None:
+        last = "nothing is kept"
+        if self._log is not None and self.run is not None:
+            try:
+                self.save()
+            except ValueError as error:  # the weights themselves
+                last = f"not saved: {error}"
+            else:
+                last = f"the last checkpoint is {self.run.last().folder}"
+            found = self.run.checkpoints()
+            path = self.run.write_report({**bad.to_dict(), "checkpoint": str(found[0].folder) if found else None})
+            last += f"; {path} has all of this"
+        self._agreed(self.seconds, 0)
+        raise NotFinite(bad.lines(last))
+
+    def _steps(self, signals: Signals, progress: bool) -> None:
         begin, start_seconds = time.perf_counter(), self.seconds
         last_line = last_save = begin
         average = None
         terminal = sys.stdout.isatty()
-        while self.progress() < 1.0 and not interrupts:
+        number, self.bad_step = 0, None
+        while self.progress() < 1.0 and not number and self.bad_step is None:
             loss = self.train_step()
             now = time.perf_counter()
-            self.seconds = self._agreed(start_seconds + now - begin)
+            self.seconds, number = self._agreed(start_seconds + now - begin, signals.number)
             if math.isfinite(loss):
                 average = loss if average is None else 0.95 * average + 0.05 * loss
-            if log is not None:
+            if self._log is not None:
                 record = {"step": self.step, "loss": loss, "seconds": round(self.seconds, 3)}
-                record |= {"gradient_norm": self.gradient_norm, "skipped": self.skipped}
-                log.write(json.dumps(record) + "\n")
+                self._log.write(record | {"gradient_norm": self.gradient_norm, "skipped": self.skipped})
             if progress and now - last_line > (0.5 if terminal else 15.0):
                 last_line = now
                 done = self.progress()
                 left = self.seconds / done * (1 - done) if done > 0 else math.nan
                 rate = self.step * self.config.batch_size * self.config.length / self.seconds
-                text = f"step {self.step}  loss {average or math.nan:.3f}  {rate:,.0f} tokens/s  {left:.0f} s left"
+                text = f"step {self.step}  loss {math.nan if average is None else average:.3f}  {rate:,.0f} tokens/s  {left:.0f} s left"
                 text += f"  {self.skipped} skipped" * (self.skipped > 0)
                 print(f"\r{text:<70}" if terminal else text, end="" if terminal else "\n", flush=True)
-            if log is not None and now - last_save > self.config.checkpoint_seconds:
-                last_save = now
-                log.flush()
+            if self._log is not None and now - last_save > self.config.checkpoint_seconds:
                 self.save()
+                last_save = time.perf_counter()
         if progress and terminal:
             print()
 
-    def _agreed(self, seconds: float) -> float:
-        """The clock of process 0, by which all end at the same step."""
-        if self.processes == 1 or self.config.max_seconds is None:
-            return seconds
-        clock = torch.tensor(seconds, dtype=torch.float64, device=self.device)
-        dist.broadcast(clock, 0)
-        return clock.item()
+    def _agreed(self, seconds: float, signal: int) -> tuple[float, int]:
+        """The clock of process 0, and the signal that any process has got, by which all end at the same step."""
+        if self.processes == 1:
+            return seconds, signal
+        said = torch.tensor([seconds * (self.rank == 0), signal], dtype=torch.float64, device=self.device)
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        return said[0].item(), int(said[1])
 
     # ---- files
 
@@ -348,13 +374,13 @@ class Trainer:
         return self.run
 
     def save(self) -> None:
-        """Writes the run folder: what `load_run` gives, and what `load` goes on from.
+        """Writes a checkpoint: what `load_run` gives, and what `load` goes on from. config.keep of them stay.
 
         Raises:
-            ValueError: a weight is not finite, or a file cannot be written; what was saved before stays whole.
+            ValueError: a number is not finite, or a file cannot be written; what was saved before stays whole.
         """
         curve = self.batches.curve
-        state = {
+        training = {
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "average": self.average,
@@ -369,17 +395,42 @@ class Trainer:
             "path": self.path.to_dict(),
             "train": asdict(self.config),
         }
-        self._folder().save(config, weights, state, self.stream)
+        run = self._folder()
+        if self._log is not None:
+            self._log.sync()  # before the checkpoint, whose steps it then has in any case
+        run.save(config, weights, training, self.stream, self.step, self.config.keep)
 
-    def load(self) -> None:
-        """Takes up the checkpoint of the run folder. An average or a loss curve that it lacks starts anew from there."""
-        with self._folder().checkpoint(self.device) as state:
+    def load(self, checkpoint: Checkpoint | None = None) -> None:
+        """Takes up a checkpoint. An average or a loss curve that it lacks starts anew from there.
+
+        Args:
+            checkpoint: None: the last one of the run folder that is whole; a later one that is not is warned of.
+
+        Raises:
+            ValueError: a file is missing, broken, or of another model; the message names it.
+        """
+        checkpoint = checkpoint or self._folder().last_good()
+        with checkpoint.training() as state:
             self.model.load_state_dict(state["model"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                _check_moments(optimizer, saved)
                 optimizer.load_state_dict(saved)
             if self.config.ema:
-                self.average = state.get("average") or self._weights()
-            if self.batches.curve is not None and state.get("curve") is not None:
-                self.batches.curve.sums = state["curve"].cpu()
-            self.step, self.seconds = state["step"], state["seconds"]
-            self.skipped = state.get("skipped", 0)
+                average, names = state["average"] or self._weights(), self._weights().keys()
+                if average.keys() != names:
+                    raise ValueError("its average is of another model")
+                self.average = {name: average[name].to(self.device) for name in names}
+            if self.batches.curve is not None and state["curve"] is not None:
+                self.batches.curve.sums.copy_(state["curve"])
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self.skipped, self.skipped_last = int(state["skipped"]), 0
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """torch takes moments of any shape for those of a parameter."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, moments in saved["state"].items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameters[number].shape:
+                expected = tuple(parameters[number].shape)
+                raise ValueError(f"its {name} {number} has shape {tuple(value.shape)}, allowed is {expected}")

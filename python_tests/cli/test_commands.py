@@ -2,36 +2,14 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
+from runs import contents
 
 from klflow_ext import (
     build_info,
     data,
 )
-
-
-@pytest.fixture
-def klflow(monkeypatch, capsys, tmp_path):
-    """klflow(*arguments): the command line in this process, in tmp_path; what it returned and printed."""
-    from klflow_ext import cli
-
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["klflow", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        printed = capsys.readouterr()
-        message = code if isinstance(code, str) else ""
-        return SimpleNamespace(returncode=int(bool(code)), stdout=printed.out, stderr=printed.err + message)
-
-    return run
 
 
 @pytest.mark.slow
@@ -81,7 +59,7 @@ def test_command_line(klflow, tmp_path):
         (["sample", str(tmp_path)], "no run folder"),
         (["train", "--data", str(tmp_path / "none.txt")], "cannot be read"),
         (["infill", str(run), "--text", "no hole"], "text: got 'no hole'"),
-        (["sample", str(run), "--method", "fast"], "method: got 'fast', allowed is one of ['basic', 'hybrid', "),
+        (["sample", str(run), "--method", "fast"], "method: got 'fast', allowed is one of ['basic', 'confidence', "),
         (["sample", str(run), "--temperature", "1", "0"], "temperature: got 0"),
         (["sample", str(run), "--device", "nothing"], "device: nothing cannot be used"),
         (["train", "--path", "mask", "--input", "simplex"], "input: got 'simplex', allowed on path mask is 'tokens'"),
@@ -110,10 +88,10 @@ def test_command_line(klflow, tmp_path):
         (["complete", str(run), "--prompt", "caf\udce9"], "prompt: got b'caf\\xe9', allowed is UTF-8"),
         (["infill", str(run), "--text", "a{?99999999999999999999}b"], "text: got the hole {?99999999999999999999}"),
     ):
-        before = {file.name: file.read_bytes() for file in run.iterdir()}
+        before = contents(run)
         done = klflow(*command)
         assert done.returncode != 0 and message in done.stderr, command
-        assert {file.name: file.read_bytes() for file in run.iterdir()} == before, command
+        assert contents(run) == before, command
     assert not (tmp_path / "runs").exists()
 
 
@@ -168,3 +146,36 @@ def test_command_line_of_slices(klflow, tmp_path):
         done.returncode != 0
         and "time: got 'token', allowed is 'none', 'add' or 'adaln' where slices is True" in done.stderr
     )
+
+
+def test_command_line_of_token_folders(klflow, tmp_path):
+    """Texts are prepared, two folders are trained on, and the run goes on where they have moved."""
+    for name, word in (("a", "cat"), ("b", "dog")):
+        (tmp_path / f"{name}.txt").write_text(
+            "\n<|endoftext|>\n".join(f"one {word} {i} four\n" * 20 for i in range(100))
+        )
+    done = klflow("prepare", "a.txt", "*.tx?", "--out", "both", "--vocab-size", "300", "--heldout", "0.2")
+    assert done.returncode == 0 and "in 2 files" in done.stdout and "next: klflow train --data both" in done.stdout
+    for name in ("a", "b"):
+        done = klflow("prepare", f"{name}.txt", "--out", name, "--tokenizer", "both/tokenizer.json", "--heldout", "0.2")
+        assert done.returncode == 0, done.stderr
+    assert "a is whole: fingerprint" in klflow("prepare", "--verify", "a").stdout
+    small = ["--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--length", "16", "--steps", "2", "--out", "run"]
+    done = klflow("train", "--data", "a=0.7", "b=0.3", "--shuffle", "documents", *small)
+    assert done.returncode == 0 and "a: 70.0% of the sequences" in done.stdout, done.stderr
+    (tmp_path / "b").rename(tmp_path / "c")
+    done = klflow("train", "--resume", "run", "--more-steps", "1")
+    assert done.returncode == 1 and "where no token folder is; --data says where it is now" in done.stderr
+    done = klflow("train", "--resume", "run", "--more-steps", "1", "--data", "a", "c")
+    assert done.returncode == 0 and "unigram entropy" in done.stdout, done.stderr
+    assert klflow("eval", "run", "--length", "16").returncode == 0  # the run has learned where they are
+    for command, message in (
+        (["prepare", "--out", "x"], "data: got no file"),
+        (["prepare", "a.txt", "--out", "a"], "a holds a token folder already"),
+        (["prepare", "a.txt", "--out", "a.txt"], "a.txt is a file, allowed is a folder"),
+        (["prepare", "--verify", "run"], "run is no folder of tokens"),
+        (["train", "--data", "a=x"], "data: got 'a=x', allowed is PATH or PATH=WEIGHT"),
+        (["train", "--data", "a", "--shuffle", "words"], "invalid choice"),
+    ):
+        done = klflow(*command)
+        assert done.returncode == 1 and message in done.stderr or command[-1] == "words", (command, done.stderr)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import V, cyclic_next, eager_backend, first_gradient, trainer
+from runs import V, cyclic_next, eager_backend, first_gradient, saved, trainer
 
 from klflow_ext import (
     Autoregressive,
@@ -67,7 +67,7 @@ def test_the_average_is_what_a_run_gives(tmp_path):
         torch.testing.assert_close(run.average[name], expected[name])
         assert torch.equal(loaded.state_dict()[name], run.average[name])
         assert torch.equal(averaged.state_dict()[name], run.average[name])
-        assert torch.equal(torch.load(tmp_path / "checkpoint.pt")["model"][name], p)
+        assert torch.equal(saved(tmp_path)["model"][name], p)
     assert not torch.equal(run.model.head.weight, averaged.head.weight)
     plain = trainer(1)
     assert plain.averaged_model() is plain.model
@@ -168,8 +168,8 @@ leave_processes()
         errors = worker.communicate(timeout=120)[1]
         assert worker.returncode == 0, errors.decode()
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    one = torch.load(tmp_path / "one" / "checkpoint.pt")
-    two = torch.load(tmp_path / "two" / "checkpoint.pt")
+    one = saved(tmp_path / "one")
+    two = saved(tmp_path / "two")
     for name, weight in one["model"].items():
         assert torch.equal(first["weights"][name], second["weights"][name]), name
         assert (two["model"][name] - weight).norm() < 0.03 * weight.norm(), name  # Muon may round to bfloat16
@@ -257,6 +257,11 @@ def test_a_causal_model_of_tokens_learns(accumulate, dtype):
         (lambda: TrainConfig(accumulate=0), "accumulate: got 0"),
         (lambda: TrainConfig(batch_size=8, accumulate=3), "accumulate: got 3, allowed is a divisor of batch_size = 8"),
         (lambda: TrainConfig(lr=0), "lr: got 0"),
+        (lambda: TrainConfig(keep=0), "keep: got 0"),
+        (lambda: TrainConfig(batch_size=2**40), "batch_size: got 1099511627776 sequences of 64 tokens, allowed are"),
+        (lambda: DenoiserConfig(2**31), "vocab_size: got 2147483648, allowed is an integer from 2 to 2147483647"),
+        (lambda: DenoiserConfig(10, n_layer=10**9), "n_layer: got 1000000000, allowed is an integer from 1 to 4096"),
+        (lambda: DenoiserConfig(10, max_length=10**12), "max_length: got 1000000000000"),
         (lambda: TrainConfig(given_share=2), "given_share: got 2"),
         (lambda: LogitPath(1), "vocab_size"),
         (lambda: LogitPath(10, beta=1.0), "beta"),

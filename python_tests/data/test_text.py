@@ -208,7 +208,7 @@ def test_removed_lines():
 
 
 @pytest.mark.parametrize(
-    "content,message", [(None, "cannot be read"), (b"", "is empty"), (b"ab\xff", "not UTF-8: byte 0xff at offset 2"),
+    "content,message", [(None, "cannot be read"), (b"", "is empty"), (b"ab\xff", "not UTF-8: byte 0xff in line 1"),
                         (b"short", "at least 20 are needed")]
 )  # fmt: skip
 def test_bad_data(tmp_path, content, message):

@@ -1,0 +1,74 @@
+"""Texts with holes: {?n} stands for n tokens."""
+
+from __future__ import annotations
+
+import re
+
+
+def _without_prefix_space(tokenizer):
+    """A copy of the tokenizer that puts no space before a text; one of another library is taken as it is."""
+    from tokenizers import Tokenizer
+
+    if not isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    bare = Tokenizer.from_str(tokenizer.to_str())
+    before = bare.pre_tokenizer
+    if hasattr(before, "add_prefix_space"):
+        before.add_prefix_space = False
+    if hasattr(before, "prepend_scheme"):
+        before.prepend_scheme = "never"
+    if before is not None:
+        bare.pre_tokenizer = before
+    return bare
+
+
+def encode_pieces(tokenizer, pieces: list[str]) -> list[list[int]]:
+    """The ids of pieces of one text, each encoded by itself, that give the whole text back.
+
+    A tokenizer that puts a space before every text is asked not to, but before the first where that is what gives it back.
+
+    Raises:
+        ValueError: the tokenizer changes the text.
+    """
+    text = "".join(pieces)
+    bare = _without_prefix_space(tokenizer)
+    for first, other in ((tokenizer, tokenizer), (tokenizer, bare), (bare, bare)):
+        makers = [first if i == 0 else other for i in range(len(pieces))]
+        try:
+            ids = [maker.encode(p, add_special_tokens=False).ids for maker, p in zip(makers, pieces, strict=True)]
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f"text: the tokenizer cannot encode it: {error}") from None
+        found = tokenizer.decode(sum(ids, []), skip_special_tokens=False)
+        if found == text:
+            return ids
+    raise ValueError(f"text: got {text[:80]!r} between the holes, which this tokenizer gives back as {found[:80]!r}")
+
+
+LONGEST_HOLE = 1_000_000
+
+
+def parse_holes(text: str, tokenizer) -> tuple[list[int], list[bool]]:
+    """(tokens, given) of a text with holes {?n}, each of n >= 1 tokens: "x = {?3} + 1".
+
+    The pieces between holes are encoded by themselves (`encode_pieces`).
+
+    Raises:
+        ValueError: there is no hole, or one of no tokens or of more than LONGEST_HOLE, or the tokenizer would change the text.
+    """
+    parts = re.split(r"\{\?(\d+)\}", text)
+    for hole in parts[1::2]:
+        if len(hole) > 18 or not 1 <= int(hole) <= LONGEST_HOLE:
+            raise ValueError(
+                f"text: got the hole {{?{hole}}}, allowed are holes of 1 to {LONGEST_HOLE:,} tokens, such as {{?8}}"
+            )
+    if len(parts) == 1:
+        raise ValueError(f"text: got {text!r}, allowed is a text with a hole such as {{?8}}")
+    pieces = [part for part in parts[::2] if part]
+    encoded = iter(encode_pieces(tokenizer, pieces))
+    tokens: list[int] = []
+    given: list[bool] = []
+    for i, part in enumerate(parts):
+        ids = [0] * int(part) if i % 2 else next(encoded) if part else []
+        tokens += ids
+        given += [i % 2 == 0] * len(ids)
+    return tokens, given

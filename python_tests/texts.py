@@ -1,0 +1,15 @@
+"""Small token folders that the tests of data and training share."""
+
+import json
+
+from klflow_ext.train import prepare_tokens
+
+TEXTS = [f"the cat {i} sat on mat {i * i} and ran " * (1 + i % 9) for i in range(400)]
+
+
+def token_folder(folder, texts=TEXTS, **options):
+    """A token folder of these documents, with V = 300 and small shards."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    source = folder.with_suffix(".jsonl")
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return prepare_tokens([source], folder, **{"vocab_size": 300, "shard_tokens": 2000, "heldout": 0.1, **options})
