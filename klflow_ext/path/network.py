@@ -7,10 +7,14 @@ which no logits and no noisy rows are built. Nothing about a model is guessed fr
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -220,14 +224,32 @@ def as_network(model: Model, vocab_size: int) -> Network | Called:
     return inner
 
 
+_modes = threading.Lock()
+_evaluated: WeakKeyDictionary[nn.Module, tuple[list[None], list[nn.Module]]] = WeakKeyDictionary()
+if sys.platform != "win32":  # a process that is forked while another thread holds it would wait for ever
+    os.register_at_fork(before=_modes.acquire, after_in_parent=_modes.release, after_in_child=_modes.release)
+
+
 @contextmanager
 def evaluating(network: Network | Called) -> Iterator[None]:
-    """The network in evaluation mode (dropout would draw other tokens for the same seed), and then as it was."""
-    training = [] if network.module is None else [m for m in network.module.modules() if m.training]
+    """The network in evaluation mode (dropout would draw other tokens for the same seed), and then as it was: once the last of
+    the threads that are in here has left."""
+    if (module := network.module) is None:
+        yield
+        return
+    with _modes:
+        users, training = _evaluated.setdefault(module, ([], []))
+        users.append(None)
+        for part in module.modules():
+            if part.training:
+                training.append(part)
+                part.training = False
     try:
-        for module in training:
-            module.training = False
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _modes:
+            users.pop()
+            if not users:
+                del _evaluated[module]
+                for part in training:
+                    part.training = True
