@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from test_layouts import NAMES, PRODUCTS, as_list, cases
 
-VOCAB = 20_011  # 12 rows of which are enough to be shared out among threads
+VOCAB = 5_003  # 12 rows of which are shared out among threads
 # torch's matrix products may add up in another order under another number of threads.
 SUMS = {*PRODUCTS, "noise_embedding backward"}
 
@@ -58,8 +59,6 @@ def test_numbers_of_torchs_threads(name, threads):
 
 def forked(work, seconds=60):
     """The exit status of work() in a forked process: 0 if it is true, 1 if not or if it raises, None if it hangs."""
-    import time
-
     child = os.fork()
     if not child:
         try:
@@ -95,13 +94,14 @@ def fork_after(count):
         return torch.equal(x.softmax(-1), want)
 
     for run in (lambda work: work(), in_a_thread):
-        print(run(lambda: forked(torchs, 20)), run(lambda: forked(ours)))
+        of_torch = run(lambda: forked(torchs, 10))
+        print(of_torch, "unasked" if of_torch is None else run(lambda: forked(ours)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_after_a_fork(count):
-    """Right where torch itself is right; where torch hangs or fails, as it may with threads, no worse than torch."""
+    """Right where torch itself is; torch hangs where the thread that forks has shared work out among others."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])}
     done = subprocess.run(
         [sys.executable, "-c", f"import test_same_bits; test_same_bits.fork_after({count})"],
