@@ -176,7 +176,11 @@ def _posterior_rows(target, t, rng, log_prior, beta, given, row_offset, boost=No
     e = simplex_noise(shape.numel(), vocab, state_of(rng, shape, row_offset), row_offset, work, device)
     t = _rows(t, shape, work, device)
     s = gap(vocab, beta) * t / (1 - t)
-    k = (target[..., None] if boost is None else target).reshape(len(e), target.shape[-1] if boost is not None else 1).long()
+    k = (
+        (target[..., None] if boost is None else target)
+        .reshape(len(e), target.shape[-1] if boost is not None else 1)
+        .long()
+    )
     if boost is None:
         certain = ~(s < 80)  # t = 1 too: every other token's posterior is below the smallest float32
         s = torch.where(certain, 0.0, s)

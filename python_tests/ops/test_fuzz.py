@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from klflow_ext import ops, reference
 
-EXAMPLES = int(os.environ.get("KLFLOW_FUZZ", "60"))
+EXAMPLES = int(os.environ.get("KLFLOW_FUZZ", "40"))
 SEED = int(os.environ.get("KLFLOW_FUZZ_SEED", "0"))
 ERRORS = (TypeError, ValueError, IndexError, RuntimeError)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -105,7 +105,15 @@ class Draw:
             torch.float64 if kind == "double" else torch.float32))  # fmt: skip
 
     def temperature(self):
-        return self.of(1.0, 0.7, 1e-30, 1e30, 1e-3, torch.tensor(0.5), torch.linspace(0.2, 3.0, math.prod(self.shape)).view(self.shape))
+        return self.of(
+            1.0,
+            0.7,
+            1e-30,
+            1e30,
+            1e-3,
+            torch.tensor(0.5),
+            torch.linspace(0.2, 3.0, math.prod(self.shape)).view(self.shape),
+        )
 
     def rng(self):
         kind = self.of("seed", "large", "generator", "state", "rows", "sequences")
@@ -185,7 +193,8 @@ def cross_entropy_grad(d):
 def linear_cross_entropy(d):
     width, dtype = d.of(1, 4, 9), d.of(*FLOATS)
     hidden, weight, bias = (
-        d.floats(*shape, dtypes=(dtype,), std=1.0, extreme=False) for shape in ((*d.shape, width), (d.vocab, width), (d.vocab,))
+        d.floats(*shape, dtypes=(dtype,), std=1.0, extreme=False)
+        for shape in ((*d.shape, width), (d.vocab, width), (d.vocab,))
     )
     more = {"reduction": d.of("mean", "sum", "none"), "return_lse": d.of(False, True), "bias": d.of(None, bias)}
     more |= d.of({}, {"chunk_rows": d.of(1, 2, 1000)}, {"logit_bytes": d.of(1, 10**6)})
@@ -271,13 +280,19 @@ def as64(name, value):
     if isinstance(value, torch.Generator):
         return reference.state_of(torch.Generator().set_state(value.get_state()))[0]
     if name in ("t", "t_next", "rate", "temperature", "top_p", "dloss", "row_weight") and value is not None:
-        value = value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(float(value), dtype=torch.float64)
+        value = (
+            value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(float(value), dtype=torch.float64)
+        )
         return value.float().double()
     if isinstance(value, torch.Tensor) and (name not in NUMBERS or value.dim()):
         return value.detach().double() if value.is_floating_point() else value.detach()
     if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
         value = value.item()
-    return float(value) if isinstance(value, Fraction) or (type(value) is int and name != "rng" and abs(value) >= 2**62) else value
+    return (
+        float(value)
+        if isinstance(value, Fraction) or (type(value) is int and name != "rng" and abs(value) >= 2**62)
+        else value
+    )
 
 
 def posterior_tolerance(log_q, log_prior):
@@ -392,7 +407,9 @@ class Near:
         if got_lse is not None:
             lse = Near.seen_lse(x, logits, lse)
             near(got_lse, lse, 1e-6, 3e-6 + own.view(lse.shape))
-        error = Near.loss_tolerance(x, logits, name).view(loss.shape) + own.view(loss.shape) * (1 + 4 * options["z_loss"] * lse.abs())
+        error = Near.loss_tolerance(x, logits, name).view(loss.shape) + own.view(loss.shape) * (
+            1 + 4 * options["z_loss"] * lse.abs()
+        )
         relative = 40 * 2.0**-23
         if x["reduction"] == "none":
             near(got, loss, relative, error)
@@ -427,7 +444,13 @@ class Near:
         logits = torch.nn.functional.linear(x["hidden"], x["weight"], bias)
         size = torch.nn.functional.linear(x["hidden"].abs(), x["weight"].abs(), None if bias is None else bias.abs())
         weight = 1.0 if x.get("class_weight") is None else float(x["class_weight"].amax())
-        row_weight = 1.0 if x.get("row_weight") is None else float(torch.as_tensor(x["row_weight"]).abs().max()) if x["target"].numel() else 1.0
+        row_weight = (
+            1.0
+            if x.get("row_weight") is None
+            else float(torch.as_tensor(x["row_weight"]).abs().max())
+            if x["target"].numel()
+            else 1.0
+        )
         own = size.amax(-1).view(-1) * 3 * EPS[a["hidden"].dtype] * max(1.0, weight * row_weight)
         Near.losses(got, x, logits, "class_weight", own)
 
@@ -451,18 +474,29 @@ class Near:
         ids, q, rest = got
         assert torch.equal(rest.reshape(-1).isnan(), bad)
         keep = ~bad
-        near_entries((ids.reshape(-1, top)[keep], q.reshape(-1, top)[keep], rest.reshape(-1)[keep]), log_q[keep], x["log_prior"], top, (int(keep.sum()),))
+        near_entries(
+            (ids.reshape(-1, top)[keep], q.reshape(-1, top)[keep], rest.reshape(-1)[keep]),
+            log_q[keep],
+            x["log_prior"],
+            top,
+            (int(keep.sum()),),
+        )
         assert ((ids >= 0) & (ids < vocab)).all() and q.reshape(-1, top)[bad].isnan().all()
 
     @staticmethod
     def posterior_embedding(got, a, x, d):
         finite = (x["q"].isfinite().all(-1) & x["rest"].isfinite())[..., None]
         assert not (got.isfinite() & ~finite).any()
-        x, got = x | {"q": torch.where(finite, x["q"], 0), "rest": torch.where(finite[..., 0], x["rest"], 0)}, torch.where(finite, got, 0)
+        x, got = (
+            x | {"q": torch.where(finite, x["q"], 0), "rest": torch.where(finite[..., 0], x["rest"], 0)},
+            torch.where(finite, got, 0),
+        )
         want = torch.where(finite, reference.posterior_embedding(**x), 0)
         prior = x["log_prior"].softmax(0)
         others = 1 - prior[x["ids"].long()].sum(-1)
-        error = 1e-5 + torch.where(others > 1e-6, 1e-6 * x["rest"].abs() / others, x["rest"].abs() * (x["ids"].shape[-1] < len(prior)))
+        error = 1e-5 + torch.where(
+            others > 1e-6, 1e-6 * x["rest"].abs() / others, x["rest"].abs() * (x["ids"].shape[-1] < len(prior))
+        )
         near(got, want, 1.01 * EPS[got.dtype], error[..., None] * x["weight"].abs().amax())
 
     @staticmethod
@@ -472,10 +506,16 @@ class Near:
         if x.get("log_prior") is None:
             q = reference.noise_interpolate(**rows, vocab_size=len(weight), dtype=torch.float64)
         else:
-            q = reference.noise_interpolate(**rows, vocab_size=len(weight), dtype=torch.float64, output="posterior", log_prior=x["log_prior"])
+            q = reference.noise_interpolate(
+                **rows, vocab_size=len(weight), dtype=torch.float64, output="posterior", log_prior=x["log_prior"]
+            )
             relative = 2 * posterior_tolerance(q.log(), x["log_prior"])
         want = q @ weight
-        if x.get("log_prior") is not None and x.get("top", 512) is not None and min(x.get("top", 512), len(weight)) < len(weight):
+        if (
+            x.get("log_prior") is not None
+            and x.get("top", 512) is not None
+            and min(x.get("top", 512), len(weight)) < len(weight)
+        ):
             entries = reference.noise_posterior(**rows, log_prior=x["log_prior"], top=x.get("top", 512))
             want = reference.posterior_embedding(*entries, weight, x["log_prior"])
         near(got, want, 1.01 * EPS[got.dtype], relative * weight.abs().amax() * 2)
@@ -505,11 +545,17 @@ class Near:
     @staticmethod
     def topk_renoise(got, a, x, d):
         token, noisy = got
-        given = torch.zeros(x["logits"].shape[:-1], dtype=torch.bool) if x.get("given") is None else x["given"].expand(x["logits"].shape[:-1])
+        given = (
+            torch.zeros(x["logits"].shape[:-1], dtype=torch.bool)
+            if x.get("given") is None
+            else x["given"].expand(x["logits"].shape[:-1])
+        )
         free = ~given.reshape(-1)
         if given.any():
             assert torch.equal(token[given], x["known"].long().expand(x["logits"].shape[:-1])[given])
-        drawn, _ = ops.topk_sample(**{n: v for n, v in a.items() if n in ("logits", "k", "temperature", "top_p", "row_offset")}, rng=x["rng"])
+        drawn, _ = ops.topk_sample(
+            **{n: v for n, v in a.items() if n in ("logits", "k", "temperature", "top_p", "row_offset")}, rng=x["rng"]
+        )
         assert torch.equal(token.reshape(-1)[free], drawn.reshape(-1)[free])
         near_draws(drawn, None, x, d)
         want = reference.noise_interpolate(token.clamp(min=0), x["t_next"], x["rng"], vocab_size=x["logits"].shape[-1], beta=x.get("beta", 0.01),
@@ -519,7 +565,10 @@ class Near:
 
     @staticmethod
     def euler_step(got, a, x, d):
-        logits, rate = x["logits"], torch.as_tensor(x["rate"], dtype=torch.float64).expand(x["logits"].shape[:-1])[..., None]
+        logits, rate = (
+            x["logits"],
+            torch.as_tensor(x["rate"], dtype=torch.float64).expand(x["logits"].shape[:-1])[..., None],
+        )
         z = logits - logits.nan_to_num(nan=math.nan, posinf=math.inf, neginf=-math.inf).amax(-1, keepdim=True)
         p = (z / torch.as_tensor(x["temperature"]).expand(x["logits"].shape[:-1])[..., None]).softmax(-1)
         c = reference.gap(x["logits"].shape[-1], x.get("beta", 0.01))
@@ -529,8 +578,12 @@ class Near:
         flat, known = l.reshape(-1, x["logits"].shape[-1]), x.get("known")
         for result, log in ((got[0], True), (got[1], False)):
             want = flat.log_softmax(-1) if log else flat.softmax(-1)
-            want = reference._onehot_rows(want, given, None if known is None else known.reshape(-1) if known.dim() else known, flat.shape[:1], log)
-            near_points(result.reshape(flat.shape), (state.reshape(flat.shape), torch.full_like(flat, 4 * c)), want, log)
+            want = reference._onehot_rows(
+                want, given, None if known is None else known.reshape(-1) if known.dim() else known, flat.shape[:1], log
+            )
+            near_points(
+                result.reshape(flat.shape), (state.reshape(flat.shape), torch.full_like(flat, 4 * c)), want, log
+            )
 
     @staticmethod
     def softmax_expectation(got, a, x, d):

@@ -102,7 +102,10 @@ def fork_after(count):
 @pytest.mark.parametrize("count", [1, 2])
 def test_after_a_fork(count):
     """Right where torch itself is; torch hangs where the thread that forks has shared work out among others."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]),
+    }
     done = subprocess.run(
         [sys.executable, "-c", f"import test_same_bits; test_same_bits.fork_after({count})"],
         capture_output=True, text=True, env=environment, timeout=400,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from runs import trainer
 
-from klflow_ext import Sampler, load_run
+from klflow_ext import Run, Sampler
 
 COUNT = int(os.environ.get("KLFLOW_SOAK", "200"))
 SHAPE = {"n_layer": 1, "n_embd": 32, "max_length": 16}
@@ -45,7 +45,7 @@ def test_steps_and_calls(tmp_path):
             run.save()
 
     of_steps = grows(step, COUNT)
-    model, path = load_run(tmp_path / "run")
+    model, path = Run(tmp_path / "run").model()
     sampler = Sampler(model, path)
     methods = ("basic", "sampling", "hybrid", "segments", "confidence")
 
@@ -53,7 +53,9 @@ def test_steps_and_calls(tmp_path):
         sampler.sample((1 + i % 3, 5 + i % 7), steps=2, method=methods[i % 5], seed=i)
 
     of_calls = grows(sample, COUNT)
-    of_loads = grows(lambda i: load_run(tmp_path / "run"), COUNT // 10)
-    print(f"{COUNT} steps, {COUNT} calls, {COUNT // 10} loads: MB and handles grew by {of_steps}, {of_calls}, {of_loads}")
+    of_loads = grows(lambda i: Run(tmp_path / "run").model(), COUNT // 10)
+    print(
+        f"{COUNT} steps, {COUNT} calls, {COUNT // 10} loads: MB and handles grew by {of_steps}, {of_calls}, {of_loads}"
+    )
     for memory, files in (of_steps, of_calls, of_loads):
         assert memory < 8 and files == 0
