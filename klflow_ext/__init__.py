@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # what the names below are; they are imported when they are f
     from klflow_ext.oracle import ExactDenoiser
     from klflow_ext.path import (
         Autoregressive,
+        Evidence,
+        Layout,
         LinearPath,
         LogitPath,
         MaskPath,
@@ -41,16 +43,17 @@ if TYPE_CHECKING:  # what the names below are; they are imported when they are f
     )
     from klflow_ext.run import Run, load_run
     from klflow_ext.sample import Sampler, register_sampler, register_way
-    from klflow_ext.train import TrainConfig, Trainer
+    from klflow_ext.train import Objective, TrainConfig, Trainer
 
 _LAZY = {
     "path": (
-        "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive", "Network", "SampleOptions",
+        "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive", "Network", "Evidence",
+        "Layout", "SampleOptions",
     ),
     "oracle": ("ExactDenoiser",),
     "model": ("Denoiser", "DenoiserConfig"),
     "run": ("Run", "load_run"),
-    "train": ("Trainer", "TrainConfig"),
+    "train": ("Trainer", "TrainConfig", "Objective"),
     "sample": ("Sampler", "register_sampler", "register_way"),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _LAZY.items() for name in names}
@@ -67,11 +70,12 @@ _MODULES = (
     "cli",
     "checks",
     "muon",
+    "sharding",
 )
 __all__ = [  # a literal, which type checkers read
     "build_info", "ops", "Path", "LogitPath", "LinearPath", "SpherePath", "MaskPath", "UniformPath", "Autoregressive",
-    "Network", "SampleOptions", "ExactDenoiser", "Denoiser", "DenoiserConfig", "Run", "load_run", "Trainer", "TrainConfig",
-    "Sampler", "register_sampler", "register_way",
+    "Network", "Evidence", "Layout", "SampleOptions", "ExactDenoiser", "Denoiser", "DenoiserConfig", "Run", "load_run", "Trainer", "TrainConfig",
+    "Objective", "Sampler", "register_sampler", "register_way",
 ]  # fmt: skip
 
 

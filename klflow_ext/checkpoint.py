@@ -2,6 +2,7 @@
 
 config.json         network, path and training settings     manifest.json  size and checksum of each file, the run's texts too
 model.safetensors   weights (averaged, if the run averages)  training.safetensors  what training goes on from
+                    of sharded parameters that is in training-<number>-of-<processes>.safetensors too, a part of each process
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from klflow_ext.files import TEMPORARY, checksum, read_json, reading, remove, write_folder
 from klflow_ext.model import Denoiser, DenoiserConfig
+from klflow_ext.parts import read_parts
 from klflow_ext.path import Path as NoisePath
+from klflow_ext.sharding import is_sharded
 
 FORMAT = 2  # manifest.json says which
 MANIFEST, CONFIG, MODEL, TRAINING = "manifest.json", "config.json", "model.safetensors", "training.safetensors"
@@ -48,35 +51,40 @@ class Checkpoint:
 
     @classmethod
     def write(
-        cls, run: Path, number: int, step: int, *, config: dict, weights: dict[str, Tensor], training: dict, texts: dict
-    ) -> Checkpoint:
+        cls, run: Path, number: int, step: int, *, config: dict, weights: dict[str, Tensor], training: dict, texts: dict,
+        parts: Path | None = None,
+    ) -> Checkpoint:  # fmt: skip
         """A new one in a run's folder, there whole or not at all.
 
         Args:
             config, weights: what the run gives.
             training: what its training goes on from: dicts, lists, numbers, texts and tensors.
             texts: size and checksum of the run's other files, by name (`stamp`).
+            parts: a folder whose files (`write_parts`) hold the sharded tensors of `training`; it is emptied.
 
         Raises:
             ValueError: a tensor is not finite, or a file cannot be written.
         """
         from safetensors.torch import save_file
 
-        tensors: dict[str, Tensor] = {}
-        tree = json.dumps(_pack(training, "", tensors))
+        tree, tensors = pack(training)
+        tensors = {name: value for name, value in tensors.items() if not is_sharded(value)}
+        found = [] if parts is None else sorted(parts.glob("*.safetensors"))
+        moved = {f"training-{i:05}-of-{len(found):05}.safetensors": file for i, file in enumerate(found, 1)}
         for name, value in {**weights, **tensors}.items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise ValueError(f"{name}: got numbers that are not finite, which are never saved")
 
         def manifest(path: Path) -> None:
-            files = stamps(path.parent, (CONFIG, MODEL, TRAINING))
+            files = stamps(path.parent, (CONFIG, MODEL, TRAINING, *moved))
             path.write_text(_signed({"format": FORMAT, "step": step, "files": files, "texts": texts}), "utf-8")
 
         checkpoint = cls(run / f"checkpoint-{number:04d}-step-{step}")
         writers = {
             CONFIG: lambda p: p.write_text(json.dumps(config, indent=2) + "\n", "utf-8"),
             MODEL: lambda p: save_file({name: value.contiguous() for name, value in weights.items()}, p),
-            TRAINING: lambda p: save_file(tensors, p, {"tree": tree}),
+            TRAINING: lambda p: save_file(tensors, p, {"tree": json.dumps(tree)}),
+            **{name: file.rename for name, file in moved.items()},
             MANIFEST: manifest,  # the last, of what is on the disk
         }
         write_folder(checkpoint.folder, writers)
@@ -114,7 +122,7 @@ class Checkpoint:
 
     def check(self, *names: str) -> Checkpoint:
         """Itself, once its files are known to be those that were written; without names all of them."""
-        for name in names or (CONFIG, MODEL, TRAINING):
+        for name in names or {CONFIG, MODEL, TRAINING, *self.manifest["files"]}:
             _check(self.folder / name, self.manifest["files"].get(name))
         return self
 
@@ -158,14 +166,22 @@ class Checkpoint:
         return model.eval(), path
 
     @contextmanager
-    def training(self) -> Iterator[dict[str, Any]]:
-        """What training goes on from, on the CPU; an error while it is taken up is one of the file."""
+    def training(self, like: Callable[[str], Any] | None = None) -> Iterator[dict[str, Any]]:
+        """What training goes on from; an error while it is taken up is one of the file.
+
+        like: for the name of a tensor (`pack`) one that is split as it should be, or None. Without it all are whole, on the CPU.
+        """
         from safetensors import safe_open
 
-        self.check(TRAINING)
+        parts = [name for name in self.manifest["files"] if name.startswith("training-")]
+        self.check(TRAINING, *parts)
         with reading(self.folder / TRAINING) as file, safe_open(file, "pt") as stored:
             tree = json.loads((stored.metadata() or {})["tree"])
-            yield _unpack(tree, stored.get_tensor)
+            if like is None and not parts:
+                yield _unpack(tree, stored.get_tensor)
+                return
+            tensors = read_parts(self.folder, _names(tree), like or (lambda name: None))
+            yield _unpack(tree, tensors.__getitem__)
 
 
 def stamps(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -189,11 +205,28 @@ def _signed(manifest: dict[str, Any]) -> str:
     return json.dumps({**manifest, "checksum": hashlib.sha256(body.encode()).hexdigest()}, indent=2) + "\n"
 
 
+def pack(training: Any) -> tuple[Any, dict[str, Tensor]]:
+    """(tree, tensors): what training goes on from as JSON, and the tensors that it names."""
+    tensors: dict[str, Tensor] = {}
+    return _pack(training, "", tensors), tensors
+
+
+def _names(tree: Any) -> Iterator[str]:
+    """Of the tensors of a tree."""
+    if isinstance(tree, list):
+        for value in tree:
+            yield from _names(value)
+    elif isinstance(tree, dict) and "tensor" in tree:
+        yield tree["tensor"]
+    elif isinstance(tree, dict):
+        yield from _names([value for _, value in tree["items"]])
+
+
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """A tree of JSON, in which tensors, put into `tensors`, stand as {"tensor": name} and dicts, with keys of any kind, as
     {"items": [[key, value], ...]}."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().contiguous()
+        tensors[name] = value.detach() if is_sharded(value) else value.detach().contiguous()
         return {"tensor": name}
     if isinstance(value, dict):
         return {"items": [[k, _pack(v, f"{name}/{k}".lstrip("/"), tensors)] for k, v in value.items()]}

@@ -30,18 +30,18 @@ def unigram_entropy(stream: data.Stream, vocab_size: int, log_prior: torch.Tenso
 
 @torch.no_grad()
 def loss_by_time(
-    model, path: NoisePath, stream, length: int, shares=(0.2, 0.35, 0.5, 0.65, 0.8, 1.0), sequences: int = 64
+    model, path: NoisePath, texts: torch.Tensor, shares=(0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
 ) -> dict[float, float]:
-    """{t: held-out loss in nats per token} at shares of t_max, all positions free; of an Autoregressive path {0: loss}.
+    """{t: loss of texts (B, L) in nats per token} at shares of t_max, all positions free; of an Autoregressive path {0: loss}.
 
     Of a path with t_max = 1 the last share is left out: nothing is hidden there.
     """
     device = next(model.parameters()).device
-    tokens = data.batch(stream, sequences, length, seed=12345, step=0).to(device)
+    tokens = texts.to(device)
     losses = {}
     for t in dict.fromkeys(float(path.time(share)) for share in shares):
         if t < 1:
-            times = torch.full((sequences,), t, dtype=torch.float32, device=device)
+            times = torch.full((len(tokens),), t, dtype=torch.float32, device=device)
             losses[t] = path.loss(
                 model, tokens, times, torch.tensor([12345, 1], dtype=torch.int64, device=device)
             ).item()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klflow_ext.sharding import local, map_items, stack_like
+
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
@@ -43,6 +45,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon with Nesterov momentum and the step size that matches AdamW's (0.2 sqrt(max(rows, columns)), Liu et
     al. 2025, arXiv 2502.16982), but matrices of one shape go together, and not in bfloat16 where that is slow.
+
+    Matrices may be sharded (DTensors): each process then has the updates of some of them whole for a while.
 
     params: matrices only. lr, weight_decay (decoupled), momentum: as there, each a number >= 0, momentum below 1.
 
@@ -87,10 +91,12 @@ class Muon(torch.optim.Optimizer):
         for p in matrices:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        gradients = [p.grad for p in matrices if p.grad is not None]
-        momenta = [self.state[p]["momentum_buffer"] for p in matrices]
+        gradients = [local(p.grad) for p in matrices if p.grad is not None]
+        momenta = [local(self.state[p]["momentum_buffer"]) for p in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
-        updates = orthogonalize(torch.stack(ahead)).to(matrices[0].dtype)
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, list(updates), alpha=-group["lr"] * scale)
+        stacked = stack_like(ahead, matrices[0])
+        updates = local(map_items(orthogonalize, stacked)).to(matrices[0].dtype)
+        parts = [local(p) for p in matrices]
+        torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parts, list(updates), alpha=-group["lr"] * scale)

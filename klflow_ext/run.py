@@ -150,12 +150,13 @@ class Run:
         """Removes what a killed process left unfinished."""
         for file in self.folder.glob(f"*{TEMPORARY}"):
             name = file.name.removesuffix(TEMPORARY)
-            if Checkpoint.NAME.fullmatch(name) or name in (*TEXTS, "log.jsonl", "report.json"):
+            if Checkpoint.NAME.fullmatch(name) or name in (*TEXTS, "log.jsonl", "report.json", "parts"):
                 remove(file)
 
     def save(
-        self, config: dict, weights: dict[str, Tensor], training: dict, stream: data.Stream, step: int, keep: int = 1
-    ) -> Checkpoint:
+        self, config: dict, weights: dict[str, Tensor], training: dict, stream: data.Stream, step: int, keep: int = 1,
+        parts: Path | None = None,
+    ) -> Checkpoint:  # fmt: skip
         """Writes a checkpoint, and once it is whole removes all but the last ones.
 
         Args:
@@ -165,6 +166,7 @@ class Run:
             stream: the tokens to train on; an array is written once, token folders are named.
             step: where its training stands.
             keep: checkpoints that stay, this one with them.
+            parts: a folder with the sharded tensors of `training`, as `Checkpoint.write` takes it.
 
         Raises:
             ValueError: a tensor is not finite, or a file cannot be written; what was there before stays.
@@ -182,7 +184,14 @@ class Run:
                 named = {} if sources is None else {"data": sources}
                 config = {"tokenizer": "tokenizer.json" in texts, **named, **config}
                 written = Checkpoint.write(
-                    self.folder, number, step, config=config, weights=weights, training=training, texts=texts
+                    self.folder,
+                    number,
+                    step,
+                    config=config,
+                    weights=weights,
+                    training=training,
+                    texts=texts,
+                    parts=parts,
                 )
             except ValueError as error:
                 last = f"the last checkpoint is {before[0].folder}" if before else "there is no checkpoint before it"

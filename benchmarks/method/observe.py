@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from runs import LENGTH, label, load_sampler, text_streams, update
+from runs import LENGTH, held_texts, label, load_sampler, text_streams, update
 
-from klflow_ext import Sampler, data, evaluate
+from klflow_ext import Sampler, evaluate
 from klflow_ext.train.channel import confuse
 
 STRENGTHS = (1.0, 1.5, 2.0)
@@ -36,7 +36,7 @@ def observe(arguments) -> None:
     vocab = tokenizer.get_vocab_size()
     log_prior = evaluate.unigram_log_prior(stream, vocab)
     prior = log_prior.double().softmax(0).numpy()
-    tokens = data.batch(held, TEXTS, LENGTH, 777, 0)
+    tokens = held_texts(held, TEXTS, seed=777)
     free = torch.zeros_like(tokens, dtype=torch.bool)
     rows = []
 

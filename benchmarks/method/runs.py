@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from klflow_ext import Autoregressive, LinearPath, LogitPath, MaskPath, Sampler, SpherePath, UniformPath, data, load_run
 from klflow_ext.files import write_file
@@ -56,6 +57,12 @@ def text_streams(arguments):
             write_file(folder / f"{name}.npy", lambda p, stream=stream: np.save(open(p, "wb"), stream))
     streams = (np.load(folder / f"{name}.npy") for name in ("train", "heldout"))
     return Tokenizer.from_file(str(folder / "tokenizer.json")), *streams
+
+
+def held_texts(held: np.ndarray, count: int, seed: int = 12345, step: int = 0) -> torch.Tensor:
+    """(count, LENGTH) held-out texts, always the same: at the places that the first results were measured at."""
+    starts = np.random.default_rng((seed, step)).integers(0, len(held) - LENGTH, count)
+    return torch.from_numpy(np.stack([held[i : i + LENGTH] for i in starts]).astype(np.int64))
 
 
 def label(arguments) -> str:

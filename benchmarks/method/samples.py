@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import LENGTH, RESULTS, label, load_sampler, order_of, text_streams, update
+from runs import LENGTH, RESULTS, held_texts, label, load_sampler, order_of, text_streams, update
 
 from klflow_ext import LogitPath, data, evaluate
 
@@ -56,7 +56,7 @@ def likelihood(arguments) -> None:
     """Nats per token of held-out text: exactly by each number of passes, where the method has an order, and the path's bound."""
     sampler, _ = load_sampler(arguments)
     _, _, held = text_streams(arguments)
-    tokens = data.batch(held, 4 * arguments.count, LENGTH, 12345, 0)
+    tokens = held_texts(held, 4 * arguments.count)
     rows = []
     if order_of(arguments.name) or arguments.name == "mask":
         for steps in arguments.nfe:
@@ -110,7 +110,7 @@ def grid(arguments) -> None:
     scorer, rows = load_judge(), []
     sampler, tokenizer = load_sampler(arguments)
     _, _, held = text_streams(arguments)
-    texts = data.batch(held, 128, LENGTH, 12345, 1)
+    texts = held_texts(held, 128, step=1)
     for steps in arguments.nfe:
         for name in ("path", "race"):
             times = sampler.path.race_times(sampler.model, texts, steps) if name == "race" else None

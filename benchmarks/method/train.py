@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import torch
-from runs import BATCH, LENGTH, METHODS, label, text_streams, update
+from runs import BATCH, LENGTH, METHODS, held_texts, label, text_streams, update
 
 from klflow_ext import Denoiser, DenoiserConfig, TrainConfig, Trainer, evaluate
 from klflow_ext.muon import multiplies_bfloat16
@@ -39,7 +39,7 @@ def train(arguments) -> None:
         trainer.train_step()
         seconds += time.perf_counter() - begin
         if trainer.step % (arguments.steps // EVERY) == 0:
-            losses = evaluate.loss_by_time(model.eval(), path, held, LENGTH)
+            losses = evaluate.loss_by_time(model.eval(), path, held_texts(held, 64))
             model.train()
             curve.append({"step": trainer.step, "loss": float(np.mean(list(losses.values())))})
             left = seconds / trainer.step * (arguments.steps - trainer.step)
@@ -48,7 +48,7 @@ def train(arguments) -> None:
                 flush=True,
             )
     trainer.save()
-    losses = evaluate.loss_by_time(trainer.averaged_model().eval(), path, held, LENGTH, sequences=256)
+    losses = evaluate.loss_by_time(trainer.averaged_model().eval(), path, held_texts(held, 256))
     update(
         arguments, losses={f"{t:.3f}": loss for t, loss in losses.items()}, curve=curve, train_seconds=seconds,
         threads=torch.get_num_threads(), dtype=config.dtype, unigram=evaluate.unigram_entropy(held, vocab, prior),

@@ -24,7 +24,7 @@ def print_losses(model, path, stream, held, length):
     print(
         f"held-out loss, nats per token (unigram entropy {evaluate.unigram_entropy(held, path.vocab_size, prior):.3f}):"
     )
-    losses = evaluate.loss_by_time(model, path, held, length)
+    losses = evaluate.loss_by_time(model, path, data.batch(held, 64, length, seed=12345, step=0))
     print("  t    " + "  ".join(f"{t:6.3f}" for t in losses))
     print("  loss " + "  ".join(f"{v:6.3f}" for v in losses.values()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 
 import torch
@@ -27,11 +28,16 @@ def given_text(name: str, text: str) -> str:
 
 def choose_device(name: str | None) -> torch.device:
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() and build_info()["cuda"] else "cpu")
+        name = "cuda" if torch.cuda.is_available() and build_info()["cuda"] else "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("the kernels run on cpu and cuda")
+        if (
+            device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ
+        ):  # of torchrun: a GPU for each process
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {name} cannot be used: {str(error).splitlines()[0]}") from None

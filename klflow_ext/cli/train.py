@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +16,13 @@ from klflow_ext.data import removed_lines
 from klflow_ext.run import Run
 from klflow_ext.sample import Sampler
 from klflow_ext.train import NetworkChoice, Prepared, TrainConfig, Trainer, join_processes, leave_processes, prepare
+from klflow_ext.train.processes import is_first, noticing_loss, restarts
+
+
+def say(line: str) -> None:
+    """A line of the first of several processes."""
+    if is_first():
+        print(line, flush=True)
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Settings:
             vocab_size=self.vocab_size,
             overwrite=self.overwrite,
             device=choose_device(self.device),
-            report=lambda line: print(line, flush=True),
+            report=say,
         )
 
 
@@ -71,6 +78,9 @@ class Demo(Settings):
         trainer, tokenizer = prepared.trainer, prepared.tokenizer
         trainer.fit()
         model, path = trainer.averaged_model().eval(), trainer.path
+        leave_processes()
+        if trainer.rank:
+            return
         length, seed = self.train.length, self.train.seed
         print_losses(model, path, trainer.stream, prepared.heldout, length)
         sampler = Sampler(model, path, trainer.device)
@@ -114,11 +124,27 @@ class Train(Settings):
 
     def run(self):
         with ExitStack() as owned:
-            trainer, held = self.go_on(self.resume, owned) if self.resume is not None else self.start()
+            owned.enter_context(noticing_loss(lambda: "start it again with --resume"))
+            trainer, held = self.begin(owned)
             trainer.fit()
-        print_losses(trainer.averaged_model().eval(), trainer.path, trainer.stream, held, trainer.config.length)
-        print(f"run folder: {trainer.run.folder}")
-        leave_processes()
+            model = trainer.averaged_model().eval()
+            leave_processes()
+        if trainer.rank == 0:
+            print_losses(model, trainer.path, trainer.stream, held, trainer.config.length)
+            print(f"run folder: {trainer.run.folder}")
+
+    def begin(self, owned: ExitStack):
+        if self.resume is not None:
+            self.check_resume()
+            return self.go_on(self.resume, owned)
+        return self.go_on(self.out, owned) if restarts() and self.is_begun() else self.start()
+
+    def is_begun(self) -> bool:
+        """Whether the run in `out` is this one, which `torchrun --max-restarts` starts again."""
+        try:
+            return Run(self.out).config()["train"] == asdict(self.train)
+        except ValueError:
+            return False
 
     def start(self):
         for name in ("more_steps", "more_seconds"):
@@ -127,8 +153,7 @@ class Train(Settings):
         prepared = self.prepare()
         return prepared.trainer, prepared.heldout
 
-    def go_on(self, folder: Path, owned: ExitStack):
-        """(trainer, held-out tokens); the folder is this process's own until `owned` ends."""
+    def check_resume(self):
         given = {word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in sys.argv[2:]
                  if word.startswith("--")}  # fmt: skip
         foreign = sorted(given - set(self.RESUMED))
@@ -142,16 +167,25 @@ class Train(Settings):
             raise ValueError(
                 f"more_steps, more_seconds: got {self.more_steps}, {self.more_seconds}, allowed are numbers >= 0"
             )
+
+    def go_on(self, folder: Path, owned: ExitStack):
+        """(trainer, held-out tokens); the folder is this process's own until `owned` ends."""
         run, device = Run(folder), choose_device(self.device)
-        run.last()  # before anything is made in a folder that is no run
-        if join_processes(device)[0] == 0:
-            owned.enter_context(run.owned())
-        checkpoint = run.last_good(lambda line: print(line, flush=True))
+        checkpoint = run.last_good(say)
         config = TrainConfig.of(checkpoint)
+        if join_processes(device, config.timeout)[0] == 0:
+            owned.enter_context(run.owned())
         model, path = checkpoint.model()
-        stream, held = run.streams(self.data, checkpoint)
+        stream, held = run.streams(self.data if self.resume is not None else (), checkpoint)
         trainer = Trainer(model.train().to(device), path, stream, config, run)
         trainer.load(checkpoint)
+        if not restarts():  # else what is added was added before
+            self.add(trainer)
+        say(f"going on with {folder} from step {trainer.step}")
+        return trainer, held
+
+    def add(self, trainer: Trainer):
+        """What --more-steps and --more-seconds say, which is then a part of the run."""
         if self.more_steps:
             trainer.config = replace(trainer.config, steps=trainer.step + self.more_steps, max_seconds=None)
         if self.more_seconds:
@@ -159,8 +193,8 @@ class Train(Settings):
             trainer.config = replace(trainer.config, steps=steps, max_seconds=trainer.seconds + self.more_seconds)
         if trainer.progress() >= 1:
             raise ValueError(
-                f"resume: the run of {folder} is finished, at step {trainer.step} after {trainer.seconds:.0f} s; "
+                f"resume: the run of {self.resume} is finished, at step {trainer.step} after {trainer.seconds:.0f} s; "
                 "--more-steps or --more-seconds add to it"
             )
-        print(f"going on with {folder} from step {trainer.step}")
-        return trainer, held
+        if trainer.processes > 1 and (self.more_steps or self.more_seconds):
+            trainer.save()  # for a process that is started again

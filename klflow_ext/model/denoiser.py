@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from klflow_ext import ops
 from klflow_ext.model.attention import Cache, behind_cache, in_blocks, next_slice, one_stream, two_streams
@@ -37,12 +38,16 @@ class Denoiser(Network):
             tokens for input="tokens".
         log_prior: (V,) log unigram frequencies for the posterior input; None: uniform.
 
+    Attributes:
+        recompute: whether the backward pass computes each block again (activation checkpointing) instead of keeping what is in it.
+
     Parameters are of torch's default dtype, but float32 where that is float64. `.bfloat16()` and `.half()` cast them alone.
     """
 
     log_prior: Tensor
     cos: Tensor
     sin: Tensor
+    recompute: bool = False
 
     def __init__(self, config: DenoiserConfig, path: Path, log_prior: Tensor | None = None):
         super().__init__()
@@ -246,7 +251,10 @@ class Denoiser(Network):
             attend = one_stream(config.causal) if cache is None else behind_cache(cache)
             new = length
         for layer, block in enumerate(self.blocks):
-            h = block(h, cos, sin, time, attend, layer)
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(block, h, cos, sin, time, attend, layer, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = block(h, cos, sin, time, attend, layer)
         if cache is not None:
             cache.length += new
         if rows is not None:

@@ -20,10 +20,15 @@ from klflow_ext.ops.interpolate import logit_interpolate, noise_interpolate
 from klflow_ext.ops.linear import linear_cross_entropy
 from klflow_ext.ops.loss import cross_entropy, cross_entropy_grad
 from klflow_ext.ops.posterior import merge_boosts, noise_posterior, token_posterior
+from klflow_ext.ops.sharded import sharded_linear_cross_entropy, vocabulary_shard
 from klflow_ext.ops.steps import euler_step, topk_renoise, topk_sample
 
 __all__ = [
     "noise_interpolate", "logit_interpolate", "noise_posterior", "token_posterior", "posterior_embedding",
     "noise_embedding", "merge_boosts", "cross_entropy", "cross_entropy_grad",
-    "linear_cross_entropy", "topk_sample", "topk_renoise", "euler_step", "softmax_expectation",
+    "linear_cross_entropy", "sharded_linear_cross_entropy", "vocabulary_shard", "topk_sample", "topk_renoise", "euler_step", "softmax_expectation",
 ]  # fmt: skip
+TOGETHER = (
+    "sharded_linear_cross_entropy",
+    "vocabulary_shard",
+)  # of several processes: not under torch.compile or a CUDA graph

@@ -67,36 +67,13 @@ def linear_cross_entropy(
     Errors: as `cross_entropy`.
     """
     check_result(reduction, return_lse)
-    check_tensor("hidden", hidden, FLOATS)
-    if hidden.dim() < 1:
-        fail(ValueError, "hidden", "shape ()", "(*rows, D)")
-    *shape, width = hidden.shape
-    device = hidden.device
-    dtypes: tuple[torch.dtype, ...] = (hidden.dtype,)
-    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
-        hidden, dtypes = hidden.to(torch.get_autocast_dtype(device.type)), FLOATS
-    check_tensor("weight", weight, dtypes, device)
-    if weight.dim() != 2 or weight.shape[1] != width or not 2 <= weight.shape[0] <= 2**30:
-        fail(ValueError, "weight", f"shape {tuple(weight.shape)}", f"(V, {width}), V in [2, 2^30]")
-    vocab = weight.shape[0]
-    if bias is not None:
-        check_tensor("bias", bias, dtypes, device)
-        if bias.shape != (vocab,):
-            fail(ValueError, "bias", f"shape {tuple(bias.shape)}", f"({vocab},)")
+    flat, shape = layer_arguments(hidden, weight, bias)
+    vocab, device = weight.shape[0], weight.device
     tokens, options = loss_arguments(
-        torch.Size(shape), vocab, device, target, class_weight, row_weight, ignore_index, label_smoothing, z_loss, softcap,
+        shape, vocab, device, target, class_weight, row_weight, ignore_index, label_smoothing, z_loss, softcap,
         "class_weight",
     )  # fmt: skip
-    flat = hidden.reshape(-1, width)
-    rows = flat.shape[0]
-    if logit_bytes is not None:
-        check_int("logit_bytes", logit_bytes, 1, 2**62, "None or an integer in [1, 2^62]")
-    if chunk_rows is None:
-        chunk_rows = rows_of_chunk(rows, vocab * flat.element_size(), device.type, logit_bytes)
-    elif logit_bytes is not None:
-        fail(ValueError, "logit_bytes", logit_bytes, "None beside chunk_rows")
-    else:
-        chunk_rows = check_int("chunk_rows", chunk_rows, 1, 2**30, "None or an integer in [1, 2^30]")
+    chunk_rows = check_chunk(flat, vocab, chunk_rows, logit_bytes)
     lse: Any = None
     if is_transformed(flat, weight, bias, tokens, *options[:2]):
         result: Any = _with_logits(flat, weight, bias, tokens, *options, reduction=reduction, return_lse=True)
@@ -116,10 +93,47 @@ def linear_cross_entropy(
     else:
         loss = _LinearCrossEntropy.apply(*arguments)
     if reduction == "mean":
-        divisor = mean_divisor(tokens, *options)
-        empty = divisor == 0  # then NaN, but with gradients of zero, as in torch
-        loss = torch.where(empty, math.nan, loss / torch.where(empty, 1, divisor))
+        loss = mean_of(loss, mean_divisor(tokens, *options))
     return (loss, lse.reshape(shape)) if return_lse else loss
+
+
+def mean_of(total, divisor):
+    """total / divisor; where that is 0, NaN, but with gradients of zero, as in torch."""
+    empty = divisor == 0
+    return torch.where(empty, math.nan, total / torch.where(empty, 1, divisor))
+
+
+def layer_arguments(hidden, weight, bias, vocab=None):
+    """(hidden as rows, in autocast's dtype where that is on; their shape), checked; vocab: the rows that weight must have."""
+    check_tensor("hidden", hidden, FLOATS)
+    if hidden.dim() < 1:
+        fail(ValueError, "hidden", "shape ()", "(*rows, D)")
+    *shape, width = hidden.shape
+    device = hidden.device
+    dtypes: tuple[torch.dtype, ...] = (hidden.dtype,)
+    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
+        hidden, dtypes = hidden.to(torch.get_autocast_dtype(device.type)), FLOATS
+    check_tensor("weight", weight, dtypes, device)
+    fits = weight.dim() == 2 and weight.shape[1] == width and 2 <= weight.shape[0] <= 2**30
+    if not fits or vocab not in (None, weight.shape[0]):
+        allowed = f"(V, {width}), V in [2, 2^30]" if vocab is None else f"({vocab}, {width})"
+        fail(ValueError, "weight", f"shape {tuple(weight.shape)}", allowed)
+    if bias is not None:
+        check_tensor("bias", bias, dtypes, device)
+        if bias.shape != weight.shape[:1]:
+            fail(ValueError, "bias", f"shape {tuple(bias.shape)}", f"({weight.shape[0]},)")
+    return hidden.reshape(-1, width), torch.Size(shape)
+
+
+def check_chunk(flat, vocab, chunk_rows, logit_bytes):
+    """The rows of a chunk of logits (rows, vocab) in the dtype of flat, from the two arguments that say it."""
+    if logit_bytes is not None:
+        check_int("logit_bytes", logit_bytes, 1, 2**62, "None or an integer in [1, 2^62]")
+    if chunk_rows is None:
+        return rows_of_chunk(flat.shape[0], vocab * flat.element_size(), flat.device.type, logit_bytes)
+    if logit_bytes is not None:
+        fail(ValueError, "logit_bytes", logit_bytes, "None beside chunk_rows")
+    return check_int("chunk_rows", chunk_rows, 1, 2**30, "None or an integer in [1, 2^30]")
 
 
 def rows_of_chunk(rows, row_bytes, device_type, logit_bytes=None):

@@ -130,28 +130,42 @@ class Path:
 
         Args:
             model: `model(x_t, t) -> logits`, (B, L, V) or (B, L), and (B,), to (B, L, V). Of a Network (Denoiser) the logits
-                are never built whole.
+                are never built whole; it may be one that `fully_shard` split over processes.
             target: (B, L) tokens; `IGNORE` marks padding.
             t: (B,) times in [0, 1].
             given: (B, L) bool, positions that the model sees in the clear.
             order: (B, L) int64, for a network with `slices`: the slice of each position, 0 where it is given, in place of `given`.
                 A position is then asked for by what stands in the slices before its own, and hidden in the noise of time t. None:
                 what is not given is one slice.
-            evidence: what was observed of the positions that are asked for, for a network that reads posteriors.
+            evidence: what was observed of the positions that are asked for, for a network that reads posteriors. The loss is then
+                -log p(k | what was observed too): the network is left to say what the others tell of a position, for its own
+                likelihood is a factor. Tokens that are not listed cannot be (other = -inf).
             reduction: "mean" (NaN where no position counts), "sum" or "none" ((B, L), zero where a position does not count).
         """
         network = as_network(model, self.vocab_size)
         if order is not None:
             _check_order(network, order, target)
             given = order == 0
-        state = self.noisy(target, t[:, None], rng, given=given, row_offset=row_offset)
-        if evidence is not None:
-            if not network.reads_posterior:
-                raise ValueError("evidence: got some, allowed is None for a network that reads no posteriors")
-            state.evidence = evidence if given is None else evidence.without(given)
-        prediction = self.predict(network, state, target, t, given, order)
-        label = target if given is None else target.masked_fill(given, IGNORE)
-        return self._cross_entropy(prediction, state, label, reduction)
+        if evidence is not None and not network.reads_posterior:
+            raise ValueError("evidence: got some, allowed is None for a network that reads no posteriors")
+        if evidence is not None and looks_at_values(target):
+            _check_listed(evidence, target)
+
+        def loss() -> Tensor:
+            state = self.noisy(target, t[:, None], rng, given=given, row_offset=row_offset)
+            label = target if given is None else target.masked_fill(given, IGNORE)
+            if evidence is None:
+                prediction = self.predict(network, state, target, t, given, order)
+                return self._cross_entropy(prediction, state, label, reduction)
+            seen = state.evidence = evidence.without(label == IGNORE)
+            prediction = self.predict(network, state, target, t, given, order)
+            unseen = self._cross_entropy(prediction, state, label.masked_fill(seen.observed, IGNORE), "none")
+            losses = unseen + prediction.loss_among(seen, label)
+            if reduction == "none":
+                return losses
+            return losses.sum() if reduction == "sum" else losses.sum() / (label != IGNORE).sum()
+
+        return network.gathered(loss)
 
     def predict(
         self, network: Network | Called, state: State, target: Tensor, t: Tensor, given: Tensor | None,
@@ -266,6 +280,16 @@ def _check_order(network: Network | Called, order: Tensor, target: Tensor) -> No
         raise ValueError(
             f"order: got {order.dtype} of shape {tuple(order.shape)}, allowed is int64 of target's, {tuple(target.shape)}"
         )
+
+
+def _check_listed(evidence: Evidence, target: Tensor) -> None:
+    """ValueError where what was observed leaves a token possible that is not listed, or excludes the true one."""
+    seen = evidence.observed & (target != IGNORE)
+    if bool((seen & (evidence.other > -math.inf)).any()):
+        raise ValueError("evidence: got one whose unlisted tokens can be, allowed in a loss is other = -inf")
+    possible = ((evidence.ids == target[..., None]) & (evidence.log_likelihood > -math.inf)).any(2)
+    if bool((seen & ~possible).any()):
+        raise ValueError("evidence: got one that excludes the true token, allowed in a loss is one that lists it")
 
 
 def check_text(target: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:

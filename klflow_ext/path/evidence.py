@@ -161,9 +161,7 @@ class Evidence:
         likelihood = torch.where(unused, self.other[..., None], self.log_likelihood)
         return torch.where(unused, spare.gather(2, number), ids), likelihood
 
-    def add_to(self, logits: Tensor, weigh: bool) -> Tensor:
-        """Logits (B, L, V) float32 with what cannot be at -inf; weigh: also plus the log-likelihood, for a network that has not
-        heard of it."""
+    def add_to(self, logits: Tensor) -> Tensor:
+        """Logits (B, L, V) float32 plus the log-likelihood of each token."""
         ids, likelihood = self._distinct(logits.shape[2])
-        bonus = self.other[..., None].expand(logits.shape).scatter(2, ids, likelihood)
-        return logits + bonus if weigh else logits.masked_fill(bonus == -math.inf, -math.inf)
+        return logits + self.other[..., None].expand(logits.shape).scatter(2, ids, likelihood)

@@ -13,14 +13,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from klflow_ext.path.state import Prediction, State
+from klflow_ext.sharding import is_sharded
 
+Result = TypeVar("Result")
 Model = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -116,6 +118,10 @@ class Network(nn.Module):
     def module(self) -> nn.Module:
         return self
 
+    def gathered(self, function: Callable[[], Result]) -> Result:
+        """function(), which asks this network; where `fully_shard` split it over processes, its parameters are whole within."""
+        return function()
+
     def predict(
         self,
         state: State,
@@ -133,7 +139,15 @@ class Network(nn.Module):
             previous: (B, L, D), the `hidden` of the prediction before, of a network that self-conditions.
             cache: of `cache(B)`; state then holds the positions behind those of the cache.
             streams: the rows that stand before those of the state, and who sees whom; for a network with `slices`.
+
+        Raises:
+            ValueError: the parameters are split over processes, and this is not within `gathered`.
         """
+        if is_sharded(self.head.weight):
+            raise ValueError(
+                "model: got one whose parameters are split over processes, allowed here is a whole one (Trainer.averaged_model "
+                "gives it); Path.loss takes both"
+            )
         if self.makes_noise and not state.is_made:
             boost = {} if state.boost is None else {"boost": state.boost}
             h = self.embed_noise(
@@ -190,6 +204,10 @@ class Called:
     def module(self) -> nn.Module | None:
         return self.model if isinstance(self.model, nn.Module) else None
 
+    def gathered(self, function: Callable[[], Result]) -> Result:
+        """function(): the model's own call is what gathers parameters."""
+        return function()
+
     def predict(
         self,
         state: State,
@@ -210,17 +228,28 @@ class Called:
 
 
 def as_network(model: Model, vocab_size: int) -> Network | Called:
-    """The model as what losses and samplers ask: itself where it is a Network (compiled or not), else its call.
+    """The model as what losses and samplers ask: itself where it is a Network (compiled, by `fully_shard`, or neither), else its
+    call.
 
     Raises:
-        ValueError: a Network whose head has not V outputs.
+        ValueError: a Network whose head has not V outputs, or one within DistributedDataParallel or another wrapper, which
+            hides what a Network offers and works in its own call alone.
     """
-    inner = model if isinstance(model, Network) else getattr(model, "_orig_mod", None)  # of torch.compile
+    inner = model if isinstance(model, Network) else getattr(model, "_orig_mod", model)  # of torch.compile
     if not isinstance(inner, Network):
+        if isinstance(inner, nn.Module) and isinstance(getattr(inner, "module", None), Network):
+            kind = type(inner).__name__
+            raise ValueError(
+                f"model: got a Network within {kind}, allowed is the Network itself; to train it, {kind}(Objective(network, "
+                "path)), whose call is the loss"
+            )
         return Called(model, vocab_size)
     width = inner.head.weight.shape[0]
     if width != vocab_size:
         raise ValueError(f"head: got {width} outputs, allowed is V = {vocab_size}")
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # its import takes a second, and without it nothing is sharded
+    if fsdp is not None and isinstance(inner, fsdp.FSDPModule) and "gathered" not in vars(inner):
+        fsdp.register_fsdp_forward_method(inner, "gathered")
     return inner
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from klflow_ext import ops
@@ -89,8 +90,7 @@ class Prediction:
 
     Args:
         logits: (B, L, V), or None: those of hidden (B, L, D) @ weight.T + bias, weight (V, D), bias (V,) or None.
-        evidence: what was observed, of B x L positions, and now takes part; None: nothing.
-        heard: whether the network was told of it. Then it only excludes what cannot be; else its likelihood is a factor of p.
+        evidence: what was observed, of B x L positions: its likelihood is a factor of p; None: nothing.
 
     Attributes:
         bad: (B,) bool, of the sequences in whose logits, as far as they were looked at, a row holds a NaN or has no finite
@@ -105,11 +105,10 @@ class Prediction:
         bias: Tensor | None = None,
         *,
         evidence: Evidence | None = None,
-        heard: bool = False,
         whole: Prediction | None = None,
     ):
         self._logits, self.hidden, self.weight, self.bias = logits, hidden, weight, bias
-        self.evidence, self.heard = evidence, heard
+        self.evidence = evidence
         self._whole = whole  # of which this is a part, so that it hears of what is bad
         self.bad: Tensor | None = None
 
@@ -120,9 +119,11 @@ class Prediction:
         if self._whole is not None:
             self._whole._note(bad[:, None])
 
-    def with_evidence(self, evidence: Evidence | None, heard: bool) -> Prediction:
+    def with_evidence(self, evidence: Evidence | None) -> Prediction:
         """The same, and what was observed."""
-        return Prediction(self._logits, self.hidden, self.weight, self.bias, evidence=evidence, heard=heard, whole=self)
+        if evidence is None:
+            return self
+        return Prediction(self._logits, self.hidden, self.weight, self.bias, evidence=evidence, whole=self)
 
     @property
     def is_dense(self) -> bool:
@@ -133,7 +134,7 @@ class Prediction:
         """(B, L, V) float32."""
         self._logits = (self._of(self._head()[0]) if self._logits is None else self._logits).float()
         if self.evidence is not None:
-            self._logits, self.evidence = self.evidence.add_to(self._logits, weigh=not self.heard), None
+            self._logits, self.evidence = self.evidence.add_to(self._logits), None
         self._note(~self._logits.amax(-1).isfinite())  # a NaN is the maximum, too
         return self._logits
 
@@ -156,6 +157,24 @@ class Prediction:
         hidden, weight = self._head()
         return ops.linear_cross_entropy(hidden, weight, label, bias=self.bias, **options)
 
+    def loss_among(self, evidence: Evidence, label: Tensor) -> Tensor:
+        """(B, L): -log p(label | what was observed), label (B, L), where p is among the tokens that are listed alone; 0 where nothing
+        was observed. No other logits are made. Gradients flow to the network."""
+        ids, used = evidence.ids.clamp_min(0), evidence.ids >= 0
+        if self._logits is not None:
+            logits = self._logits.gather(2, ids)
+        else:
+            hidden, weight = self._head()
+            logits = torch.einsum("bld,blkd->blk", hidden, F.embedding(ids, weight).to(hidden.dtype))
+            logits = logits if self.bias is None else logits + self.bias[ids]
+        observed = evidence.observed
+        among = torch.where(used, logits.float() + evidence.log_likelihood, -torch.inf)
+        own = torch.where(used & (evidence.ids == label[..., None]), among, -torch.inf)
+        among, own = (
+            torch.where(observed[..., None], x, 0.0) for x in (among, own)
+        )  # no NaN where nothing was observed
+        return torch.where(observed, among.logsumexp(2) - own.amax(2), 0.0)
+
     def last(self) -> Prediction:
         """What it says of the last position of each sequence."""
         rows = self._head()[0] if self._logits is None else self._logits
@@ -166,7 +185,7 @@ class Prediction:
         choose = lambda x: x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))  # noqa: E731
         evidence = None if self.evidence is None else self.evidence.at(places)
         logits, hidden = (choose(self._logits), None) if self._logits is not None else (None, choose(self._head()[0]))
-        return Prediction(logits, hidden, self.weight, self.bias, evidence=evidence, heard=self.heard, whole=self)
+        return Prediction(logits, hidden, self.weight, self.bias, evidence=evidence, whole=self)
 
     def draw(self, k: int, rng: Tensor, temperature: float = 1.0, top_p: float = 1.0, row_offset: int = 0) -> Tensor:
         """(B, L) tokens of `ops.topk_sample`, rng (B, 2); 0 where the logits say nothing (see `bad`)."""
@@ -201,4 +220,4 @@ class Prediction:
         for i in range(0, b, some):
             part = slice(i, i + some)
             logits = self._of(hidden[part])
-            yield part, logits if self.evidence is None else self.evidence[part].add_to(logits.float(), not self.heard)
+            yield part, logits if self.evidence is None else self.evidence[part].add_to(logits.float())

@@ -28,7 +28,7 @@ def left_to_right(passes: Passes, options: ResolvedOptions) -> Tensor:
         held = 0 if cache is None else cache.length
         place = torch.full_like(tokens[:, :1], i)
         prediction = passes.predict(State(inputs[:, held : i + 1]), 0.0, given, cache=cache).last()
-        prediction = prediction.with_evidence(passes.observed(place), heard=False)
+        prediction = prediction.with_evidence(passes.observed(place))
         drawn = passes.draw(prediction, place, options.last_top_k, 0, temperatures[i], options.top_p, row_offset=i)
         drawn = torch.where(given[:, i : i + 1], tokens[:, i : i + 1], drawn)
         tokens[:, i : i + 1] = drawn

@@ -86,9 +86,7 @@ class Passes:
         state.evidence = evidence
         self._latest = self.network.predict(state, times, previous=previous, cache=cache, streams=streams)
         self.advance()
-        if evidence is None:
-            return self._latest
-        return self._latest.with_evidence(evidence, heard=self.network.reads_posterior)
+        return self._latest.with_evidence(evidence)
 
     def advance(self) -> None:
         """Counts a pass; shows a line with the time left once they have taken two seconds."""

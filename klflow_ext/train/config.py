@@ -12,6 +12,7 @@ from klflow_ext.files import reading
 
 Dtype = Literal["float32", "bfloat16"]
 TimeSampling = Literal["middle", "uniform", "learned"]
+EngineName = Literal["ddp", "fsdp"]
 MOST_TOKENS = 2**28  # of a step, whose tokens and times alone then take some gigabytes
 
 
@@ -76,6 +77,17 @@ class TrainConfig:
     without AVX-512 it is many times slower, and warned of."""
     compile: bool = False
     """torch.compile of the loss, in one graph."""
+    engine: EngineName | None = None
+    """Of several processes. "ddp", where None: each has the whole model, and gradients are averaged during the backward pass
+    (DistributedDataParallel). "fsdp": each has a part of every parameter, gradient and optimizer state (fully_shard). One
+    process needs none."""
+    shard_size: int | None = None
+    """With "fsdp", processes that share one copy of the model, for example those of a machine; the others have copies of it. None:
+    all."""
+    timeout: float = 300.0
+    """Seconds that a process is waited for. Then it is lost, and the others end."""
+    recompute: bool = False
+    """Keep only the inputs of each block for the backward pass, which computes the block again: less memory, a third more time."""
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch_size", 1), ("length", 2), ("accumulate", 1), ("keep", 1)):
@@ -83,7 +95,7 @@ class TrainConfig:
         for name in ("warmup", "decay", "given_share", "flow_share", "evidence_share", "middle_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is a number in [0, 1]")
-        for name in ("lr", "clip", "checkpoint_seconds"):
+        for name in ("lr", "clip", "checkpoint_seconds", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is a positive number")
         check_field("seed", self.seed, 0, "an integer in [0, 2^63)")
@@ -103,6 +115,14 @@ class TrainConfig:
         check_choice("dtype", self.dtype, get_args(Dtype))
         check_choice("time_sampling", self.time_sampling, (None, *get_args(TimeSampling)))
         check_flag("compile", self.compile)
+        check_flag("recompute", self.recompute)
+        check_choice("engine", self.engine, (None, *get_args(EngineName)))
+        if self.shard_size is not None:
+            check_field("shard_size", self.shard_size, 1, "None or an integer >= 1")
+            if self.engine != "fsdp":
+                raise ValueError(f"shard_size: got {self.shard_size}, allowed is None without engine='fsdp'")
+        if self.compile and self.engine == "fsdp":
+            raise ValueError("compile: got True, allowed is False with engine='fsdp', whose parameters come and go")
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> TrainConfig:

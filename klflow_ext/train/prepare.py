@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -156,10 +157,11 @@ def prepare(
     model = Denoiser(config, path, unigram_log_prior(stream, vocab_size)).to(device)
     trainer = Trainer(model, path, stream, train)
     # Only now that nothing is left to be refused, and whole: it can be resumed from here on.
-    if trainer.rank == 0:
-        create = Run.create(out, overwrite=overwrite, tokenizer=made, stream=stream, heldout=heldout)
-        with create as trainer.run:
-            trainer.save()
+    with ExitStack() as created:
+        if trainer.rank == 0:
+            create = Run.create(out, overwrite=overwrite, tokenizer=made, stream=stream, heldout=heldout)
+            trainer.run = created.enter_context(create)
+        trainer.save()
     trainer.run = Run(out)
     count = sum(p.numel() for p in model.parameters())
     report(f"model: {count / 1e6:.1f} M parameters, input {config.input}, on {trainer.device}; {path!r}")

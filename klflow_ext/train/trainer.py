@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
 import math
-import os
 import sys
 import time
 import warnings
@@ -18,44 +16,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from klflow_ext import data
-from klflow_ext.checkpoint import Checkpoint
+from klflow_ext.checkpoint import Checkpoint, pack
 from klflow_ext.log import Log
 from klflow_ext.model import Denoiser
 from klflow_ext.muon import Muon, multiplies_bfloat16
-from klflow_ext.path import Evidence
 from klflow_ext.path import Path as NoisePath
 from klflow_ext.run import Run
+from klflow_ext.sharding import gathered, local, sharded_like, whole
+from klflow_ext.train.agreement import check_agreement, code_version, fingerprint
 from klflow_ext.train.batch import Batch, Batches
 from klflow_ext.train.config import TrainConfig
+from klflow_ext.train.engine import make_engine
+from klflow_ext.train.processes import join_processes, noticing_loss
 from klflow_ext.train.report import BadStep, NotFinite
 from klflow_ext.train.signals import Signals, stopped
-
-
-def join_processes(device: torch.device) -> tuple[int, int]:
-    """(rank, number) of the processes that train together: torch.distributed's, started here under torchrun; else (0, 1)."""
-    if not dist.is_available():
-        return 0, 1
-    if not dist.is_initialized():
-        if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-            return 0, 1
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # where nobody left
-    return dist.get_rank(), dist.get_world_size()
-
-
-def leave_processes() -> None:
-    """The end of training with several processes: all are here, then the group goes while its threads still can."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 class Trainer:
     """Trains a Denoiser on a token stream; everything random depends on (seed, step) alone, so resuming is exact.
 
-    Under torchrun (or an initialised torch.distributed) each process computes its share of the same batches, whose
-    gradients are then summed: the run is that of one process, to rounding. All start from the weights of process 0, which
-    alone logs and saves; the model must be on the process's own device.
+    Under torchrun (or an initialised torch.distributed) each process computes its share of the same batches, by the engine of
+    the config: the run is that of one process, to rounding. All start from the weights of process 0, which alone logs; the
+    model must be on the process's own device. Settings, data and code must be the same on all of them.
 
     Args:
         model: what to train, on the device where it is trained.
@@ -79,6 +61,12 @@ class Trainer:
         config: TrainConfig,
         out: Run | str | Path | None = None,
     ):
+        self.device = model.embedding.device
+        self.rank, self.processes = join_processes(self.device, config.timeout)
+        if self.processes > 1:  # before anything is refused on some of them only
+            alike = {"model": model.config.to_dict(), "path": path.to_dict(), "device": self.device.type}
+            alike |= {"data": fingerprint(stream), "code": code_version()}
+            check_agreement({**asdict(config), **alike}, self.device)
         if config.length > model.config.max_length:
             raise ValueError(f"length: got {config.length}, allowed is at most max_length = {model.config.max_length}")
         if config.evidence_share and not model.reads_posterior:
@@ -91,20 +79,16 @@ class Trainer:
         self.run = Run(out) if isinstance(out, (str, Path)) else out
         if self.run is not None:
             import safetensors  # noqa: F401  (missing, it is so before any work)
-        self.device = model.embedding.device
-        self.rank, self.processes = join_processes(self.device)
         if config.batch_size % (config.accumulate * self.processes):
             allowed = f"a multiple of accumulate x processes = {config.accumulate} x {self.processes}"
             raise ValueError(f"batch_size: got {config.batch_size}, allowed is {allowed}")
-        if self.processes > 1:
-            for value in model.state_dict().values():
-                dist.broadcast(value, 0)
         if config.dtype == "bfloat16" and not multiplies_bfloat16(self.device):
             warnings.warn(
                 "dtype: got 'bfloat16', whose matrix products take this processor (without AVX-512) many times longer than those "
                 "of 'float32'",
                 stacklevel=2,
             )
+        self.engine = make_engine(model, path, config, self.processes)
         hidden = model.hidden_matrices()
         names = {id(p) for p in hidden}
         rest = [p for p in model.parameters() if id(p) not in names]
@@ -118,18 +102,19 @@ class Trainer:
         self.bad_step: BadStep | None = None  # the last of MOST_SKIPPED one after another
         self._log: Log | None = None
         self.average = self._weights() if config.ema else {}
-        self._loss = torch.compile(self._path_loss, fullgraph=True) if config.compile else self._path_loss
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     def averaged_model(self) -> Denoiser:
-        """What a run is judged by: a copy of the model with the averaged weights; with ema = 0 the model itself."""
-        if not self.average:
+        """What a run is judged by: a copy of the model with the averaged weights; with ema = 0 the model itself. Of sharded
+        parameters a whole copy in any case, for which all processes must ask."""
+        if not self.average and not self.engine.shards:
             return self.model
-        model = copy.deepcopy(self.model)
-        model.load_state_dict(self.average, strict=False)  # without the buffers, which are constant
-        return model
+        weights = whole({**self.model.state_dict(), **self.average})
+        model = Denoiser(self.model.config, self.path) if self.engine.shards else copy.deepcopy(self.model)
+        model.to(self.device).load_state_dict(weights)
+        return model.train(self.model.training)
 
     # ---- one step
 
@@ -147,30 +132,6 @@ class Trainer:
         down = min(1.0, (1 - progress) / max(c.decay, 1e-9))
         return c.lr * min(up, down)
 
-    def _path_loss(
-        self,
-        tokens: Tensor,
-        t: Tensor,
-        given: Tensor,
-        order: Tensor | None,
-        evidence: Evidence | None,
-        rng: Tensor,
-        reduction: str,
-        row_offset: int,
-    ) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            return self.path.loss(
-                self.model,
-                tokens,
-                t,
-                rng,
-                given=given,
-                order=order,
-                evidence=evidence,
-                reduction=reduction,
-                row_offset=row_offset,
-            )
-
     def train_step(self) -> float:
         """One optimizer step; returns the loss in nats per free token, the mean over the whole batch.
 
@@ -187,7 +148,7 @@ class Trainer:
         lr = self.learning_rate(self.progress())
         loss, losses = self._gradients(batch)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         self.gradient_norm = float(norm)
         if not (math.isfinite(loss) and math.isfinite(self.gradient_norm)):  # the same on all processes
             self._skip(batch, loss)
@@ -201,7 +162,8 @@ class Trainer:
         self.skipped_last = 0
         if self.average:
             decay = min(c.ema, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.model.parameters()], 1 - decay)
+            weights = [local(p.detach()) for p in self.model.parameters()]
+            torch._foreach_lerp_([local(x) for x in self.average.values()], weights, 1 - decay)
         if losses is not None:
             noisy, curve = ~batch.blank, self.batches.curve
             assert curve is not None
@@ -213,7 +175,7 @@ class Trainer:
         self.skipped += 1
         self.skipped_last += 1
         if self.skipped_last >= self.MOST_SKIPPED:
-            gradients = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+            gradients = [(name, whole(p.grad)) for name, p in self.model.named_parameters() if p.grad is not None]
             self.bad_step = BadStep.of(
                 self.step + 1, loss, self.gradient_norm, self.skipped_last, batch.t, self._losses(batch), gradients
             )
@@ -226,8 +188,7 @@ class Trainer:
         losses = torch.zeros(self.config.batch_size, dtype=torch.float32, device=self.device)
         for part in self._parts():
             losses[part] = self._part_loss(batch, part, "none").sum(1)
-        if self.processes > 1:
-            dist.all_reduce(losses)
+        self.engine.sum(losses)
         return losses.cpu() / batch.counts.clamp(min=1)
 
     def _parts(self) -> list[slice]:
@@ -243,7 +204,8 @@ class Trainer:
         tokens, t, given = (x[part].to(self.device) for x in (batch.tokens, batch.t, batch.given))
         order = None if batch.order is None else batch.order[part].to(self.device)
         evidence = None if batch.evidence is None else batch.evidence[part].to(self.device)
-        return self._loss(tokens, t, given, order, evidence, rng, reduction, part.start * c.length)
+        options = {"given": given, "order": order, "evidence": evidence, "reduction": reduction}
+        return self.engine.loss(tokens, t, rng, **options, row_offset=part.start * c.length)
 
     def _gradients(self, batch: Batch) -> tuple[float, Tensor | None]:
         """Fills .grad with the gradient of the whole batch's loss, over its count of free tokens.
@@ -254,22 +216,16 @@ class Trainer:
         measure = self.batches.curve is not None and self.step % self.MEASURE_EVERY == 0
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
         losses = torch.zeros(c.batch_size, dtype=torch.float32, device=self.device)
-        for part in self._parts():
-            sums = self._part_loss(batch, part, "none" if measure else "sum")
+        parts = self._parts()
+        for part in parts:
+            with self.engine.part(last=part is parts[-1]):
+                sums = self._part_loss(batch, part, "none" if measure else "sum")
+                mean = sums.sum() / count
+                self.engine.backward(mean)
             if measure:
                 losses[part] = sums.detach().sum(1)
-            mean = sums.sum() / count
-            mean.backward()
             loss += mean.detach()
-        gradients = []
-        for p in self.model.parameters():
-            if p.grad is None:  # not used by this batch; the processes must agree
-                p.grad = torch.zeros_like(p)
-            gradients.append(p.grad)
-        if self.processes > 1:
-            pending = [dist.all_reduce(x, async_op=True) for x in (loss, losses, *gradients)]
-            for work in pending:
-                work.wait()
+        self.engine.sum(loss, losses)
         return loss.item(), losses.cpu() if measure else None
 
     # ---- the loop
@@ -284,10 +240,12 @@ class Trainer:
             NotFinite: MOST_SKIPPED steps one after another were not finite; what was learned before is saved, and report.json
                 says more. It is a ValueError.
             ValueError: a file cannot be written, or another process trains in this folder; the last checkpoint stays whole.
+            LostProcess: another process ended or gave no answer within config.timeout. It is a ConnectionError.
             KeyboardInterrupt: SIGINT; its text says what is kept.
             Stopped: another signal, in the same way. It is a SystemExit.
         """
         with ExitStack() as stack:
+            stack.enter_context(noticing_loss(self._last))
             if self.run is not None and self.rank == 0:
                 stack.enter_context(self.run.owned())
                 self._log = self.run.open_log(self.step)
@@ -296,7 +254,7 @@ class Trainer:
             self._steps(signals, progress and self.rank == 0)
             if self.bad_step is not None:
                 self._give_up(self.bad_step)
-            if self._log is not None:
+            if self.run is not None:
                 self.save()
             number = self._agreed(self.seconds, signals.number)[1]  # where the others wait for what is saved
         if number:
@@ -314,15 +272,21 @@ class Trainer:
         after = "" if seconds is None else f" {seconds:.2f} s after the signal"
         return f"step {self.step} is saved{after}: klflow train --resume {self.run.folder} goes on from there"
 
+    def _last(self) -> str:
+        """Where training can go on from."""
+        found = [] if self.run is None else self.run.checkpoints()
+        return f"the last checkpoint is {found[0].folder}" if found else "nothing is kept"
+
     def _give_up(self, bad: BadStep) -> None:
         last = "nothing is kept"
-        if self._log is not None and self.run is not None:
+        if self.run is not None:
             try:
                 self.save()
             except ValueError as error:  # the weights themselves
                 last = f"not saved: {error}"
             else:
-                last = f"the last checkpoint is {self.run.last().folder}"
+                last = self._last()
+        if self.run is not None and self.rank == 0:
             found = self.run.checkpoints()
             path = self.run.write_report({**bad.to_dict(), "checkpoint": str(found[0].folder) if found else None})
             last += f"; {path} has all of this"
@@ -338,7 +302,8 @@ class Trainer:
         while self.progress() < 1.0 and not number and self.bad_step is None:
             loss = self.train_step()
             now = time.perf_counter()
-            self.seconds, number = self._agreed(start_seconds + now - begin, signals.number)
+            due = self.run is not None and now - last_save > self.config.checkpoint_seconds
+            self.seconds, number, due = self._agreed(start_seconds + now - begin, signals.number, due)
             if math.isfinite(loss):
                 average = loss if average is None else 0.95 * average + 0.05 * loss
             if self._log is not None:
@@ -352,19 +317,21 @@ class Trainer:
                 text = f"step {self.step}  loss {math.nan if average is None else average:.3f}  {rate:,.0f} tokens/s  {left:.0f} s left"
                 text += f"  {self.skipped} skipped" * (self.skipped > 0)
                 print(f"\r{text:<70}" if terminal else text, end="" if terminal else "\n", flush=True)
-            if self._log is not None and now - last_save > self.config.checkpoint_seconds:
+            if due:
                 self.save()
                 last_save = time.perf_counter()
         if progress and terminal:
             print()
 
-    def _agreed(self, seconds: float, signal: int) -> tuple[float, int]:
-        """The clock of process 0, and the signal that any process has got, by which all end at the same step."""
+    def _agreed(self, seconds: float, signal: int, due: bool = False) -> tuple[float, int, bool]:
+        """The clock of process 0, the signal that any process has got, and whether it is time to save for process 0: by these all end
+        and save at the same step."""
         if self.processes == 1:
-            return seconds, signal
-        said = torch.tensor([seconds * (self.rank == 0), signal], dtype=torch.float64, device=self.device)
+            return seconds, signal, due
+        first = self.rank == 0
+        said = torch.tensor([seconds * first, signal, due and first], dtype=torch.float64, device=self.device)
         dist.all_reduce(said, dist.ReduceOp.MAX)
-        return said[0].item(), int(said[1])
+        return said[0].item(), int(said[1]), bool(said[2])
 
     # ---- files
 
@@ -374,7 +341,8 @@ class Trainer:
         return self.run
 
     def save(self) -> None:
-        """Writes a checkpoint: what `load_run` gives, and what `load` goes on from. config.keep of them stay.
+        """Writes a checkpoint: what `load_run` gives, and what `load` goes on from. config.keep of them stay. Of several processes all
+        must call it, and process 0 has the run.
 
         Raises:
             ValueError: a number is not finite, or a file cannot be written; what was saved before stays whole.
@@ -389,19 +357,27 @@ class Trainer:
             "seconds": self.seconds,
             "skipped": self.skipped,
         }
-        weights = {**self.model.state_dict(), **self.average}
-        config = {
-            "model": self.model.config.to_dict(),
-            "path": self.path.to_dict(),
-            "train": asdict(self.config),
-        }
-        run = self._folder()
-        if self._log is not None:
-            self._log.sync()  # before the checkpoint, whose steps it then has in any case
-        run.save(config, weights, training, self.stream, self.step, self.config.keep)
+        weights = gathered({**self.model.state_dict(), **self.average}, self.rank == 0)
+        with ExitStack() as stack:
+            run = self._folder() if self.rank == 0 else self.run
+            if self.rank == 0 and run is not None:
+                stack.enter_context(run.owned())
+            folder = None if run is None else run.folder
+            parts = stack.enter_context(self.engine.parts(folder, pack(training)[1]))
+            if self.rank or run is None:
+                return
+            config = {
+                "model": self.model.config.to_dict(),
+                "path": self.path.to_dict(),
+                "train": asdict(self.config),
+            }
+            if self._log is not None:
+                self._log.sync()  # before the checkpoint, whose steps it then has in any case
+            run.save(config, weights, training, self.stream, self.step, self.config.keep, parts)
 
     def load(self, checkpoint: Checkpoint | None = None) -> None:
-        """Takes up a checkpoint. An average or a loss curve that it lacks starts anew from there.
+        """Takes up a checkpoint, of any number of processes and any engine. An average or a loss curve that it lacks starts anew from
+        there.
 
         Args:
             checkpoint: None: the last one of the run folder that is whole; a later one that is not is warned of.
@@ -410,20 +386,22 @@ class Trainer:
             ValueError: a file is missing, broken, or of another model; the message names it.
         """
         checkpoint = checkpoint or self._folder().last_good()
-        with checkpoint.training() as state:
-            self.model.load_state_dict(state["model"])
+        with checkpoint.training(self.engine.likeness(self.optimizers)) as state:
+            self.engine.load_model(state["model"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 _check_moments(optimizer, saved)
-                optimizer.load_state_dict(saved)
+                self.engine.load_optimizer(optimizer, saved)
             if self.config.ema:
-                average, names = state["average"] or self._weights(), self._weights().keys()
-                if average.keys() != names:
+                average, weights = state["average"] or self._weights(), self._weights()
+                if average.keys() != weights.keys():
                     raise ValueError("its average is of another model")
-                self.average = {name: average[name].to(self.device) for name in names}
+                self.average = {name: sharded_like(average[name], weights[name]) for name in weights}
             if self.batches.curve is not None and state["curve"] is not None:
                 self.batches.curve.sums.copy_(state["curve"])
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.skipped, self.skipped_last = int(state["skipped"]), 0
+        if self.processes > 1:
+            check_agreement({"checkpoint": checkpoint.folder.name, "step": self.step}, self.device)
 
 
 def _check_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:

@@ -59,7 +59,7 @@ def test_command_line(klflow, tmp_path):
         (["sample", str(tmp_path)], "no run folder"),
         (["train", "--data", str(tmp_path / "none.txt")], "cannot be read"),
         (["infill", str(run), "--text", "no hole"], "text: got 'no hole'"),
-        (["sample", str(run), "--method", "fast"], "method: got 'fast', allowed is one of ['basic', 'confidence', "),
+        (["sample", str(run), "--method", "fast"], "method: got 'fast', allowed is one of ['basic', "),
         (["sample", str(run), "--temperature", "1", "0"], "temperature: got 0"),
         (["sample", str(run), "--device", "nothing"], "device: nothing cannot be used"),
         (["train", "--path", "mask", "--input", "simplex"], "input: got 'simplex', allowed on path mask is 'tokens'"),

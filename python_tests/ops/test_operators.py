@@ -30,7 +30,8 @@ raise SystemExit(os.waitpid(child, 0)[1])
 
 # ---- the operators under torch.compile and opcheck
 
-COMPILED = [*ops.__all__, "noise_interpolate of the posterior", "noise_posterior of boosts"]
+ALONE = [name for name in ops.__all__ if name not in ops.TOGETHER]
+COMPILED = [*ALONE, "noise_interpolate of the posterior", "noise_posterior of boosts"]
 
 
 def compiled_cases(device):

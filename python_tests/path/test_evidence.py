@@ -48,10 +48,7 @@ def test_the_posterior_is_that_of_whole_rows(other):
     found = (rest[..., None] * unlisted / unlisted.sum(2, keepdim=True)).scatter(2, ids, q)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     logits = torch.randn(2, LENGTH, VOCAB)
-    torch.testing.assert_close(evidence.add_to(logits, weigh=True), logits + dense_likelihood(evidence))
-    heard = evidence.add_to(logits, weigh=False)
-    assert torch.equal(heard == -math.inf, dense_likelihood(evidence) == -math.inf)
-    assert torch.equal(heard[heard > -math.inf], logits[heard > -math.inf])
+    torch.testing.assert_close(evidence.add_to(logits), logits + dense_likelihood(evidence))
 
 
 def test_parts_of_evidence():
@@ -175,6 +172,37 @@ def test_the_likelihood_under_evidence_is_that_of_the_draws():
     assert sorted(ids[0, 0, :3].tolist()) == [3, 7, 9] and p[0, 0, 3] == 0
     torch.testing.assert_close(p[0, 0, order].double(), (-found.nats).exp(), rtol=1e-5, atol=1e-7)
     assert ids[0, 1].tolist() == [0, -1, -1, -1] and p[0, 1].tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("slices", [True, False])
+def test_the_loss_is_that_of_the_posterior(slices):
+    """-log p of a text whose positions are asked for together, some of them observed; padding and given ones count nothing."""
+    model, path = network(slices=slices)
+    evidence = some_evidence()
+    texts = torch.where(
+        evidence.observed, evidence.ids.gather(2, torch.tensor([0, 1])[:, None, None].expand(2, 6, 1))[..., 0], 7
+    )
+    texts[0, 0], texts[1, 5] = evidence.ids[0, 0, 0], -100
+    given = torch.zeros(2, LENGTH, dtype=torch.bool)
+    given[:, 3] = True
+    losses = path.loss(model, texts, torch.zeros(2), 0, given=given, evidence=evidence, reduction="none")
+    shown = torch.where(texts == -100, 0, texts)
+    evidence_of_text = evidence.without(texts == -100)
+    ids, p = Sampler(model, path).posterior(shown, given, evidence=evidence_of_text, top=VOCAB)
+    expected = -(p * (ids == shown[..., None])).sum(2).log().masked_fill(texts == -100, 0)
+    assert losses[0, 3] == 0 and losses[1, 5] == 0
+    rows = [0] if slices else [0, 1]  # what sees padding differs
+    torch.testing.assert_close(losses[rows], expected[rows], rtol=1e-4, atol=1e-5)
+    losses[0].sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    total = path.loss(model, texts, torch.zeros(2), 0, given=given, evidence=evidence, reduction="sum")
+    torch.testing.assert_close(total, losses.sum())
+    mean = path.loss(model, texts, torch.zeros(2), 0, given=given, evidence=evidence)
+    torch.testing.assert_close(mean, losses.sum() / 9)
+    with pytest.raises(ValueError, match="evidence: got one that excludes the true token"):
+        path.loss(model, texts.masked_fill(evidence.observed, 39), torch.zeros(2), 0, evidence=evidence)
+    with pytest.raises(ValueError, match="evidence: got one whose unlisted tokens can be"):
+        path.loss(model, texts, torch.zeros(2), 0, evidence=some_evidence(other=-2.0))
 
 
 def test_a_network_that_does_not_hear_is_weighed():

@@ -81,16 +81,16 @@ def test_the_race_bound_of_the_exact_denoiser_is_the_entropy(vocab, length, coun
 def test_race_times_part_the_bound():
     """Another estimate of the bound falls by as much between any two of them."""
     sequences, weights = sticky(4, 3)
-    path, (tokens, _) = LogitPath(4), texts(sequences, weights, 1000)
+    path, (tokens, _) = LogitPath(4), texts(sequences, weights, 400)
     model = ExactDenoiser((sequences, weights), path)
     times = path.race_times(model, tokens, 4)
     assert len(times) == 4 and times[0] == 0 and times[-1] == path.t_max and sorted(times) == times
-    strata = 64
+    strata = 32
     network = as_network(model, 4)
     falls = path._race(network, tokens, tokens, None, 1, strata)[:, :-1].mean(0).numpy()
     s = np.linspace(0, path.odds(path.t_max), strata + 1)
     below = np.interp([path.odds(t) for t in times], s, np.concatenate([[0], falls.cumsum()]))
-    assert np.diff(below) == pytest.approx(below[-1] / 3, rel=0.1)
+    assert np.diff(below) == pytest.approx(below[-1] / 3, rel=0.15)
 
 
 @pytest.mark.slow

@@ -225,7 +225,7 @@ def test_training_on_slices_learns_what_the_sampler_asks(path):
     reads = "tokens" if path.reads == "tokens" else "posterior"
     model = Denoiser(DenoiserConfig(12, 2, 2, 32, 16, input=reads, time="none", slices=True), path)
     stream = (np.arange(4000) % 10).astype(np.int32)
-    Trainer(model, path, stream, TrainConfig(steps=200, batch_size=16, length=16, given_share=0.1)).fit(progress=False)
+    Trainer(model, path, stream, TrainConfig(steps=300, batch_size=16, length=16, given_share=0.1)).fit(progress=False)
     sampler, text = Sampler(model, path), (torch.arange(16)[None] + torch.arange(10)[:, None]) % 10
     for steps in (16, 8, 4):
         first = 16 // steps  # positions of the first slice

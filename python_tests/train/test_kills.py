@@ -6,6 +6,8 @@ import random
 import signal
 import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -17,18 +19,6 @@ from klflow_ext import Run, load_run
 KILLS = int(os.environ.get("KLFLOW_KILLS", "10"))
 STEPS = 400
 SHAPE = {"n_layer": 1, "n_embd": 32, "max_length": 16}
-PROGRAM = """
-import sys
-from pathlib import Path
-import test_kills
-run = test_kills.make(Path(sys.argv[1]))
-if run.run.checkpoints():
-    run.load()
-else:
-    run.save()
-print("begins", run.step, flush=True)
-run.fit(progress=False)
-"""
 
 
 def make(folder):
@@ -36,43 +26,70 @@ def make(folder):
     return trainer(STEPS, folder, shape=SHAPE, checkpoint_seconds=0.02, keep=2, ema=0.9, time_sampling="learned")
 
 
-@pytest.mark.slow
-def test_kills(tmp_path):
-    whole = make(tmp_path / "whole")
+def many_kills(place):
+    """Kills the run again and again, until KILLS are done and the last run has come to its end."""
+    torch.set_num_threads(1)  # a child of a fork has no others
+    whole = make(place / "whole")
     whole.config = type(whole.config)(**{**vars(whole.config), "checkpoint_seconds": 1e6})
     whole.fit(progress=False)
+    generator, kills, runs, within, beyond = random.Random(0), 0, 0, 0, 0
+    while kills < KILLS:
+        folder, status = place / str(runs), None
+        runs += 1
+        while status != 0:
+            child = os.fork()
+            if not child:
+                go_on(folder)
+            if kills < KILLS:
+                time.sleep(generator.uniform(0.0, 1.0))
+                os.kill(child, signal.SIGKILL)  # one that has ended waits to be asked
+            status = os.waitpid(child, 0)[1]
+            assert status in (0, signal.SIGKILL)
+            kills += status != 0
+            if status and Run(folder).checkpoints():
+                within += any(folder.glob("checkpoint-*.tmp"))
+                log = folder / "log.jsonl"
+                beyond += log.exists() and log.read_text().count("\n") > saved(folder)["step"]
+                load_run(folder)  # at any moment
+        check(folder, place / "whole")
+    print(
+        f"{kills} kills in {runs} runs, {within} of them within a checkpoint, {beyond} with steps beyond it in the log"
+    )
+
+
+def go_on(folder):
+    try:
+        run = make(folder)
+        if run.run.checkpoints():
+            run.load()
+        else:
+            run.save()
+        run.fit(progress=False)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def driver(function, *arguments):
+    """What a function of this file prints, in a process that may fork and be killed."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    generator, kills, within, cut = random.Random(0), 0, 0, 0
-    folder = number = None
-    while kills < KILLS or folder is not None:
-        if folder is None:
-            number, folder = (number or 0) + 1, tmp_path / f"run-{number or 0}"
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment,
-        )  # fmt: skip
-        begins = process.stdout.readline()
-        assert begins.startswith("begins"), process.stderr.read()
-        try:
-            process.wait(generator.uniform(0.0, 1.0) if kills < KILLS else None)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-            within += any(folder.glob("checkpoint-*.tmp"))
-            lines = (folder / "log.jsonl").read_text().split("\n") if (folder / "log.jsonl").exists() else [""]
-            cut += lines[-1] != "" or len(lines) - 1 > saved(folder)["step"]
-            load_run(folder)  # at any moment
-            continue
-        finally:
-            process.stdout.close(), process.stderr.close()
-        assert process.returncode == 0
-        check(folder, whole, tmp_path / "whole")
-        folder = None
-    print(f"{kills} kills in {number} runs, {within} of them within a checkpoint, {cut} with lines beyond it")
+    program = f"import test_kills, sys; test_kills.{function}(test_kills.Path(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def check(folder, whole, expected):
+@pytest.mark.slow
+def test_kills(tmp_path):
+    said = driver("many_kills", tmp_path)
+    print(said)
+    assert int(said.split()[0]) >= KILLS
+
+
+def check(folder, expected):
     files = {name.split("/")[-1]: content for name, content in contents(folder).items() if "step-400" in name}
     assert sorted(f.name for f in folder.iterdir() if f.name.startswith("checkpoint"))[-1].endswith("-step-400")
     assert not list(folder.glob("*.tmp")) and not (folder / "lock").exists() and len(Run(folder).checkpoints()) == 2
@@ -144,10 +161,6 @@ def save_and_die(run, at):
 @pytest.mark.slow
 def test_a_kill_at_every_call(tmp_path):
     """Killed before each of the calls by which a checkpoint comes and the one before it goes: one is whole at each moment."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    program = f"import test_kills, pathlib; test_kills.every_call(pathlib.Path({str(tmp_path)!r}))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+    seen = json.loads(driver("every_call", tmp_path))
     assert seen == sorted(seen) and seen[0] == 1 and seen[-1] == 2 and len(seen) > 15
     print(f"{len(seen) - 1} kills, {seen.count(1)} with the old one whole, {seen.count(2) - 1} with the new one")

@@ -88,15 +88,15 @@ def test_a_run_that_stays_bad_stops_and_reports(tmp_path):
 def test_the_report_names_the_sequence(tmp_path, accumulate):
     """One sequence has a loss that is not finite; nothing but its number and time stand first."""
     run = trainer(100, tmp_path, accumulate=accumulate)
-    plain = run._loss
+    plain = run.engine.loss
 
-    def loss(tokens, t, given, order, evidence, rng, reduction, row_offset):
-        values = plain(tokens, t, given, order, evidence, rng, "none", row_offset)
+    def loss(tokens, t, rng, *, reduction, row_offset, **options):
+        values = plain(tokens, t, rng, reduction="none", row_offset=row_offset, **options)
         bad = torch.arange(row_offset // 16, row_offset // 16 + len(t)) == 5
         values = torch.where(bad[:, None], values * math.nan, values)
         return values if reduction == "none" else values.sum()
 
-    run._loss = loss
+    run.engine.__dict__["loss"] = loss
     with pytest.raises(NotFinite, match=r"the worst first: 5 \(t 0\.\d+, loss nan\), "):
         run.fit(progress=False)
     report = json.loads((tmp_path / "report.json").read_text())

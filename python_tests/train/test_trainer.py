@@ -186,9 +186,7 @@ def test_compiled_is_eager(monkeypatch):
     eager_backend(monkeypatch)
     options = {"accumulate": 2, "dtype": "bfloat16", "shape": {"n_layer": 1}}
     runs = [trainer(4, compile=compile, **options) for compile in (False, True)]
-    assert hasattr(runs[1]._loss, "_torchdynamo_orig_callable") and not hasattr(
-        runs[0]._loss, "_torchdynamo_orig_callable"
-    )
+    assert [run.engine.loss._compiled_call_impl is not None for run in runs] == [False, True]
     losses = [torch.tensor([run.train_step() for _ in range(4)]) for run in runs]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
 
