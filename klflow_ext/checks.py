@@ -29,7 +29,12 @@ def check_scalar(
         single = isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0
         if isinstance(value, bool) or not (single or isinstance(value, numbers.Real)) or is_bool(value):
             fail(TypeError, name, repr(value), allowed)
-        value = float(value)
+        try:
+            value = float(value)
+        except (TypeError, RuntimeError):  # a complex one, or what a numpy array of objects holds
+            fail(TypeError, name, repr(value), allowed)
+        except OverflowError:
+            fail(ValueError, name, value, allowed)
     if not (low < value if open_low else low <= value) or not (value < high if open_high else value <= high):
         fail(ValueError, name, value, allowed)
     return value

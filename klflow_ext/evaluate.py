@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -55,25 +57,43 @@ def token_entropy(sequences) -> float:
     return float(np.mean(entropies))
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[bytes]:
+    if not path.is_file():
+        raise ValueError(f"judge: {path.parent} has no {path.name}")
+    try:
+        yield path.read_bytes()
+    except (ValueError, OSError, struct.error) as error:
+        raise ValueError(f"judge: {path} cannot be read: {error}") from None
+
+
 class Judge:
     """A small pretrained Llama in llama2.c's legacy format, which scores text in bits per byte.
 
     Args: folder with stories260K.bin and tok512.bin.
+    Raises:
+        ValueError: one is missing or cannot be read; the message names it.
     """
 
     def __init__(self, folder: str | Path):
-        for name in ("stories260K.bin", "tok512.bin"):
-            if not (Path(folder) / name).is_file():
-                raise ValueError(f"judge: {folder} has no {name}")
-        raw = (Path(folder) / "stories260K.bin").read_bytes()
-        dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack("7i", raw[:28])
+        with _reading(Path(folder) / "stories260K.bin") as raw:
+            self._read_weights(raw)
+        with _reading(Path(folder) / "tok512.bin") as raw:
+            self._read_pieces(raw, len(self.classifier))
+
+    def _read_weights(self, raw: bytes) -> None:
+        dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack_from("<7i", raw)
         shared, vocab = vocab > 0, abs(vocab)
-        values, at = np.frombuffer(raw, np.float32, offset=28), 0
+        if min(dim, hidden, layers, heads, kv_heads, vocab, context) < 1 or dim % (2 * heads) or heads % kv_heads:
+            raise ValueError("its sizes are none of a model")
+        values, at = np.frombuffer(raw, np.dtype("<f4"), offset=28), 0
 
         def take(*shape):
             nonlocal at
             size = math.prod(shape)
             at += size
+            if at > len(values):
+                raise ValueError("it ends too early")
             return torch.from_numpy(values[at - size : at].reshape(shape).copy())
 
         kv = dim // heads * kv_heads
@@ -87,11 +107,17 @@ class Judge:
         self.classifier = self.embedding if shared else take(vocab, dim)
         self.layers, self.heads, self.kv_heads, self.context = layers, heads, kv_heads, context
 
-        raw, at = (Path(folder) / "tok512.bin").read_bytes(), 4
+        if at != len(values) or not np.isfinite(values).all():
+            raise ValueError("it holds more than a model" if at < len(values) else "its weights are not finite")
+
+    def _read_pieces(self, raw: bytes, vocab: int) -> None:
+        at = 4
         self.pieces: dict[bytes, int] = {}
         self.scores: list[float] = []
         for token in range(vocab):
-            score, size = struct.unpack_from("fi", raw, at)
+            score, size = struct.unpack_from("<fi", raw, at)
+            if not 0 <= size <= len(raw) - at - 8:
+                raise ValueError(f"its piece {token} has {size} bytes")
             self.pieces.setdefault(raw[at + 8 : at + 8 + size], token)
             self.scores.append(score)
             at += 8 + size

@@ -176,7 +176,11 @@ def _posterior_rows(target, t, rng, log_prior, beta, given, row_offset, boost=No
     e = simplex_noise(shape.numel(), vocab, state_of(rng, shape, row_offset), row_offset, work, device)
     t = _rows(t, shape, work, device)
     s = gap(vocab, beta) * t / (1 - t)
-    k = target.reshape(len(e), -1).long()
+    k = (
+        (target[..., None] if boost is None else target)
+        .reshape(len(e), target.shape[-1] if boost is not None else 1)
+        .long()
+    )
     if boost is None:
         certain = ~(s < 80)  # t = 1 too: every other token's posterior is below the smallest float32
         s = torch.where(certain, 0.0, s)
@@ -316,7 +320,11 @@ def loss_rows(logits, target, weight, ignore_index, label_smoothing, z_loss, sof
     z = logits.to(work)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    lse = z.logsumexp(-1)
+    high = z.detach().amax(-1, keepdim=True)
+    high = torch.where(high.isfinite(), high, 0.0)
+    below = z - high  # beside logits of 1e16 the logarithm of their number would be lost
+    log_sum = below.logsumexp(-1, keepdim=True)
+    lse = (log_sum + high)[..., 0]
     w = torch.ones(vocab, dtype=work, device=z.device) if weight is None else weight.to(work)
     rw = (
         torch.ones(shape, dtype=work, device=z.device)
@@ -333,7 +341,7 @@ def loss_rows(logits, target, weight, ignore_index, label_smoothing, z_loss, sof
         q = torch.zeros_like(z).scatter_(-1, k[..., None], 1.0)
         divisor = torch.where(kept, w[k] * rw, 0.0)
     q = ((1 - label_smoothing) * q + label_smoothing / vocab) * w
-    terms = q * (lse[..., None] - z)
+    terms = q * (log_sum - below)
     if not target.is_floating_point():  # 0 * inf of a masked class; soft targets give NaN there, as torch does
         terms = torch.where(q == 0, 0.0, terms)
     loss = rw * (terms.sum(-1) + z_loss * lse**2)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from mutations import COUNT, mutation
 from runs import V, contents, trainer
 
 from klflow_ext import Run, TrainConfig, data, load_run
 from klflow_ext.checkpoint import FORMAT, Checkpoint, _pack, _signed, _unpack, stamps
 
-COUNT = int(os.environ.get("KLFLOW_MUTATIONS", "200"))  # of each file, in each of two ways
 FILES = ("config.json", "model.safetensors", "training.safetensors", "manifest.json")
 TEXTS = ("tokenizer.json", "train.npy", "heldout.npy")
 
@@ -77,53 +77,6 @@ def sign(folder):
     checkpoint = Run(folder).last().folder
     manifest = {"format": FORMAT, "step": 3, "files": stamps(checkpoint, FILES[:3]), "texts": stamps(folder, TEXTS)}
     (checkpoint / "manifest.json").write_text(_signed(manifest))
-
-
-def json_mutation(content, generator):
-    """One value of it is of another type or size, is missing, or is there twice as deep."""
-    value = json.loads(content)
-    places = []
-
-    def walk(node):
-        for key in node if isinstance(node, dict) else range(len(node)):
-            places.append((node, key))
-            if isinstance(node[key], (dict, list)):
-                walk(node[key])
-
-    walk(value)
-    node, key = places[generator.integers(len(places))]
-    others = [
-        None, True, -1, 0, 1.5, 10**9, 10**12, 10**30, float("inf"), float("nan"), "", "x" * 1000, [], {}, [[]], {"a": 1}, "../x",
-        [node[key]], {"tensor": "x"},
-    ]  # fmt: skip
-    chosen = generator.integers(len(others) + 1)
-    if chosen == len(others):
-        del node[key]
-    else:
-        node[key] = others[chosen]
-    return json.dumps(value).encode()
-
-
-def mutation(name, content, others, generator):
-    kind = generator.choice(["flip", "cut", "zeros", "swap", "grow", "garbage", *["json"] * 4 * name.endswith(".json")])
-    spoiled, size = bytearray(content), len(content)
-    at = int(generator.integers(size))
-    if kind == "flip":
-        near = int(generator.integers(min(size, 400))) if generator.random() < 0.5 else at  # headers are at the start
-        spoiled[near] ^= 1 << generator.integers(8)
-    elif kind == "cut":
-        del spoiled[at:]
-    elif kind == "zeros":
-        spoiled[at : at + 512] = bytes(len(spoiled[at : at + 512]))
-    elif kind == "swap":
-        return others[generator.integers(len(others))]
-    elif kind == "grow":
-        spoiled += bytes(int(generator.integers(1, 5000)))
-    elif kind == "garbage":
-        return generator.bytes(int(generator.integers(5000)))
-    else:
-        return json_mutation(content, generator)
-    return bytes(spoiled)
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -255,19 +255,21 @@ Row row_of_state(const PosteriorParams& p, int64_t row, double gain, float t) {
   float* e = scratch_row(p.vocab);
   const T* log_x = row_of<T>(p.log_x, row);
   vf best = splat(-kInf);
-  vi count = {};  // minus the entries above -infinity
+  vi count = {};    // minus the entries above -infinity
+  vi strange = {};  // which are no number
   for_vectors(p.vocab, [&](int64_t i, int m) {
     const vf v = load_n(log_x + i, m, -kInf);
     store_n(e + i, v, m);
     best = maximum(v, best);
     count += v > -kInf;
+    strange |= v != v;
   });
   const float most = max_lanes(best);
   int64_t own = 0, entries = 0;
   for (int lane = 0; lane < kLanes; ++lane) entries -= count[lane];
   while (own + kLanes <= p.vocab && !any(load(e + own) == most)) own += kLanes;
   while (own < p.vocab && e[own] != most) ++own;
-  if (!(most > -kInf && most < kInf)) return {e, 0, {kNaN, kNaN}};
+  if (any(strange) || !(most > -kInf && most < kInf)) return {e, 0, {kNaN, kNaN}};
   if (t == 1.0f || entries == 1) return {e, own, {}, 0.0f, 0.0, true};
   e[own] = -kInf;
   const float power = kLog2E / (1.0f - t);

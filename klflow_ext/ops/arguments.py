@@ -23,6 +23,9 @@ def check_beta(beta):
 def check_tensor(name, value, dtypes, device=None):
     if not isinstance(value, torch.Tensor):
         fail(TypeError, name, type(value).__name__, "a tensor")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        fail(TypeError, name, f"a tensor of layout {kind}", "a dense one")
     if value.dtype not in dtypes:
         fail(TypeError, name, value.dtype, " or ".join(str(d) for d in dtypes))
     if device is not None and value.device != device:
@@ -237,6 +240,17 @@ def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def result_dtype(dtype, default, out):
+    """The dtype that is asked for, or the default."""
+    if dtype is None:
+        return default
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
+        fail(TypeError, "dtype", repr(dtype), " or ".join(str(d) for d in FLOATS))
+    if isinstance(out, torch.Tensor) and out.dtype != dtype:
+        fail(TypeError, "dtype", dtype, f"the dtype of out, {out.dtype}")
+    return dtype
+
+
 def output(name, out, shape, dtype, device, inputs=()):
     """(tensor to return, its (rows, V) view); out must be viewable, so that writing reaches it, and its memory its own.
 
@@ -244,13 +258,12 @@ def output(name, out, shape, dtype, device, inputs=()):
     """
     vocab = shape[-1]
     if out is None:
-        if dtype not in FLOATS:
-            fail(TypeError, "dtype", dtype, " or ".join(str(d) for d in FLOATS))
         out = torch.empty(shape, dtype=dtype, device=device)
         return out, out.view(-1, vocab) if out.numel() else out.reshape(-1, vocab)
     check_tensor(name, out, FLOATS, device)
     if out.shape != torch.Size(shape):
         fail(ValueError, name, f"shape {tuple(out.shape)}", tuple(shape))
+    refuse_lazy(name, out)
     if out.numel() == 0:
         return out, out.reshape(-1, vocab)
     try:
@@ -261,6 +274,12 @@ def output(name, out, shape, dtype, device, inputs=()):
         fail(ValueError, name, f"strides {out.stride()}", "rows with stride 1 along V that can be viewed as (rows, V)")
     check_overlap(name, flat, inputs)
     return out, flat
+
+
+def refuse_lazy(name, written):
+    """ValueError for a view whose memory holds other numbers than it has: those of torch are negated when they are read."""
+    if not torch.compiler.is_compiling() and written.is_neg():
+        fail(ValueError, name, "a negated view", "memory that holds the numbers themselves")
 
 
 def check_overlap(name, flat, inputs=()):

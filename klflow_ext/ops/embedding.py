@@ -299,7 +299,8 @@ def _shares(ids, q, rest, prior):
     own = prior[ids]
     others = prior.double().sum() - own.double().sum(-1)
     # Mass that rounding alone leaves over is not shared out.
-    b = torch.where((rest > 1e-7) & (others > 1e-6), rest / others, 0.0).float()
+    b = torch.where((rest.abs() > 1e-7) & (others > 1e-6), rest / others, 0.0)
+    b = torch.where(rest.isnan(), rest, b).float()
     return q.addcmul(own, b[:, None], value=-1), b
 
 

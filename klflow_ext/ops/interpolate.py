@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from klflow_ext import reference
+from klflow_ext.checks import check_choice, check_flag
 from klflow_ext.ops.arguments import (
     FLOATS,
     INTEGERS,
@@ -24,6 +25,7 @@ from klflow_ext.ops.arguments import (
     noise_arguments,
     refuse_gradient,
     register_fake_mutation,
+    result_dtype,
     row_scalars,
     token_rows,
 )
@@ -76,8 +78,8 @@ def noise_interpolate(
     check_tensor("target", target, INTEGERS)
     vocab = check_int("vocab_size", vocab_size, 2, 2**30, "an integer V in [2, 2^30]")
     shape, device = target.shape, target.device
-    if output not in ("simplex", "posterior"):
-        fail(ValueError, "output", repr(output), "'simplex' or 'posterior'")
+    check_choice("output", output, ("simplex", "posterior"))
+    check_flag("log", log)
     if output == "posterior":
         if log_prior is None:
             fail(ValueError, "log_prior", None, "log-probabilities (V,), needed for output='posterior'")
@@ -85,13 +87,11 @@ def noise_interpolate(
     elif log_prior is not None:
         fail(ValueError, "log_prior", type(log_prior).__name__, "None for output='simplex'")
     noise, options = noise_arguments(target, t, rng, beta, given, row_offset, vocab)
-    result, flat = output_rows("out", out, (*shape, vocab), dtype or torch.float32, device)
-    if out is not None and dtype is not None and out.dtype != dtype:
-        fail(TypeError, "dtype", dtype, f"the dtype of out, {out.dtype}")
+    result, flat = output_rows("out", out, (*shape, vocab), result_dtype(dtype, torch.float32, out), device)
     if output == "posterior":
-        all_entries(noise, options, log_prior, bool(log), flat)
+        all_entries(noise, options, log_prior, log, flat)
     else:
-        _klflow.noise_interpolate(*noise, *options, bool(log), flat)
+        _klflow.noise_interpolate(*noise, *options, log, flat)
     return result
 
 
@@ -122,6 +122,7 @@ def logit_interpolate(
     shape, device = log_x0.shape[:-1], log_x0.device
     rows = math.prod(shape)
     beta = check_beta(beta)
+    check_flag("log", log)
     if isinstance(log_x1, torch.Tensor) and log_x1.dtype in INTEGERS:
         end = token_rows("log_x1", log_x1, shape, rows, vocab, device)
     else:
@@ -134,12 +135,12 @@ def logit_interpolate(
     if out is None and (is_transformed(start, end, times) or needs_grad(start, end, times)):
         # The compiler takes the operator, which knows its gradient; the Function also knows torch.func and forward mode.
         points = _klflow.logit_interpolate if torch.compiler.is_compiling() else _LogitInterpolate.apply
-        return points(start, end, times, beta, bool(log)).reshape(log_x0.shape)
+        return points(start, end, times, beta, log).reshape(log_x0.shape)
     for name, value in (("log_x0", log_x0), ("log_x1", log_x1), ("t", times)):
         refuse_gradient(name, value, "log_x0, log_x1 and t without out")
     ends = [("log_x0", start, True)] + ([("log_x1", end, True)] if end.dim() == 2 else [])
     result, flat = output_rows("out", out, log_x0.shape, log_x0.dtype, device, ends)
-    _klflow.logit_interpolate_out(start, end, times, beta, bool(log), flat)
+    _klflow.logit_interpolate_out(start, end, times, beta, log, flat)
     return result
 
 

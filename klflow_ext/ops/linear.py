@@ -16,7 +16,7 @@ from klflow_ext.ops.arguments import (
     looks_at_values,
     needs_grad,
 )
-from klflow_ext.ops.loss import check_reduction, cross_entropy, loss_arguments, mean_divisor
+from klflow_ext.ops.loss import check_result, cross_entropy, loss_arguments, mean_divisor
 from klflow_ext.ops.products import add_product
 
 _klflow = torch.ops.klflow
@@ -66,7 +66,7 @@ def linear_cross_entropy(
     Returns: loss (float32), or (loss, lse). Gradients flow to hidden, weight and bias.
     Errors: as `cross_entropy`.
     """
-    check_reduction(reduction)
+    check_result(reduction, return_lse)
     flat, shape = layer_arguments(hidden, weight, bias)
     vocab, device = weight.shape[0], weight.device
     tokens, options = loss_arguments(

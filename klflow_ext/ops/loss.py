@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from klflow_ext import reference
+from klflow_ext.checks import check_choice, check_flag
 from klflow_ext.ops.arguments import (
     FLOATS,
     INTEGERS,
@@ -25,6 +26,7 @@ from klflow_ext.ops.arguments import (
     needs_grad,
     output,
     refuse_gradient,
+    refuse_lazy,
     register_fake_mutation,
     row_scalars,
     token_rows,
@@ -76,9 +78,9 @@ def loss_arguments(
     return tokens, (weight, row_weight, ignore_index, smoothing, z_loss, 0.0 if softcap is None else softcap)
 
 
-def check_reduction(reduction):
-    if reduction not in ("mean", "sum", "none"):
-        fail(ValueError, "reduction", repr(reduction), "'mean', 'sum' or 'none'")
+def check_result(reduction, return_lse):
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_flag("return_lse", return_lse)
 
 
 def mean_divisor(tokens, weight, row_weight, ignore_index, *_):
@@ -134,10 +136,11 @@ def cross_entropy(
         return_lse: also return lse (*rows), differentiable.
         inplace_backward: the backward pass writes the gradient over logits, which are then no longer usable.
 
-    Returns: loss (float32), or (loss, lse). Gradients flow to logits only.
+    Returns: loss (float32), or (loss, lse). Gradients flow to logits only. A row that holds a NaN or +inf has NaN in both.
     Errors: IndexError for a target outside [0, V) (on CUDA the row's loss is NaN; KLFLOW_CHECK=1 checks there too).
     """
-    check_reduction(reduction)
+    check_result(reduction, return_lse)
+    check_flag("inplace_backward", inplace_backward)
     flat, tokens, options = _flat_arguments(
         logits, target, weight, row_weight, ignore_index, label_smoothing, z_loss, softcap
     )
@@ -156,6 +159,7 @@ def cross_entropy(
         loss, lse = _klflow.cross_entropy(flat, tokens, *options)
     elif inplace_backward:
         check_overlap("logits", flat)
+        refuse_lazy("logits", flat)
         loss, lse = _InplaceCrossEntropy.apply(flat, tokens, *options)
     else:
         loss, lse, _ = _CrossEntropy.apply(flat, tokens, *options, _expected_upstream(flat, divisor))

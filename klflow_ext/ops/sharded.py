@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from klflow_ext.ops.arguments import INTEGERS, check_int, check_tensor, check_tokens, fail, looks_at_values, needs_grad
 from klflow_ext.ops.linear import _gradients_again, _loss_rows, check_chunk, layer_arguments, mean_of
-from klflow_ext.ops.loss import check_reduction, loss_arguments, mean_divisor
+from klflow_ext.ops.loss import check_result, loss_arguments, mean_divisor
 
 NOBODY = -1  # a local target: the row's token is of another process, or is ignored
 
@@ -68,7 +68,7 @@ def sharded_linear_cross_entropy(
     Returns: loss (float32), or (loss, lse). Gradients are of the first order, and not under torch.func or torch.compile.
     Errors: as `linear_cross_entropy`, before anything is sent.
     """
-    check_reduction(reduction)
+    check_result(reduction, return_lse)
     own = vocabulary_shard(vocab_size, group)
     flat, shape = layer_arguments(hidden, weight, bias, own.stop - own.start)
     check_tensor("target", target, INTEGERS)

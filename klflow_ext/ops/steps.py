@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from klflow_ext.checks import check_flag
 from klflow_ext.ops.arguments import (
     FLOATS,
     Rng,
@@ -21,6 +22,7 @@ from klflow_ext.ops.arguments import (
     output,
     refuse_gradient,
     register_fake_mutation,
+    result_dtype,
     rng_state,
     row_scalars,
     temperature_rows,
@@ -104,7 +106,8 @@ def topk_renoise(
     times = row_scalars("t_next", t_next, shape, rows, device, 0, 1)
     refuse_gradient("t_next", times, NOTHING)
     beta = check_beta(beta)
-    result, flat = output("out", out, logits.shape, dtype or logits.dtype, device, [("logits", head[0], True)])
+    dtype = result_dtype(dtype, logits.dtype, out)
+    result, flat = output("out", out, logits.shape, dtype, device, [("logits", head[0], True)])
     token = torch.empty(rows, dtype=torch.int64, device=device)
     _klflow.topk_renoise(*head, times, state, temperature, top_p, beta, flags, tokens, row_offset, token, flat)
     return token.reshape(shape), result
@@ -149,9 +152,11 @@ def euler_step(
         refuse_gradient(name, value, NOTHING)
     temperature, beta = temperature_rows(temperature, shape, rows, device), check_beta(beta)
     flags, tokens = given_known(given, known, shape, rows, vocab, device)
+    check_flag("inplace", inplace)
     source, flat_logits = as_rows(log_x, vocab), as_rows(logits, vocab)
     inputs = [("logits", flat_logits, False)]
-    x_next, flat = output("out", out, logits.shape, dtype or logits.dtype, device, [*inputs, ("log_x", source, False)])
+    dtype = result_dtype(dtype, logits.dtype, out)
+    x_next, flat = output("out", out, logits.shape, dtype, device, [*inputs, ("log_x", source, False)])
     state, state_flat = output("log_x", log_x if inplace else None, logits.shape, log_x.dtype, device, inputs)
     source = state_flat if inplace else source
     _klflow.euler_step(source, flat_logits, rates, temperature, beta, flags, tokens, state_flat, flat)

@@ -9,11 +9,14 @@ model is guessed from the names of its attributes. `State`, `Prediction` and `Mo
 from __future__ import annotations
 
 import math
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -349,14 +352,32 @@ def load_own_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     module.load_state_dict({**state, **tied})
 
 
+_modes = threading.Lock()
+_evaluated: WeakKeyDictionary[nn.Module, tuple[list[None], list[nn.Module]]] = WeakKeyDictionary()
+if sys.platform != "win32":  # a process that is forked while another thread holds it would wait for ever
+    os.register_at_fork(before=_modes.acquire, after_in_parent=_modes.release, after_in_child=_modes.release)
+
+
 @contextmanager
 def evaluating(network: Network | Called) -> Iterator[None]:
-    """The network in evaluation mode (dropout would draw other tokens for the same seed), and then as it was."""
-    training = [] if network.module is None else [m for m in network.module.modules() if m.training]
+    """The network in evaluation mode (dropout would draw other tokens for the same seed), and then as it was: once the last of
+    the threads that are in here has left."""
+    if (module := network.module) is None:
+        yield
+        return
+    with _modes:
+        users, training = _evaluated.setdefault(module, ([], []))
+        users.append(None)
+        for part in module.modules():
+            if part.training:
+                training.append(part)
+                part.training = False
     try:
-        for module in training:
-            module.training = False
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _modes:
+            users.pop()
+            if not users:
+                del _evaluated[module]
+                for part in training:
+                    part.training = True

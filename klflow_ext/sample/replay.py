@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -104,11 +105,19 @@ class Replays:
     def __init__(self, network: Network, path: Path, device: torch.device):
         self.network, self.path, self.device, self.recorder = network, path, device, Recorder(device)
         self.weights: list[int] = []
+        self._lock = Lock()
         self.buffers: dict[tuple, Buffers] = {}
         self.replays: dict[tuple, Callable[[], None]] = {}
 
     def __call__(self, passes: Passes, options: ResolvedOptions) -> Tensor:
         """`denoise` by `sampling_step`. The last pass is a step, too, of which only the draw counts."""
+        with self._lock:  # of the buffers, by one call at a time
+            tokens = self._run(passes, options).clone()
+            if tokens.is_cuda:
+                torch.cuda.current_stream(tokens.device).synchronize()
+            return tokens
+
+    def _run(self, passes: Passes, options: ResolvedOptions) -> Tensor:
         steps = options.steps
         top_ks = [options.top_k] * (steps - 1) + [options.last_top_k]
         knobs = list(zip(top_ks, options.temperatures(steps), strict=True))

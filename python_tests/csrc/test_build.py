@@ -11,6 +11,7 @@ import pytest
 import setuptools
 import torch
 
+import klflow_ext
 from klflow_ext import _C
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -283,3 +284,9 @@ def test_the_source_distribution_holds_all_that_is_built(tmp_path):
               if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".typed")}  # fmt: skip
     assert {"csrc/ops/loss.cpp", "csrc/cuda/row.cuh", "klflow_ext/ops/loss.py"} <= source
     assert source | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= held
+
+
+def test_the_version_is_written_once():
+    place = re.compile(rf"version[_\W]+{re.escape(klflow_ext.__version__)}\b")
+    files = [ROOT / "setup.py", ROOT / "pyproject.toml", *sorted((ROOT / "klflow_ext").rglob("*.py"))]
+    assert [f.name for f in files if place.search(f.read_text())] == ["__init__.py"]

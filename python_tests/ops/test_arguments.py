@@ -387,3 +387,73 @@ def test_more_pairs_than_their_numbers_can_name():
         torch.ops.klflow.scatter_rows(order, Y, many, one, one, torch.ones(1, 1), torch.ones(1, 1))
     with pytest.raises(RuntimeError, match=r"ids: 2147483648 entries, allowed are fewer than 2\^31"):
         torch.ops.klflow.group_by_token(torch.zeros(1, 1, dtype=torch.int32).expand(2**31, 1), 4, order, Y)
+
+
+# ---- what is a tensor but no dense one, a flag but no bool, a number but no real one
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "_mkldnn", "nested"])
+def test_tensors_of_other_layouts(layout):
+    make = {
+        "sparse_coo": torch.Tensor.to_sparse, "sparse_csr": torch.Tensor.to_sparse_csr, "_mkldnn": torch.Tensor.to_mkldnn,
+        "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    }[layout]  # fmt: skip
+    calls = {
+        "logits": lambda x: ops.cross_entropy(x, Y),
+        "log_x": lambda x: ops.euler_step(x, X, 0.1),
+        "hidden": lambda x: ops.linear_cross_entropy(x, W.T, Y),
+        "log_x0": lambda x: ops.logit_interpolate(x, Y, 0.1),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"{name}: got a tensor of layout {layout}, allowed is a dense one"):
+            call(make(X))
+
+
+@pytest.mark.parametrize("flag", [torch.tensor([]), np.array([1, 2]), 1, None, "yes"])
+def test_flags(flag):
+    calls = {
+        "log": lambda: ops.noise_interpolate(Y, 0.1, 0, vocab_size=V, log=flag),
+        "log ": lambda: ops.logit_interpolate(X, Y, 0.1, log=flag),
+        "return_lse": lambda: ops.cross_entropy(X, Y, return_lse=flag),
+        "inplace_backward": lambda: ops.cross_entropy(X, Y, inplace_backward=flag),
+        "return_lse ": lambda: ops.linear_cross_entropy(X[:, :8], W, Y, return_lse=flag),
+        "inplace": lambda: ops.euler_step(X, X, 0.1, inplace=flag),
+        "reduction": lambda: ops.cross_entropy(X, Y, reduction=flag),
+        "output": lambda: ops.noise_interpolate(Y, 0.1, 0, vocab_size=V, output=flag),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{name.strip()}: got"):
+            call()
+
+
+def test_numbers_that_are_not_real():
+    for number in (1j, torch.tensor(1j), np.array(1j), np.array(object()), 10**400):
+        with pytest.raises((TypeError, ValueError), match="beta: got"):
+            ops.noise_interpolate(Y, 0.1, 0, vocab_size=V, beta=number)
+
+
+def test_dtypes_of_results():
+    for dtype in (torch.tensor([]), np.array([1, 2]), "float32", torch.float64):
+        for call in (
+            lambda: ops.noise_interpolate(Y, 0.1, 0, vocab_size=V, dtype=dtype),  # noqa: B023
+            lambda: ops.topk_renoise(X, 5, 0.1, 0, dtype=dtype),  # noqa: B023
+            lambda: ops.euler_step(X, X, 0.1, dtype=dtype),  # noqa: B023
+        ):
+            with pytest.raises(TypeError, match="dtype: got"):
+                call()
+    with pytest.raises(TypeError, match="dtype: got torch.float16, allowed is the dtype of out"):
+        ops.topk_renoise(X, 5, 0.1, 0, dtype=torch.float16, out=torch.empty(N, V))
+
+
+def test_negated_views():
+    """Read as what they are, never written to: their memory holds other numbers."""
+    view = torch._neg_view(-X)
+    assert view.is_neg() and torch.equal(ops.cross_entropy(view, Y), ops.cross_entropy(X, Y))
+    calls = {
+        "out": lambda: ops.logit_interpolate(X, Y, 0.1, out=view),
+        "log_x": lambda: ops.euler_step(view, X, 0.1, inplace=True),
+        "logits": lambda: ops.cross_entropy(torch._neg_view(X.clone().requires_grad_()), Y, inplace_backward=True),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name}: got a negated view"):
+            call()

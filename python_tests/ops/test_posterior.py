@@ -501,3 +501,38 @@ BAD = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("t", [0.0, 0.2, 1.0])
+def test_a_row_with_a_nan_is_nan(t, device):
+    """Also where it has one other entry above -infinity, or where t = 1 would make it certain."""
+    nan, inf = math.nan, math.inf
+    for row in (
+        [nan, -3.0],
+        [-3.0, nan],
+        [nan, 1.0, -inf],
+        [nan, nan, 1.0],
+        [nan, -inf],
+        [inf, nan],
+        [1.0, 2.0, nan],
+        [-inf, -inf],
+    ):
+        ids, q, rest = ops.token_posterior(torch.tensor([row], device=device), t, prior_of(len(row), device), top=2)
+        assert q.isnan().all() and rest.isnan().all() and ((ids >= 0) & (ids < len(row))).all(), row
+
+
+def test_a_rest_that_is_no_number_stays_one(device):
+    """Also where the ids leave no other token to share it out among; a negative one is taken as it is."""
+    prior = prior_of(4, device)
+    weight, q = weight_of(4, 3, device), torch.full((1, 2), 0.25, device=device)
+    for ids in ([[0, 1]], [[0, 1, 2, 3]]):
+        ids = torch.tensor(ids, device=device)
+        out = ops.posterior_embedding(
+            ids, torch.full(ids.shape, 0.25, device=device), torch.tensor([math.nan], device=device), weight, prior
+        )
+        assert out.isnan().all()
+    ids, rest = torch.tensor([[0, 1]], device=device), torch.tensor([-0.5], device=device)
+    want = reference.posterior_embedding(*map(to64, (ids, q, rest, weight, prior)))
+    torch.testing.assert_close(
+        ops.posterior_embedding(ids, q, rest, weight, prior).double().cpu(), want, rtol=1e-5, atol=1e-5
+    )
