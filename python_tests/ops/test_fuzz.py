@@ -605,7 +605,7 @@ CASES = {
 
 
 def test_every_op_is_here():
-    assert set(CASES) == set(ops.__all__)
+    assert set(CASES) == set(ops.__all__) - set(ops.TOGETHER)  # those of several processes have tests of their own
 
 
 class Subclass(torch.Tensor):
