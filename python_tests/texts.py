@@ -7,6 +7,18 @@ from klflow_ext.train import prepare_tokens
 TEXTS = [f"the cat {i} sat on mat {i * i} and ran " * (1 + i % 9) for i in range(400)]
 
 
+def whole_documents(parts):
+    """The texts of documents that come in parts (text, whether it is the last of its document)."""
+    found, begun = [], ""
+    for text, last in parts:
+        begun += text
+        if last:
+            found.append(begun)
+            begun = ""
+    assert not begun
+    return found
+
+
 def token_folder(folder, texts=TEXTS, **options):
     """A token folder of these documents, with V = 300 and small shards."""
     folder.parent.mkdir(parents=True, exist_ok=True)

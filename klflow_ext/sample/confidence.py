@@ -28,9 +28,8 @@ def confidence(passes: Passes, options: ResolvedOptions) -> Tensor:
     for i in range(count):
         asked = places_of(~shown)
         if cache is None:
-            evidence = None if passes.evidence is None else passes.evidence.without(shown)
             state = path.renoise(found, 0.0, passes.rng(i), shown)
-            prediction = passes.predict(state, 0.0, shown, evidence=evidence).at(asked)
+            prediction = passes.predict(state, 0.0, shown, evidence=passes.observed_beyond(shown)).at(asked)
         else:
             nothing = torch.zeros_like(asked)
             state = path.renoise(nothing, 0.0, passes.rng(i), nothing.bool())

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klflow_ext.path import Evidence, Path, Prediction, State
-from klflow_ext.path.layout import slice_order
+from klflow_ext.path import Evidence, Path, Prediction, ResolvedOptions, State
+from klflow_ext.path.layout import Layout, slice_order
 from klflow_ext.path.network import Called, Network, Streams
 
 
@@ -54,6 +54,21 @@ class Passes:
     def observed(self, places: Tensor) -> Evidence | None:
         """What was observed of some positions (B, N)."""
         return None if self.evidence is None else self.evidence.at(places)
+
+    def observed_beyond(self, shown: Tensor) -> Evidence | None:
+        """What was observed of all positions but those that are shown (B, L)."""
+        return None if self.evidence is None else self.evidence.without(shown)
+
+    def layout(self, options: ResolvedOptions, most: int) -> Layout:
+        """That which was asked for, else a stride of `most` sets.
+
+        Raises:
+            ValueError: it does not fit the free positions.
+        """
+        if options.layout is None:
+            return Layout.stride(most)
+        options.layout.check_fits(self.given)
+        return options.layout
 
     def expect(self, total: int) -> None:
         """Says how many passes there will be, for the progress line."""

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from klflow_ext.path import ResolvedOptions
-from klflow_ext.path.layout import Layout
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.ways import register_way
 
@@ -14,19 +13,15 @@ from klflow_ext.sample.ways import register_way
 @register_way("segments", ordered=True, hears=True)
 def segments(passes: Passes, options: ResolvedOptions) -> Tensor:
     """Pass i draws the positions of set i of the layout, a stride where none is asked for."""
-    if options.layout is not None:
-        options.layout.check_fits(passes.given)
-    layout = options.layout or Layout.stride(min(options.steps, int((~passes.given).sum(1).max())))
+    layout = passes.layout(options, min(options.steps, int((~passes.given).sum(1).max())))
     order, found = layout.order(passes.given), passes.known
     passes.expect(len(layout))
-    temperatures = options.temperatures(
-        max(options.steps, len(layout))
-    )  # not of the passes made, which depend on the batch
+    # not of the passes made, which depend on the batch
+    temperatures = options.temperatures(max(options.steps, len(layout)))
     for i in range(len(layout)):
         now, shown = order == i + 1, order <= i
-        evidence = None if passes.evidence is None else passes.evidence.without(shown)
         state = passes.path.renoise(found, 0.0, passes.rng(i), shown)
-        prediction = passes.predict(state, 0.0, shown, evidence=evidence)
+        prediction = passes.predict(state, 0.0, shown, evidence=passes.observed_beyond(shown))
         most = int(now.sum(1).max())
         places = (~now).long().argsort(dim=1, stable=True)[:, :most]
         chosen, wanted = prediction.at(places), now.gather(1, places)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from klflow_ext.path import ResolvedOptions
-from klflow_ext.path.layout import Layout
 from klflow_ext.path.network import Network, Streams
 from klflow_ext.sample.passes import Passes, places_of
 from klflow_ext.sample.ways import register_way
@@ -30,9 +29,7 @@ def slices(passes: Passes, options: ResolvedOptions) -> Tensor:
         raise ValueError(f"slice_steps: got {options.slice_steps} with evidence, allowed with it is 1")
     ahead = passes.evidence is not None and network.reads_posterior
     free = int((~passes.given[0]).sum())  # of all
-    if options.layout is not None:
-        options.layout.check_fits(passes.given)
-    layout = options.layout or Layout.stride(min(max(1, options.steps // options.slice_steps), free))
+    layout = passes.layout(options, min(max(1, options.steps // options.slice_steps), free))
     order = layout.order(passes.given)
     steps = 1 if len(layout) == free else options.slice_steps  # single positions gain nothing by more
     # not of the passes made, which depend on the batch
@@ -41,8 +38,8 @@ def slices(passes: Passes, options: ResolvedOptions) -> Tensor:
     passes.expect(len(layout) * steps)
     found, cache, clean = passes.known, network.cache(len(order)), places_of(order == 0)
     for i in range(len(layout)):
-        query = places_of(order > i if ahead else order == i + 1)
-        own = places_of(order.gather(1, query) == i + 1)
+        places = places_of(order == i + 1)
+        query = places_of(order > i) if ahead else places
         drawn = torch.zeros_like(query)
         for j, t in enumerate(grid):
             number = i * steps + j
@@ -50,10 +47,11 @@ def slices(passes: Passes, options: ResolvedOptions) -> Tensor:
             state = path.renoise(drawn, t, passes.rng(number), shown)
             streams = Streams(found.gather(1, clean), torch.cat([clean, query], 1), None)
             evidence = passes.observed(query)
-            prediction = passes.predict(state, t, shown, cache=cache, streams=streams, evidence=evidence).at(own)
+            prediction = passes.predict(state, t, shown, cache=cache, streams=streams, evidence=evidence)
+            if ahead:
+                prediction = prediction.at(places_of(order.gather(1, query) == i + 1))
             clean = clean[:, :0]  # they are in the cache now
             top_k = options.top_k if j < steps - 1 or steps == 1 else options.last_top_k
-            places = query.gather(1, own)
             drawn = passes.draw(prediction, places, top_k, number + 1, temperatures[number], options.top_p)
             drawn = path.resolve(state, drawn)
         found, clean = found.scatter(1, places, drawn), places

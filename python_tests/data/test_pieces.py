@@ -3,21 +3,16 @@
 import random
 
 import pytest
+from texts import whole_documents
 
 from klflow_ext.data import END, encode, pieces, train_tokenizer
 from klflow_ext.data.pieces import Part, parts
 
 
 def documents(blocks):
-    found, begun = [], ""
-    for text, last in pieces.pieces(blocks):
-        assert len(text) <= pieces.PART
-        begun += text
-        if last:
-            found.append(begun)
-            begun = ""
-    assert not begun
-    return found
+    found = list(pieces.pieces(blocks))
+    assert all(len(text) <= pieces.PART for text, _ in found)
+    return whole_documents(found)
 
 
 WORDS = random.Random(0).choices("the cat sat, on a mat; and  then\tran away home again".split(" "), k=20_000)

@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from texts import whole_documents
 
 from klflow_ext.data import END, TextFile, find_files
 from klflow_ext.data import files as module
@@ -38,14 +39,7 @@ PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": frames}
 
 
 def documents(path, **options):
-    found, begun = [], ""
-    for text, last in TextFile(path, **options).parts():
-        begun += text
-        if last:
-            found.append(begun)
-            begun = ""
-    assert not begun
-    return found
+    return whole_documents(TextFile(path, **options).parts())
 
 
 @pytest.mark.parametrize("packed", PACKERS)
