@@ -1,4 +1,4 @@
-"""Who may write to a folder: one process at a time."""
+"""Who may write to a folder: one process at a time; and how a new one takes the place of an old."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import os
 import socket
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from klflow_ext.files import reason, remove
+from klflow_ext.files import reason, remove, sync
 
 
 class Lock:
@@ -88,3 +90,49 @@ class Lock:
         if self.holds():
             remove(self.path)
         os.close(self._file)
+
+
+@contextmanager
+def new_folder(out: Path, check: Callable[[], None]) -> Iterator[tuple[Path, Lock]]:
+    """A folder beside `out`, with its lock, which takes the place of `out` when the block ends, and goes when it fails.
+
+    Args:
+        check: raises where `out` holds what may not be replaced; asked again before it is, as another may have come there.
+
+    Raises:
+        ValueError: another process is making it, or it cannot be written.
+    """
+    check()
+    staging, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: {out} cannot be written: {error.strerror}") from None
+    lock = Lock(staging)
+    try:
+        for file in staging.iterdir():  # of a process that was killed
+            if file.name != Lock.NAME:
+                remove(file)
+        yield staging, lock
+        sync(staging)
+        remove(old)
+        try:
+            os.rename(staging, out)  # also over an empty folder
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise ValueError(f"out: {out} cannot be written: {error.strerror}") from None
+            check()
+            theirs = Lock(out)
+            try:
+                os.rename(out, old)
+                os.rename(staging, out)
+            finally:
+                theirs.release()
+            remove(old)
+        lock.moved(out)
+        sync(out.resolve().parent)
+    except BaseException:
+        remove(staging)
+        raise
+    finally:
+        lock.release()

@@ -12,9 +12,7 @@ What is not whole yet has a name that ends with .tmp, and goes when the folder i
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,8 +25,8 @@ from torch import Tensor, nn
 from klflow_ext import data
 from klflow_ext.checkpoint import FORMAT, Checkpoint, NewerFormat, stamps
 from klflow_ext.data import vocab_size_of
-from klflow_ext.files import TEMPORARY, Writer, read_json, reading, remove, sync, write_file, write_files
-from klflow_ext.lock import Lock
+from klflow_ext.files import TEMPORARY, Writer, read_json, reading, remove, write_file, write_files
+from klflow_ext.lock import Lock, new_folder
 from klflow_ext.log import Log
 from klflow_ext.path import Path as NoisePath
 
@@ -81,47 +79,15 @@ class Run:
         Raises:
             ValueError: `out` holds something else, or cannot be written.
         """
-        with cls._replacing(out, overwrite) as run:
+        with new_folder(out, lambda: check_out(out, overwrite)) as (staging, lock):
+            run = cls(staging)
+            run._lock = lock
             writers: dict[str, Writer] = {"tokenizer.json": lambda p: tokenizer.save(str(p))}
             if data.reference(stream) is None:
                 writers |= {"train.npy": _array_writer(stream), "heldout.npy": _array_writer(heldout)}
             write_files(run.folder, writers)
             yield run
-
-    @classmethod
-    @contextmanager
-    def _replacing(cls, out: Path, overwrite: bool) -> Iterator[Run]:
-        """A run in a folder beside `out`, which takes its place when it is whole."""
-        check_out(out, overwrite)
-        run, old = cls(out.with_name(out.name + ".new")), out.with_name(out.name + ".old")
-        staging = run.folder
-        with run.owned():  # else two processes would write into it
-            try:
-                for file in staging.iterdir():  # of a process that was killed
-                    if file.name != Lock.NAME:
-                        remove(file)
-                yield run
-                remove(old)
-                run._take_place(out, old, overwrite)
-            except BaseException:
-                remove(staging)
-                raise
-
-    def _take_place(self, out: Path, old: Path, overwrite: bool) -> None:
-        assert self._lock is not None
-        try:
-            os.rename(self.folder, out)  # also over an empty folder
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise ValueError(f"out: {out} cannot be written: {error.strerror}") from None
-            check_out(out, overwrite)  # another run may have come there meanwhile
-            with Run(out).owned():
-                os.rename(out, old)
-                os.rename(self.folder, out)
-            remove(old)
-        self.folder = out
-        self._lock.moved(out)
-        sync(out.resolve().parent)
+        run.folder, run._lock = out, None
 
     @contextmanager
     def owned(self) -> Iterator[None]:

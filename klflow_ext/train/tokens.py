@@ -8,7 +8,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ import numpy as np
 from klflow_ext import data
 from klflow_ext.checks import check_field
 from klflow_ext.data.tokens import DTYPES, ENDS, FORMAT, SPLITS, dtype_name, fingerprint_of
-from klflow_ext.files import remove, sync
-from klflow_ext.lock import Lock
+from klflow_ext.lock import new_folder
 
 SHARD = 1 << 27  # tokens, after which a shard ends with its document
 FLUSH = 1 << 20  # tokens that are held before they are written
@@ -113,36 +111,6 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise ValueError(f"out: {out} holds other files, allowed is a new folder, an empty one or a token folder")
     if not overwrite:
         raise ValueError(f"out: {out} holds a token folder already; --overwrite replaces it")
-
-
-@contextmanager
-def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out`, this process's own, that takes its place (and that of an old one) when it is whole."""
-    staging, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out: {out} cannot be written: {error.strerror}") from None
-    lock = Lock(staging)
-    try:
-        for file in staging.iterdir():  # of a process that was killed
-            if file.name != Lock.NAME:
-                remove(file)
-        yield staging
-        _check_out(out, overwrite)  # another may have come there meanwhile
-        sync(staging)
-        remove(old)
-        if out.exists():
-            os.rename(out, old)
-        os.rename(staging, out)
-        lock.moved(out)
-        remove(old)
-        sync(out.resolve().parent)
-    except BaseException:
-        remove(staging)
-        raise
-    finally:
-        lock.release()
 
 
 class _Progress:
@@ -276,7 +244,7 @@ def prepare_tokens(
         made = data.train_tokenizer(source.sample(tokenizer_characters), vocab_size)
     vocab_size = data.vocab_size_of(made)
 
-    with _new_folder(out, overwrite) as folder:
+    with new_folder(out, lambda: _check_out(out, overwrite)) as (folder, _):
         try:
             splits = [_Split(folder, name, vocab_size, shard_tokens) for name in SPLITS]
             _encode(source, made, splits, _Progress(files, progress))
