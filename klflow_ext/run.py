@@ -122,10 +122,10 @@ class Run:
         self, config: dict, weights: dict[str, Tensor], training: dict, stream: data.Stream, step: int, keep: int = 1,
         parts: Path | None = None, tokenizer: Any = None,
     ) -> Checkpoint:  # fmt: skip
-        """Writes a checkpoint, and once it is whole removes all but the last ones.
+        """Writes a checkpoint, and once it is whole removes all but the last ones and the best.
 
         Args:
-            config: of the model, the path and the training, as dicts.
+            config: of the model, the path and the training, as dicts; "heldout_loss", where it is known (`best`).
             weights: what the run gives, by name.
             training: what its training goes on from.
             stream: the tokens to train on; an array is written once, token folders are named.
@@ -164,8 +164,10 @@ class Run:
             except ValueError as error:
                 last = f"the last checkpoint is {before[0].folder}" if before else "there is no checkpoint before it"
                 raise ValueError(f"{error}; {last}") from error
+            best = self.best()
             for checkpoint in before[max(keep, 1) - 1 :]:
-                checkpoint.remove()
+                if best is None or checkpoint.number != best.number:
+                    checkpoint.remove()
         return written
 
     def _texts(self, before: list[Checkpoint]) -> dict[str, Any]:
@@ -204,6 +206,18 @@ class Run:
                 f"run: {self.folder} has format {old!r}, allowed is {FORMAT}: train it again with this version"
             )
         raise ValueError(f"run: {self.folder} is no run folder: it has no checkpoint")
+
+    def best(self) -> Checkpoint | None:
+        """The checkpoint with the lowest held-out loss, the last of several; None where no whole one tells."""
+        found: list[tuple[float, Checkpoint]] = []
+        for checkpoint in self.checkpoints():
+            try:
+                loss = checkpoint.config().get("heldout_loss")
+            except ValueError:  # it is damaged
+                continue
+            if isinstance(loss, (int, float)):
+                found.append((loss, checkpoint))
+        return min(found, key=lambda pair: pair[0])[1] if found else None
 
     def last_good(self, report: Callable[[str], object] = warnings.warn) -> Checkpoint:
         """The last checkpoint that is whole, for training to go on from.
@@ -297,7 +311,21 @@ def _array_writer(array: Any) -> Writer:
     return write
 
 
-def load_run(run: str | Path, model: nn.Module | None = None) -> tuple[Any, NoisePath, Any]:
-    """(model, path, tokenizer) of a run folder: `Run.model` and `Run.tokenizer`. model: takes up the weights; None: one is made."""
+def load_run(run: str | Path, model: nn.Module | None = None, best: bool = False) -> tuple[Any, NoisePath, Any]:
+    """(model, path, tokenizer) of a run folder.
+
+    Args:
+        run: the folder.
+        model: takes up the weights; None: one is made.
+        best: of the checkpoint with the lowest held-out loss (`Run.best`), not of the last one.
+
+    Raises:
+        ValueError: it is no run, or a file is damaged; with `best`, no checkpoint knows its held-out loss.
+    """
     opened = Run(run)
-    return (*opened.model(model), opened.tokenizer())
+    if not best:
+        return (*opened.model(model), opened.tokenizer())
+    checkpoint = opened.best()
+    if checkpoint is None:
+        raise ValueError(f"best: got True, allowed is False: no checkpoint of {run} knows its held-out loss")
+    return (*checkpoint.model(model), opened.tokenizer())

@@ -24,6 +24,7 @@ def main() -> None:
     from klflow_ext.cli.evaluate import Eval
     from klflow_ext.cli.generate import Complete, Infill, Sample
     from klflow_ext.cli.info import Info
+    from klflow_ext.cli.options import with_config
     from klflow_ext.cli.prepare import Prepare
     from klflow_ext.cli.train import Demo, Train
     from klflow_ext.train import Stopped
@@ -42,7 +43,8 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="klflow").run()
+        words = with_config(sys.argv[1:])
+        tyro.extras.subcommand_cli_from_dict(commands, prog="klflow", args=words).run()
     except (ValueError, TypeError, ImportError, OSError) as error:
         sys.exit(f"klflow: {error}")
     except (KeyboardInterrupt, Stopped) as stop:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import resource
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from klflow_ext.cli.evaluate import print_losses
@@ -17,6 +20,9 @@ from klflow_ext.run import Run
 from klflow_ext.sample import Sampler
 from klflow_ext.train import NetworkChoice, Prepared, TrainConfig, Trainer, join_processes, leave_processes, prepare
 from klflow_ext.train.processes import is_first, noticing_loss, restarts
+from klflow_ext.train.progress import span
+
+ENDLESS, FEW = 1_000_000, 100  # steps that are meant as no limit; steps that are worth a warning
 
 
 def say(line: str) -> None:
@@ -25,14 +31,36 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
+def say_estimate(trainer: Trainer) -> None:
+    """How long the run will take and what it holds, from a step that is measured and thrown away."""
+    c, second = trainer.config, trainer.time_step()
+    left = c.steps - trainer.step
+    seconds = left * second
+    clock = math.inf if c.max_seconds is None else max(c.max_seconds - trainer.seconds, 0.0)
+    line = f"{min(left, int(clock / second)) if clock < seconds else left:,} steps of {second:.2f} s: about {span(min(seconds, clock))}"
+    if trainer.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(trainer.device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    say(f"{line}; {memory / 2**30:.1f} GB of memory so far")
+    if clock < seconds and c.steps < ENDLESS:
+        say(
+            f"warning: {c.steps:,} steps take about {span(trainer.seconds + seconds)}, so --seconds {c.max_seconds:g} ends the run at about step "
+            f"{trainer.step + int(clock / second):,}"
+        )
+    if min(left, clock / second) < FEW:
+        say(f"warning: in fewer than {FEW} steps a model learns hardly anything")
+
+
 @dataclass(frozen=True)
 class Training(TrainConfig):
-    """How to train, by the clock."""
+    """How to train."""
 
-    steps: int = 1_000_000
-    """Training steps, if they end before the seconds do."""
-    max_seconds: Annotated[float | None, tyro.conf.arg(name="seconds")] = 180.0
-    """Training time."""
+    max_seconds: Annotated[float | None, tyro.conf.arg(name="seconds")] = None
+    """Training time, which ends a run before its steps do; the learning rate follows what ends first."""
+    heldout_every: int = 250
+    """Steps between looks at the loss of held-out text, the mean over times; 0: none. The checkpoint where it was lowest stays beside
+    the last ones."""
 
 
 @dataclass
@@ -46,12 +74,16 @@ class Settings:
     """Run folder to write."""
     overwrite: bool = False
     """Replace a run that is there."""
-    tokenizer: Path | None = None
-    """A tokenizers file (tokenizer.json) instead of one trained here."""
+    tokenizer: str | None = None
+    """A tokenizers file (tokenizer.json), a folder that has one, or the name of a model whose files the Hub's cache has, instead of one
+    trained here."""
     vocab_size: int = 2048
     """Of the tokenizer that is trained here."""
     network: tyro.conf.OmitArgPrefixes[NetworkChoice] = field(default_factory=NetworkChoice)
     train: tyro.conf.OmitArgPrefixes[Training] = field(default_factory=Training)
+    config: Path | None = None
+    """A JSON file of options by their names, {"steps": 2000, "lr": 0.001}, or the config.json of a run's checkpoint. Options on the
+    command line are stronger."""
     device: str | None = None
     """cuda where torch sees a GPU and the kernels were built for it, else cpu."""
 
@@ -71,11 +103,14 @@ class Settings:
 
 @dataclass
 class Demo(Settings):
-    """Train a small denoiser on real text for about three minutes, show its loss by time, sample, and fill a removed line."""
+    """Train a small denoiser on real text (350 steps, about three minutes), show its loss by time, sample, and fill a removed line."""
+
+    train: tyro.conf.OmitArgPrefixes[Training] = field(default_factory=lambda: Training(steps=350))
 
     def run(self):
         prepared = self.prepare()
         trainer, tokenizer = prepared.trainer, prepared.tokenizer
+        say_estimate(trainer)
         trainer.fit()
         model, path = trainer.averaged_model().eval(), trainer.path
         leave_processes()
@@ -119,19 +154,42 @@ class Train(Settings):
     """With --resume: steps that are added to the run."""
     more_seconds: float = 0.0
     """With --resume: seconds that are added to it."""
+    show_every: int = 0
+    """Steps between texts that the model writes as it learns, which are printed; 0: none."""
 
-    RESUMED = ("resume", "more_steps", "more_seconds", "device", "data")  # what may stand beside --resume
+    RESUMED = ("resume", "more_steps", "more_seconds", "device", "data", "show_every")  # what may stand beside --resume
 
     def run(self):
         with ExitStack() as owned:
             owned.enter_context(noticing_loss(lambda: "start it again with --resume"))
             trainer, held = self.begin(owned)
-            trainer.fit()
+            say_estimate(trainer)
+            trainer.fit(callback=self.show(trainer) if self.show_every else None)
             model = trainer.averaged_model().eval()
             leave_processes()
         if trainer.rank == 0:
             print_losses(model, trainer.path, trainer.stream, held, trainer.config.length)
             print(f"run folder: {trainer.run.folder}")
+
+    def show(self, trainer: Trainer):
+        """A callback that prints a text of the model now and then. Of one process: the weights of several may lie apart."""
+        if self.show_every < 0 or trainer.processes > 1:
+            raise ValueError(
+                f"show_every: got {self.show_every}, allowed is an integer >= 0, and 0 with several processes"
+            )
+        tokenizer = trainer.tokenizer or (None if trainer.run is None else trainer.run.tokenizer())
+
+        if tokenizer is None:
+            raise ValueError(f"show_every: got {self.show_every}, allowed is 0 for a run without a tokenizer")
+
+        def callback(record):
+            if record["step"] % self.show_every == 0:
+                sampler = Sampler(trainer.averaged_model(), trainer.path, trainer.device)
+                length = min(64, trainer.config.length)
+                tokens = sampler.sample((1, length), steps=min(32, length), seed=trainer.config.seed).tokens[0]
+                print(f"\n--- step {record['step']}: {printable(tokenizer.decode(tokens.tolist()))}", flush=True)
+
+        return callback
 
     def begin(self, owned: ExitStack):
         if self.resume is not None:
@@ -160,7 +218,7 @@ class Train(Settings):
         if foreign:
             names = ", ".join("--" + name.replace("_", "-") for name in foreign)
             raise ValueError(
-                f"resume: got {names} beside it, allowed are --more-steps, --more-seconds, --device and --data (where its token "
+                f"resume: got {names} beside it, allowed are --more-steps, --more-seconds, --show-every, --device and --data (where its token "
                 "folders are now): a run goes on with its own settings"
             )
         if self.more_steps < 0 or not 0 <= self.more_seconds < float("inf"):
@@ -177,7 +235,7 @@ class Train(Settings):
             owned.enter_context(run.owned())
         model, path = checkpoint.model()
         stream, held = run.streams(self.data if self.resume is not None else (), checkpoint)
-        trainer = Trainer(model.train().to(device), path, stream, config, run)
+        trainer = Trainer(model.train().to(device), path, stream, config, run, heldout=held)
         trainer.load(checkpoint)
         if not restarts():  # else what is added was added before
             self.add(trainer)

@@ -32,9 +32,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
 
 
 def load_tokenizer(path: str | Path):
-    """A `tokenizers` file (tokenizer.json), which gets <|endoftext|> as one more token where it lacks it."""
+    """A `tokenizers` file, which gets <|endoftext|> as one more token where it lacks it.
+
+    path: the file (tokenizer.json), a folder that has one, or the name of a model on the Hub whose files its cache has.
+    """
     from tokenizers import Tokenizer
 
+    path = _tokenizer_file(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself
@@ -45,6 +49,23 @@ def load_tokenizer(path: str | Path):
         tokenizer.add_special_tokens([END])
     vocab_size_of(tokenizer)
     return tokenizer
+
+
+def _tokenizer_file(path: str | Path) -> Path:
+    """Nothing is downloaded."""
+    file = Path(path)
+    if file.is_dir():
+        return file / "tokenizer.json"
+    if not file.exists() and str(path).count("/") <= 1:  # may be a name of the Hub
+        try:
+            from huggingface_hub import try_to_load_from_cache
+
+            cached = try_to_load_from_cache(str(path), "tokenizer.json")
+        except (ImportError, ValueError):  # not installed; no such name is possible
+            cached = None
+        if isinstance(cached, str):
+            return Path(cached)
+    return file
 
 
 def vocab_size_of(tokenizer) -> int:

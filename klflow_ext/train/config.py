@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,6 +13,8 @@ from klflow_ext.files import reading
 
 Dtype = Literal["float32", "bfloat16"]
 TimeSampling = Literal["middle", "uniform", "learned"]
+OptimizerName = Literal["muon", "adamw"]
+Schedule = Literal["linear", "cosine"]
 EngineName = Literal["ddp", "fsdp"]
 MOST_TOKENS = 2**28  # of a step, whose tokens and times alone then take some gigabytes
 
@@ -35,14 +38,24 @@ class TrainConfig:
     shuffle: Shuffle = "windows"
     """What changes its place from epoch to epoch: "windows" of the text as it stands, or whole "documents", packed one after
     another (of token folders only)."""
+    optimizer: OptimizerName = "muon"
+    """Of the hidden matrices; all else is trained by AdamW in any case."""
     lr: float = 3e-3
     """Highest learning rate, of AdamW and Muon."""
     warmup: float = 0.02
     """Share of the budget in which the learning rate rises."""
     decay: float = 0.4
     """Share of the budget, its end, in which it falls to 0."""
+    schedule: Schedule = "linear"
+    """How it falls: in a line, or as half a cosine."""
     weight_decay: float = 0.01
     """Of the hidden matrices."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean of the gradients, in [0, 1)."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean of their squares, in [0, 1)."""
+    momentum: float = 0.95
+    """Muon's, in [0, 1)."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     given_share: float = 0.6
@@ -63,6 +76,11 @@ class TrainConfig:
     keep: int = 1
     """Checkpoints that stay, the last ones, at least 1; an older one goes when a new one is whole. With 2 a run whose last one is
     damaged on the disk can still go on."""
+    heldout_every: int = 0
+    """Steps between looks at the loss of held-out text, the mean of `klflow_ext.evaluate.loss_by_time`; 0: none. The checkpoint
+    where it was lowest stays beside the last ones."""
+    heldout_count: int = 64
+    """Sequences of that text, the same each time."""
     accumulate: int = 1
     """Parts in which each process computes its share of a batch, to save memory; the gradient is that of the whole."""
     time_sampling: TimeSampling | None = None
@@ -90,7 +108,8 @@ class TrainConfig:
     """Keep only the inputs of each block for the backward pass, which computes the block again: less memory, a third more time."""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("length", 2), ("accumulate", 1), ("keep", 1)):
+        for name, least in (("steps", 1), ("batch_size", 1), ("length", 2), ("accumulate", 1), ("keep", 1),
+                            ("heldout_every", 0), ("heldout_count", 1)):  # fmt: skip
             check_field(name, getattr(self, name), least)
         for name in ("warmup", "decay", "given_share", "flow_share", "evidence_share", "middle_share"):
             if not 0 <= getattr(self, name) <= 1:
@@ -101,8 +120,11 @@ class TrainConfig:
         check_field("seed", self.seed, 0, "an integer in [0, 2^63)")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ValueError(f"max_seconds: got {self.max_seconds!r}, allowed is None or a positive number")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema: got {self.ema!r}, allowed is a number in [0, 1)")
+        for name in ("ema", "beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is a number in [0, 1)")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: got {self.weight_decay!r}, allowed is a number >= 0")
         if self.batch_size * self.length > MOST_TOKENS:
             raise ValueError(
                 f"batch_size: got {self.batch_size} sequences of {self.length} tokens, allowed are {MOST_TOKENS} tokens in all"
@@ -112,6 +134,8 @@ class TrainConfig:
                 f"accumulate: got {self.accumulate}, allowed is a divisor of batch_size = {self.batch_size}"
             )
         check_choice("shuffle", self.shuffle, get_args(Shuffle))
+        check_choice("optimizer", self.optimizer, get_args(OptimizerName))
+        check_choice("schedule", self.schedule, get_args(Schedule))
         check_choice("dtype", self.dtype, get_args(Dtype))
         check_choice("time_sampling", self.time_sampling, (None, *get_args(TimeSampling)))
         check_flag("compile", self.compile)
@@ -125,9 +149,11 @@ class TrainConfig:
             raise ValueError("compile: got True, allowed is False with engine='fsdp', whose parameters come and go")
 
     def learning_rate(self, progress: float) -> float:
-        """At a share of the budget in [0, 1]: warm-up, stable, then linear decay to zero."""
+        """At a share of the budget in [0, 1]: warm-up, stable, then decay to zero."""
         up = min(1.0, (progress + 1e-3) / max(self.warmup, 1e-3))
         down = min(1.0, (1 - progress) / max(self.decay, 1e-9))
+        if self.schedule == "cosine":
+            down = (1 - math.cos(math.pi * down)) / 2
         return self.lr * min(up, down)
 
     @classmethod

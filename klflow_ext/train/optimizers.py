@@ -11,7 +11,8 @@ from klflow_ext.train.config import TrainConfig
 
 
 def make_optimizers(model: Model, path: Path, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Those of a Trainer: AdamW, and Muon for the matrices from hidden states to hidden states (`Network.hidden_matrices`).
+    """Those of a Trainer: AdamW, and Muon (or, where config.optimizer says so, another AdamW with weight decay) for the matrices
+    from hidden states to hidden states (`Network.hidden_matrices`).
 
     Parameters that need no gradient are left out. What there is nothing for is not made.
 
@@ -27,8 +28,11 @@ def make_optimizers(model: Model, path: Path, config: TrainConfig) -> list[torch
     if not hidden and not rest:
         raise ValueError("model: got one without a parameter that needs a gradient, allowed is one with some")
     optimizers: list[torch.optim.Optimizer] = []
+    betas = config.beta1, config.beta2
     if rest:
-        optimizers.append(torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0))
-    if hidden:
-        optimizers.append(Muon(hidden, lr=config.lr, weight_decay=config.weight_decay))
+        optimizers.append(torch.optim.AdamW(rest, lr=config.lr, betas=betas, weight_decay=0.0))
+    if hidden and config.optimizer == "adamw":
+        optimizers.append(torch.optim.AdamW(hidden, lr=config.lr, betas=betas, weight_decay=config.weight_decay))
+    elif hidden:
+        optimizers.append(Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum))
     return optimizers

@@ -38,6 +38,10 @@ class NetworkChoice:
     """Width."""
     path: Literal["logit", "mask", "uniform", "linear", "sphere", "autoregressive"] = "logit"
     """From noise to text; all but logit are baselines."""
+    beta: float | None = None
+    """Of the logit path, x_1 = (1 - beta) onehot + beta / V, in (0, 1)."""
+    t_max: float | None = None
+    """Of the logit path, the largest time, in (0, 1]."""
     input: Input | None = None
     """What the network reads: on the logit path posterior, or the paper's simplex."""
     time: Time | None = None
@@ -51,7 +55,8 @@ class NetworkChoice:
         Raises:
             ValueError: the fields do not fit each other; the message names one.
         """
-        path = NoisePath.from_dict({"kind": self.path, "vocab_size": vocab_size})
+        of_path = {name: getattr(self, name) for name in ("beta", "t_max") if getattr(self, name) is not None}
+        path = NoisePath.from_dict({"kind": self.path, "vocab_size": vocab_size, **of_path})
         reads: Input = "tokens" if path.reads == "tokens" else "posterior" if path.closed_form else "simplex"
         if self.input is not None:
             if (self.input == "tokens") != (path.reads == "tokens"):
@@ -89,7 +94,7 @@ def prepare(
     *,
     train: TrainConfig,
     network: NetworkChoice,
-    tokenizer: Path | None = None,
+    tokenizer: str | Path | None = None,
     vocab_size: int = 2048,
     overwrite: bool = False,
     device: torch.device | None = None,
@@ -102,7 +107,7 @@ def prepare(
             which are read as they stand; None: the source of this Python's standard library (`data.documents`).
         out: the run folder.
         train, network: how, and what.
-        tokenizer: a tokenizers file; None: one of at most vocab_size tokens is trained on the text.
+        tokenizer: a tokenizers file, a folder that has one, or the name of a model whose files the Hub's cache has; None: one of at most vocab_size tokens is trained on the text.
         vocab_size: of that one, at least 257.
         overwrite: whether a run in `out` is replaced.
         device: where to train; None: the CPU.
@@ -155,7 +160,7 @@ def prepare(
     torch.manual_seed(train.seed)
     path, config = network.make(vocab_size, train.length)
     model = Denoiser(config, path, unigram_log_prior(stream, vocab_size)).to(device)
-    trainer = Trainer(model, path, stream, train)
+    trainer = Trainer(model, path, stream, train, heldout=heldout)
     # Only now that nothing is left to be refused, and whole: it can be resumed from here on.
     with ExitStack() as created:
         if trainer.rank == 0:
@@ -168,7 +173,7 @@ def prepare(
     return Prepared(trainer, made, heldout, held_texts)
 
 
-def _tokenizer(path: Path | None, vocab_size: int) -> Any:
+def _tokenizer(path: str | Path | None, vocab_size: int) -> Any:
     """That of the file, or None where one is to be trained."""
     if path is not None:
         return data.load_tokenizer(path)

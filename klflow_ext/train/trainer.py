@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from klflow_ext import data
 from klflow_ext.checkpoint import Checkpoint, pack
+from klflow_ext.evaluate import loss_by_time
 from klflow_ext.log import Log
 from klflow_ext.model import describe, remake
 from klflow_ext.muon import multiplies_bfloat16
@@ -32,6 +33,7 @@ from klflow_ext.train.config import TrainConfig
 from klflow_ext.train.engine import make_engine
 from klflow_ext.train.optimizers import make_optimizers
 from klflow_ext.train.processes import join_processes, noticing_loss
+from klflow_ext.train.progress import ProgressLine
 from klflow_ext.train.report import BadStep, NotFinite
 from klflow_ext.train.signals import Signals, stopped
 
@@ -51,6 +53,7 @@ class Trainer:
         config: how.
         out: the run, or its folder (made if needed), to which process 0 writes; None: no files.
         tokenizer: a tokenizers.Tokenizer, which a new run keeps; None: it has the one that is there, or none.
+        heldout: int tokens that are kept back, for config.heldout_every.
 
     Raises:
         ValueError: an argument does not fit another; the message names it.
@@ -67,6 +70,7 @@ class Trainer:
         config: TrainConfig,
         out: Run | str | Path | None = None,
         tokenizer: Any = None,
+        heldout: data.Stream | None = None,
     ):
         self.network = as_network(model, path.vocab_size)
         if self.network.module is None:
@@ -93,6 +97,9 @@ class Trainer:
                 "of 'float32'",
                 stacklevel=2,
             )
+        self.heldout_texts = self._heldout_texts(heldout)
+        self.heldout_loss: float | None = None  # of the last look, after the step
+        self.heldout_step = -1
         self.engine = make_engine(model, path, config, self.processes)
         self.optimizers = make_optimizers(model, path, config)
         self.step, self.seconds = 0, 0.0
@@ -101,6 +108,15 @@ class Trainer:
         self.bad_step: BadStep | None = None  # the last of MOST_SKIPPED one after another
         self._log: Log | None = None
         self.average = self._weights() if config.ema else {}
+
+    def _heldout_texts(self, heldout: data.Stream | None) -> Tensor | None:
+        """(heldout_count, length) tokens, the same in every run of this text."""
+        c = self.config
+        if not c.heldout_every:
+            return None
+        if heldout is None:
+            raise ValueError(f"heldout: got None, allowed with heldout_every = {c.heldout_every} are tokens")
+        return data.batch(heldout, c.heldout_count, c.length, seed=12345, step=0)
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -220,10 +236,41 @@ class Trainer:
         self.engine.sum(loss, losses)
         return loss.item(), losses.cpu() if measure else None
 
+    def measure_heldout(self) -> float:
+        """The loss of held-out text, in nats per token: the mean of `loss_by_time` of the averaged model. Several processes must all
+        ask; the first one measures. Nothing of the training changes."""
+        if self.heldout_texts is None:
+            raise ValueError("heldout_every: got 0, allowed where held-out text is measured is an integer >= 1")
+        model = self.averaged_model()
+        if self.rank == 0:
+            losses = loss_by_time(model.eval(), self.path, self.heldout_texts).values()
+            self.heldout_loss = sum(losses) / len(losses)
+        # A clock of 0 on the others: `_agreed` gives all of them what the first one found.
+        self.heldout_loss, self.heldout_step = self._agreed(self.heldout_loss or 0.0, 0)[0], self.step
+        return self.heldout_loss
+
+    def time_step(self) -> float:
+        """Seconds of one step, measured on the next batch without an update (twice: the first call also compiles). All processes must
+        ask."""
+        seconds = math.nan
+        for _ in range(2):
+            begin = time.perf_counter()
+            self.model.train()
+            self._gradients(self.batches.batch(self.step))
+            self.model.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - begin
+        return seconds
+
     # ---- the loop
 
-    def fit(self, progress: bool = True) -> None:
-        """Runs to the end of the budget, logging and saving on the way; a checkpoint is written at the end too.
+    def fit(self, progress: bool = True, callback: Callable[[dict[str, Any]], object] | None = None) -> None:
+        """Runs to the end of the budget, logging and saving on the way; a checkpoint is written at the end too. The first step of a
+        compiled run, which waits for the compiler, is not counted as training time.
+
+        Args:
+            progress: whether a line tells how far it is.
+            callback: called by process 0 after each step with the record that the log gets: step, loss, seconds, gradient_norm,
+                skipped, lr, tokens_per_second (since the run began), and heldout_loss (None, but every heldout_every steps).
 
         SIGINT (Ctrl-C), SIGTERM, SIGHUP or SIGUSR1 to any process ends all after the same step, which is saved; a second one
         ends at once what it is sent to.
@@ -243,7 +290,7 @@ class Trainer:
                 self._log = self.run.open_log(self.step)
                 stack.callback(self._close_log)
             signals = stack.enter_context(Signals())
-            self._steps(signals, progress and self.rank == 0)
+            self._steps(signals, progress and self.rank == 0, callback)
             if self.bad_step is not None:
                 self._give_up(self.bad_step)
             if self.run is not None:
@@ -285,35 +332,55 @@ class Trainer:
         self._agreed(self.seconds, 0)
         raise NotFinite(bad.lines(last))
 
-    def _steps(self, signals: Signals, progress: bool) -> None:
+    def _steps(self, signals: Signals, progress: bool, callback: Callable[[dict[str, Any]], object] | None) -> None:
+        c = self.config
         begin, start_seconds = time.perf_counter(), self.seconds
-        last_line = last_save = begin
-        average = None
-        terminal = sys.stdout.isatty()
+        last_save = begin
         number, self.bad_step = 0, None
+        line = ProgressLine() if progress else None
+        compiling = c.compile
         while self.progress() < 1.0 and not number and self.bad_step is None:
+            lr = c.learning_rate(self.progress())
             loss = self.train_step()
             now = time.perf_counter()
-            due = self.run is not None and now - last_save > self.config.checkpoint_seconds
+            if compiling:
+                begin, compiling = now, False
+            due = self.run is not None and now - last_save > c.checkpoint_seconds
             self.seconds, number, due = self._agreed(start_seconds + now - begin, signals.number, due)
-            if math.isfinite(loss):
-                average = loss if average is None else 0.95 * average + 0.05 * loss
+            heldout = self._look_at_heldout()
+            if heldout is not None:
+                begin += time.perf_counter() - now  # looking is no training
+                due = due or self._is_best(heldout)
+            rate = self.step * c.batch_size * c.length / self.seconds if self.seconds > 0 else math.nan
+            record: dict[str, Any] = {"step": self.step, "loss": loss, "seconds": round(self.seconds, 3)}
+            record |= {"gradient_norm": self.gradient_norm, "skipped": self.skipped, "lr": lr}
+            record |= {"tokens_per_second": round(rate, 1), "heldout_loss": heldout}
             if self._log is not None:
-                record = {"step": self.step, "loss": loss, "seconds": round(self.seconds, 3)}
-                self._log.write(record | {"gradient_norm": self.gradient_norm, "skipped": self.skipped})
-            if progress and now - last_line > (0.5 if terminal else 15.0):
-                last_line = now
-                done = self.progress()
-                left = self.seconds / done * (1 - done) if done > 0 else math.nan
-                rate = self.step * self.config.batch_size * self.config.length / self.seconds
-                text = f"step {self.step}  loss {math.nan if average is None else average:.3f}  {rate:,.0f} tokens/s  {left:.0f} s left"
-                text += f"  {self.skipped} skipped" * (self.skipped > 0)
-                print(f"\r{text:<70}" if terminal else text, end="" if terminal else "\n", flush=True)
+                self._log.write(record)
+            if callback is not None and self.rank == 0:
+                callback(record)
+            if line is not None:
+                line.show(record, self.progress())
             if due:
                 self.save()
                 last_save = time.perf_counter()
-        if progress and terminal:
-            print()
+        if line is not None:
+            line.close()
+
+    def _look_at_heldout(self) -> float | None:
+        """Its loss where it is time to look at it, and before the run ends by its steps."""
+        every = self.config.heldout_every
+        if every and self.bad_step is None and (self.step % every == 0 or self.step == self.config.steps):
+            return self.measure_heldout()
+        return None
+
+    def _is_best(self, heldout: float) -> bool:
+        """Whether it is lower than that of every checkpoint; process 0 says so to all."""
+        better = 0
+        if self.run is not None and self.rank == 0:
+            best = self.run.best()
+            better = int(best is None or heldout < best.config()["heldout_loss"])
+        return bool(self._agreed(self.seconds, better)[1])
 
     def _agreed(self, seconds: float, signal: int, due: bool = False) -> tuple[float, int, bool]:
         """The clock of process 0, the signal that any process has got, and whether it is time to save for process 0: by these all end
@@ -358,11 +425,13 @@ class Trainer:
             parts = stack.enter_context(self.engine.parts(folder, pack(training)[1]))
             if self.rank or run is None:
                 return
-            config = {
+            config: dict[str, Any] = {
                 "model": describe(self.model),
                 "path": self.path.to_dict(),
                 "train": asdict(self.config),
             }
+            if self.heldout_step == self.step and self.heldout_loss is not None and math.isfinite(self.heldout_loss):
+                config["heldout_loss"] = self.heldout_loss
             if self._log is not None:
                 self._log.sync()  # before the checkpoint, whose steps it then has in any case
             run.save(config, weights, training, self.stream, self.step, self.config.keep, parts, self.tokenizer)

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from klflow_ext import (
     TrainConfig,
     Trainer,
 )
-from klflow_ext.run import load_run
+from klflow_ext.run import Run, load_run
+from klflow_ext.train import make_optimizers
 from klflow_ext.train import trainer as trainer_module
 
 
@@ -269,3 +271,67 @@ def test_a_causal_model_of_tokens_learns(accumulate, dtype):
 def test_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_heldout_text_is_measured_and_its_best_checkpoint_stays(tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.5])
+    monkeypatch.setattr(trainer_module, "loss_by_time", lambda *a: {0.1: next(losses)})
+    path, records = LogitPath(V), []
+    model = Denoiser(DenoiserConfig(V, 1, 1, 8, 16), path)
+    config = TrainConfig(steps=8, batch_size=2, length=8, heldout_every=2, heldout_count=3)
+    stream = np.arange(300) % V
+    run = Trainer(model, path, stream, config, tmp_path, heldout=stream[::-1].copy())
+    assert run.heldout_texts.shape == (3, 8)
+    run.fit(progress=False, callback=records.append)
+    assert [r["heldout_loss"] for r in records] == [None, 3.0, None, 1.0, None, 2.0, None, 2.5]
+    assert [r["lr"] for r in records] == [config.learning_rate(i / 8) for i in range(8)]
+    assert all(r["tokens_per_second"] > 0 and r["gradient_norm"] > 0 for r in records)
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == records
+    assert [c.step for c in Run(tmp_path).checkpoints()] == [8, 4] and Run(tmp_path).best().step == 4
+    assert load_run(tmp_path, best=True)[0] is not None
+    with pytest.raises(ValueError, match="heldout: got None, allowed with heldout_every = 2"):
+        Trainer(model, path, stream, config)
+
+
+def test_measuring_changes_nothing(tmp_path):
+    def weights(**options):
+        torch.manual_seed(0)
+        path = LogitPath(V)
+        model = Denoiser(DenoiserConfig(V, 1, 1, 8, 16), path)
+        config = TrainConfig(steps=5, batch_size=2, length=8, ema=0.5, **options)
+        stream = np.arange(300) % V
+        run = Trainer(model, path, stream, config, heldout=stream)
+        if options:
+            assert run.time_step() > 0
+        run.fit(progress=False)
+        return [p.detach() for p in (*model.parameters(), *run.averaged_model().parameters())]
+
+    for a, b in zip(weights(), weights(heldout_every=1), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_optimizers_by_name():
+    path = LogitPath(V)
+    model = Denoiser(DenoiserConfig(V, 1, 1, 8, 16), path)
+    config = TrainConfig(optimizer="adamw", beta1=0.8, beta2=0.9, weight_decay=0.25)
+    rest, hidden = make_optimizers(model, path, config)
+    assert type(rest) is type(hidden) is torch.optim.AdamW
+    assert [o.param_groups[0]["weight_decay"] for o in (rest, hidden)] == [0.0, 0.25]
+    assert [o.param_groups[0]["betas"] for o in (rest, hidden)] == [(0.8, 0.9)] * 2
+    muon = make_optimizers(model, path, TrainConfig(momentum=0.5))[1]
+    assert muon.param_groups[0]["momentum"] == 0.5
+
+
+def test_schedules():
+    line, cosine = (TrainConfig(lr=1.0, warmup=0.1, decay=0.5, schedule=name) for name in ("linear", "cosine"))
+    assert [round(line.learning_rate(p), 3) for p in (0.3, 0.625, 0.75, 1.0)] == [1.0, 0.75, 0.5, 0.0]
+    assert [round(cosine.learning_rate(p), 3) for p in (0.3, 0.625, 0.75, 1.0)] == [1.0, 0.854, 0.5, 0.0]
+
+
+def test_the_compiler_costs_no_training_time(monkeypatch):
+    run = trainer(3, compile=True)
+    step = run.train_step
+    monkeypatch.setattr(run, "train_step", lambda: (time.sleep(0.3 if run.step == 0 else 0), step())[1])
+    records = []
+    run.fit(progress=False, callback=records.append)
+    assert records[0]["seconds"] == 0.0
