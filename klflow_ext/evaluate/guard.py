@@ -145,7 +145,7 @@ def become_runner(settings):
         resource.setrlimit(name, (most, most))
     if "seccomp" in settings["layers"]:
         seccomp()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     interpreter = [sys.executable, "-I", "-S", "-X", "utf8", "-c", RUNNER]
     numbers = [str(settings["source"]), str(settings["result"])]
     environment = {"PATH": "/usr/bin:/bin", "HOME": settings["folder"], "TMPDIR": settings["folder"], "LANG": "C.UTF-8"}
@@ -185,12 +185,14 @@ def started(task, settings):
 
 def guard(settings):
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until it is known whom to end
     if "namespaces" in settings["layers"]:
         enter_namespaces()
         child = started(be_init, settings)
     else:
         child = started(become_runner, settings)
     signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     os._exit(status(os.waitpid(child, 0)[1]))
 
 

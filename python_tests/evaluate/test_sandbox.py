@@ -83,6 +83,21 @@ def test_endless_loop(layers):
     assert (found.passed, found.reason) == (False, "timeout") and found.seconds < 3
 
 
+def test_a_timeout_amid_the_start_leaves_nothing(layers):
+    for i in range(1, 30):
+        run_program("import time\ntime.sleep(20)", timeout=i * 0.004, layers=layers)
+    running = [folder for folder in Path("/proc").glob("[0-9]*") if mark_of(folder)]
+    assert running == []
+
+
+def mark_of(folder):
+    try:
+        command = (folder / "cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"klflow_ext/evaluate/guard.py" in command or b"leave(code)\nmain()" in command
+
+
 def test_time_of_the_clock_not_only_of_the_processor(layers):
     found = run_program("import time\ntime.sleep(100)", timeout=0.5, layers=layers)
     assert found.reason == "timeout" and found.seconds < 3
