@@ -3,6 +3,7 @@
 losses.py    held-out loss by time, entropies
 judge.py     bits per byte under an independent judge
 text.py      variety, repetition, what was copied, BLEU, ROUGE-L, intervals
+table.py     all of these for some texts side by side
 code.py      tasks with holes, pass@k and compiles@k
 sandbox.py   a program that nobody has read, run where it costs its own score only; guard.py is what shuts it in
 """

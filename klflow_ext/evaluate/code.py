@@ -90,7 +90,8 @@ def mbpp_tasks(path: str | Path, share: float = 0.1, seed: int = 0) -> list[Task
         written = [i for i, line in enumerate(lines) if line.strip()]
         chosen = random.Random(f"{seed} {row['task_id']}")
         gone = set(chosen.sample(written, max(1, round(share * len(written)))))
-        kept, removed = ["# " + " ".join(row["text"].split()) + "\n"], []
+        removed: list[str] = []
+        kept = ["# " + " ".join(row["text"].split()) + "\n"]
         for i, line in enumerate(lines):
             end = "\n" if i + 1 < len(lines) else ""
             if i not in gone:

@@ -122,14 +122,17 @@ class Judge:
         return norm(x, self.norm_final) @ self.classifier.T
 
     @torch.no_grad()
-    def bits_per_byte(self, texts) -> float:
-        """Total -log2 p of the texts over their UTF-8 bytes, each text cut at the judge's context."""
-        bits = size = 0.0
+    def bits(self, texts) -> list[tuple[float, float]]:
+        """(-log2 p, UTF-8 bytes) of each text, cut at the judge's context; of a text that is cut the bytes in proportion."""
+        found = []
         for text in texts:
             encoded = self.encode(text)
             tokens = torch.tensor(encoded[: self.context])
             loss = F.cross_entropy(self.logits(tokens[:-1]), tokens[1:], reduction="sum").item()
-            share = len(tokens) / len(encoded)
-            bits += loss / math.log(2)
-            size += len(text.encode()) * share
-        return bits / size
+            found.append((loss / math.log(2), len(text.encode()) * len(tokens) / len(encoded)))
+        return found
+
+    def bits_per_byte(self, texts) -> float:
+        """The bits of all texts over their bytes."""
+        bits, sizes = zip(*self.bits(texts), strict=True)
+        return sum(bits) / sum(sizes)
