@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import platform
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,8 +15,12 @@ import numpy as np
 import torch
 import tyro
 
+import klflow_ext
 from klflow_ext import data, evaluate
 from klflow_ext.cli.terminal import choose_device
+from klflow_ext.evaluate import table
+from klflow_ext.evaluate.text import Corpus
+from klflow_ext.files import checksum, write_file
 from klflow_ext.path import Likelihood, as_network
 from klflow_ext.run import Run
 from klflow_ext.sample import Sampler
@@ -54,10 +61,19 @@ def print_likelihoods(sampler: Sampler, tokenizer, tokens: torch.Tensor) -> None
         show(name, path.likelihood(sampler.model, tokens))
 
 
+MOST_SEARCHED = 2**24  # training tokens in which copied runs are looked for
+
+
+def corpus_of(stream: data.Stream) -> Corpus:
+    """The first tokens of the training text, of a mixture those of each source."""
+    streams = stream.streams if isinstance(stream, data.Mixture) else [stream]
+    return Corpus(np.concatenate([np.asarray(one[0 : MOST_SEARCHED // len(streams)]) for one in streams]))
+
+
 @dataclass
 class Eval:
     """Held-out loss by time of a run; with --likelihood its -log p; with --judge, bits per byte of its samples under a llama2.c
-    model."""
+    model; with --samples, one table of what can be said of its samples, real text first."""
 
     run_folder: tyro.conf.Positional[Path]
     likelihood: bool = False
@@ -67,6 +83,18 @@ class Eval:
     count: int = 32
     length: int = 64
     steps: int = 64
+    samples: int | None = None
+    """How many texts of each row of the table, at least 2; None: no table."""
+    method: tuple[str, ...] = ()
+    """Of the table, one or more ways to sample; none: the run's own."""
+    temperature: tuple[float, ...] = (1.0,)
+    """Of the table, one or more."""
+    top_k: tuple[int, ...] = (20,)
+    """Of the table, one or more; 0: all V."""
+    seed: int = 0
+    """Of the samples of the table."""
+    json: Path | None = None
+    """A file for the table, with all settings and intervals."""
     data: tuple[str, ...] = ()
     """Where the token folders of the run are, if they have moved."""
     device: str | None = None
@@ -75,8 +103,19 @@ class Eval:
         for name, least in (("count", 1), ("length", 2), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed is an integer >= {least}")
+        if self.samples is not None and self.samples < 2:
+            raise ValueError(f"samples: got {self.samples}, allowed is an integer >= 2")
+        if self.json is not None and self.samples is None:
+            raise ValueError(f"json: got {self.json}, allowed is only with --samples")
         run = Run(self.run_folder)
-        (model, path), tokenizer = run.model(), run.tokenizer()
+        while True:  # until no training has put a later one in its place meanwhile
+            checkpoint = run.last().folder.name
+            model, path = run.model()
+            if run.last().folder.name == checkpoint:
+                break
+        tokenizer = run.tokenizer()
+        if self.samples is not None and tokenizer is None:
+            raise ValueError(f"run: {self.run_folder} has no tokenizer.json, without which there is no text")
         longest = as_network(model, path.vocab_size).max_length
         if longest is not None and self.length > longest:
             raise ValueError(f"length: got {self.length}, allowed is at most the run's max_length, {longest}")
@@ -91,8 +130,15 @@ class Eval:
             print_likelihoods(
                 sampler, tokenizer, data.batch(held, self.count, self.length, seed=12345, step=0).to(device)
             )
-        if judge is None:
-            return
+        if self.samples is not None:
+            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+            of_run = {"run": str(self.run_folder), "checkpoint": checkpoint, "device": str(device), "precision": dtype}
+            self.print_table(sampler, tokenizer, stream, held, judge, of_run)
+        elif judge is not None:
+            self.print_judged(sampler, tokenizer, stream, held, judge)
+
+    def print_judged(self, sampler: Sampler, tokenizer, stream, held, judge: evaluate.Judge) -> None:
+        path = sampler.path
         generator = np.random.default_rng(0)
         real = data.batch(held, self.count, self.length, seed=0, step=0).tolist()
         counts = data.token_counts(stream, path.vocab_size)
@@ -116,3 +162,47 @@ class Eval:
             print(
                 f"  {name:<34} {judge.bits_per_byte(texts):.2f} ({evaluate.token_entropy(sequences):.2f})", flush=True
             )
+
+    def print_table(
+        self, sampler: Sampler, tokenizer, stream, held, judge: evaluate.Judge | None, of_run: dict[str, str]
+    ) -> None:
+        corpus, shape = corpus_of(stream), (self.samples or 0, self.length)
+
+        def measured(sequences: list[list[int]]) -> table.Figures:
+            texts = [tokenizer.decode(tokens) for tokens in sequences]
+            return table.figures(sequences, texts, corpus, judge)
+
+        real = data.batch(held, *shape, seed=0, step=0).tolist()
+        rows = {"held-out text": measured(real)}
+        settings: dict[str, dict[str, Any]] = {"held-out text": {"seed": 0}}
+        methods: tuple[str | None, ...] = self.method or (None,)
+        for method, temperature, top_k in itertools.product(methods, self.temperature, self.top_k):
+            result = sampler.sample(
+                shape, steps=self.steps, method=method, temperature=temperature, top_k=top_k or None, seed=self.seed,
+                progress=sys.stderr.isatty(),
+            )  # fmt: skip
+            own = "left to right" if sampler.path.way is not None else sampler.default_method
+            name = f"{method or own}, NFE {result.nfe}, T {temperature:g}, top-k {top_k or 'all'}"
+            rows[name] = measured([tokens.tolist() for tokens in result.tokens])
+            settings[name] = {
+                "method": method or own, "nfe": result.nfe, "temperature": temperature, "top_k": top_k or None,
+                "top_p": 1.0, "seed": self.seed, "seconds": result.seconds,
+            }  # fmt: skip
+        print(f"\n{shape[0]} texts of {self.length} tokens each, 95 % bootstrap intervals in brackets:")
+        print(table.as_table(rows), flush=True)
+        if self.json is None:
+            return
+        found = {
+            "version": klflow_ext.__version__, "torch": torch.__version__, "python": platform.python_version(),
+            **of_run, "path": repr(sampler.path),
+            "samples": shape[0], "length": self.length, "steps": self.steps,
+            "judge": None if self.judge is None or judge is None else {
+                "folder": str(self.judge), "sha256": checksum(self.judge / "stories260K.bin"), "context": judge.context,
+                "precision": "float32",
+            },
+            "bootstrap": {"level": 0.95, "rounds": 2000, "seed": 0, "over": "texts"},
+            "searched_for_copies": {"tokens": len(corpus.text), "of": len(stream)},
+            "definitions": table.DEFINITIONS,
+            "rows": [{"name": name, **settings[name], **table.as_json(row)} for name, row in rows.items()],
+        }  # fmt: skip
+        write_file(self.json, lambda file: file.write_text(json.dumps(found, indent=2) + "\n", "utf-8"))

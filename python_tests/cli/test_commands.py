@@ -1,5 +1,6 @@
 """The command line: what it prints, and what it refuses before any work."""
 
+import json
 import subprocess
 import sys
 
@@ -179,3 +180,54 @@ def test_command_line_of_token_folders(klflow, tmp_path):
     ):
         done = klflow(*command)
         assert done.returncode == 1 and message in done.stderr or command[-1] == "words", (command, done.stderr)
+
+
+def test_table_of_samples(klflow, tmp_path):
+    """Real text first, a row for each temperature and top-k, and a file with what they were made by."""
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(f"one two three {i} four\n" * 20 for i in range(60)))
+    small = ["--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--vocab-size", "300", "--length", "16"]
+    assert klflow("train", "--data", "t.txt", "--out", "run", "--steps", "3", *small).returncode == 0
+    short = ["--length", "12", "--steps", "3"]
+    done = klflow(
+        "eval", "run", *short, "--samples", "4", "--temperature", "0.5", "1", "--top-k", "1", "0", "--method", "sampling",
+        "--seed", "5", "--json", "table.json",
+    )  # fmt: skip
+    assert done.returncode == 0 and "held-out loss" in done.stdout, done.stderr
+    lines = done.stdout[done.stdout.index("4 texts of 12 tokens") :].splitlines()
+    names = [line.split("  ")[0] for line in lines[2:]]
+    assert names == ["held-out text"] + [
+        f"sampling, NFE 3, T {t}, top-k {k}" for t in ("0.5", "1") for k in ("1", "all")
+    ]
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert [row["name"] for row in found["rows"]] == names and found["judge"] is None
+    assert (found["samples"], found["length"], found["precision"]) == (4, 12, "float32")
+    assert found["checkpoint"].endswith("step-3")
+    row = found["rows"][-1]
+    assert (row["nfe"], row["temperature"], row["top_k"], row["seed"], row["method"]) == (3, 1.0, None, 5, "sampling")
+    assert row["token_entropy"]["low"] <= row["token_entropy"]["mean"] <= row["token_entropy"]["high"]
+    assert found["rows"][0]["copied"]["mean"] > row["copied"]["mean"]
+    done = klflow("eval", "run", *short, "--samples", "2")
+    assert "segments, NFE 3, T 1, top-k 20" in done.stdout
+    for command, message in (
+        (["--samples", "1"], "samples: got 1, allowed is an integer >= 2"),
+        (["--json", "x.json"], "json: got x.json, allowed is only with --samples"),
+    ):
+        done = klflow("eval", "run", *command)
+        assert done.returncode == 1 and message in done.stderr
+
+
+def test_table_under_the_judge(klflow, tmp_path, data_folder):
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(f"one two three {i} four\n" * 20 for i in range(60)))
+    small = ["--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--vocab-size", "300", "--length", "16"]
+    assert klflow("train", "--data", "t.txt", "--out", "run", "--steps", "3", *small).returncode == 0
+    judge = str(data_folder / "stories260K")
+    done = klflow(
+        "eval", "run", "--length", "12", "--steps", "2", "--samples", "4", "--judge", judge, "--json", "t.json"
+    )
+    assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert len(found["judge"]["sha256"]) == 64 and found["judge"]["context"] == 512
+    real, sampled = (row["bits_per_byte"] for row in found["rows"])
+    assert real["low"] <= real["mean"] <= real["high"] < sampled["mean"]
+    done = klflow("eval", "run", "--length", "12", "--steps", "2", "--count", "2", "--judge", judge)
+    assert "real text" in done.stdout and "unigram-sampled" in done.stdout and done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""How good a model and its text are: held-out loss by time, entropies, and bits per byte under an independent judge."""
+"""Bits per byte of text under an independent model."""
 
 from __future__ import annotations
 
@@ -11,50 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from klflow_ext import data
-from klflow_ext.path import Path as NoisePath
-
-
-def unigram_log_prior(stream: data.Stream, vocab_size: int) -> torch.Tensor:
-    """(V,) log frequencies of the tokens, half a count added to each so that none is impossible."""
-    counts = torch.from_numpy(data.token_counts(stream, vocab_size)).double() + 0.5
-    return (counts / counts.sum()).log().float()
-
-
-def unigram_entropy(stream: data.Stream, vocab_size: int, log_prior: torch.Tensor) -> float:
-    """Cross-entropy in nats per token of a stream under unigram frequencies: what a model without context pays."""
-    counts = torch.from_numpy(data.token_counts(stream, vocab_size)).double()
-    return float(-(counts / counts.sum() * log_prior.double()).sum())
-
-
-@torch.no_grad()
-def loss_by_time(
-    model, path: NoisePath, texts: torch.Tensor, shares=(0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
-) -> dict[float, float]:
-    """{t: loss of texts (B, L) in nats per token} at shares of t_max, all positions free; of an Autoregressive path {0: loss}.
-
-    Of a path with t_max = 1 the last share is left out: nothing is hidden there.
-    """
-    device = next(model.parameters()).device
-    tokens = texts.to(device)
-    losses = {}
-    for t in dict.fromkeys(float(path.time(share)) for share in shares):
-        if t < 1:
-            times = torch.full((len(tokens),), t, dtype=torch.float32, device=device)
-            losses[t] = path.loss(
-                model, tokens, times, torch.tensor([12345, 1], dtype=torch.int64, device=device)
-            ).item()
-    return losses
-
-
-def token_entropy(sequences) -> float:
-    """Mean over sequences of the entropy (nats) of each one's token histogram: falls when text repeats itself."""
-    entropies = []
-    for tokens in sequences:
-        p = np.unique(np.asarray(tokens), return_counts=True)[1] / len(tokens)
-        entropies.append(float(-(p * np.log(p)).sum()))
-    return float(np.mean(entropies))
 
 
 @contextmanager
@@ -166,14 +122,17 @@ class Judge:
         return norm(x, self.norm_final) @ self.classifier.T
 
     @torch.no_grad()
-    def bits_per_byte(self, texts) -> float:
-        """Total -log2 p of the texts over their UTF-8 bytes, each text cut at the judge's context."""
-        bits = size = 0.0
+    def bits(self, texts) -> list[tuple[float, float]]:
+        """(-log2 p, UTF-8 bytes) of each text, cut at the judge's context; of a text that is cut the bytes in proportion."""
+        found = []
         for text in texts:
             encoded = self.encode(text)
             tokens = torch.tensor(encoded[: self.context])
             loss = F.cross_entropy(self.logits(tokens[:-1]), tokens[1:], reduction="sum").item()
-            share = len(tokens) / len(encoded)
-            bits += loss / math.log(2)
-            size += len(text.encode()) * share
-        return bits / size
+            found.append((loss / math.log(2), len(text.encode()) * len(tokens) / len(encoded)))
+        return found
+
+    def bits_per_byte(self, texts) -> float:
+        """The bits of all texts over their bytes."""
+        bits, sizes = zip(*self.bits(texts), strict=True)
+        return sum(bits) / sum(sizes)

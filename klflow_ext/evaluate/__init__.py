@@ -1,0 +1,15 @@
+"""How good a model and its text are.
+
+losses.py    held-out loss by time, entropies
+judge.py     bits per byte under an independent judge
+text.py      variety, repetition, what was copied, BLEU, ROUGE-L, intervals
+table.py     all of these for some texts side by side
+code.py      tasks with holes, pass@k and compiles@k
+sandbox.py   a program that nobody has read, run where it costs its own score only; guard.py is what shuts it in
+"""
+
+from klflow_ext.evaluate.judge import Judge
+from klflow_ext.evaluate.losses import loss_by_time, token_entropy, unigram_entropy, unigram_log_prior
+from klflow_ext.evaluate.sandbox import Outcome, run_program
+
+__all__ = ["Judge", "Outcome", "loss_by_time", "run_program", "token_entropy", "unigram_entropy", "unigram_log_prior"]
