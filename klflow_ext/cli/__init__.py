@@ -1,4 +1,4 @@
-"""The command line: klflow info | demo | prepare | train | sample | complete | infill | eval. It prints; the package does the work."""
+"""The command line: klflow info | demo | prepare | train | sample | complete | infill | watch | plot | eval. It prints; the package does the work."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def main() -> None:
     from klflow_ext.cli.info import Info
     from klflow_ext.cli.prepare import Prepare
     from klflow_ext.cli.train import Demo, Train
+    from klflow_ext.cli.watch import Watch
     from klflow_ext.train import Stopped
 
     commands: dict[str, Callable[..., Any]] = {
@@ -36,6 +37,7 @@ def main() -> None:
         "sample": Sample,
         "complete": Complete,
         "infill": Infill,
+        "watch": Watch,
         "eval": Eval,
     }
     for stream in (sys.stdout, sys.stderr):  # a console that is not UTF-8 shows escapes

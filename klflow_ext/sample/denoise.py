@@ -34,12 +34,12 @@ def denoise(passes: Passes, options: ResolvedOptions, *, step: Step) -> Tensor:
             temperature=temperatures[i],
             options=options,
         )
-        state = step(path, state, prediction, move)
+        before, state = state, step(path, state, prediction, move)
         if passes.keeps:
-            best = passes.best(prediction)
-            # a path that shows some tokens already shows them whatever is drawn
-            stands = path.resolve(state, torch.zeros_like(best)) == path.resolve(state, torch.ones_like(best))
-            passes.keep(path.resolve(state, best), prediction, stands=given | stands)
+            best = path.resolve(before, passes.best(prediction))
+            # what a path shows already it shows whatever is drawn
+            shown = path.resolve(state, torch.zeros_like(best)) == path.resolve(state, torch.ones_like(best))
+            passes.keep(path.resolve(state, best), prediction, stands=given | shown)
     prediction = passes.predict(state, grid[-1], given, previous=previous)
     drawn = prediction.draw(options.last_top_k, passes.rng(steps), temperatures[-1], options.top_p)
     tokens = path.resolve(state, drawn)

@@ -155,7 +155,7 @@ class Passes:
 
         Args:
             prediction: what the pass said, without which there is nothing to watch. places: (B, N) of its positions; None: all.
-            stands: (B, L) bool, positions that are drawn for good, or given, from this pass on; None: as before.
+            stands: (B, L) bool, positions that are given or drawn for good after this pass; None: as before.
         """
         tokens = torch.where(self.given, self.known, tokens)
         if self._returns_history:
@@ -163,7 +163,7 @@ class Passes:
         if self._watcher is None or prediction is None:
             return
         before = self._stood
-        self._stood = before if stands is None else before | stands
+        self._stood = before if stands is None else stands
         self._watcher.see(
             tokens,
             prediction,

@@ -23,7 +23,8 @@ class Pass:
         members: which sequences of the batch these B are. All, but where lengths differ, or the number of free positions for a way
             that wants it equal: then one group makes its passes after the other.
         given: (B, L) bool.
-        stands: (B, L) bool, positions that are given or drawn for good.
+        stands: (B, L) bool, positions that are given or drawn for good. On a MaskPath those that show a token, which the sampling
+            scheme may hide again.
         tokens: (B, L) int64. Those that stand; elsewhere the likeliest, or UNKNOWN where no pass has asked yet.
         confidence: (B, L) float32, p of each token when a pass asked for it last; 1 where given, 0 where unknown.
         entropy: (B,) float32, mean entropy of p in nats over the positions that this pass asked for and that did not stand before
