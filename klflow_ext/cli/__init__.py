@@ -24,6 +24,7 @@ def main() -> None:
     from klflow_ext.cli.evaluate import Eval
     from klflow_ext.cli.generate import Complete, Infill, Sample
     from klflow_ext.cli.info import Info
+    from klflow_ext.cli.plot import Plot
     from klflow_ext.cli.prepare import Prepare
     from klflow_ext.cli.train import Demo, Train
     from klflow_ext.cli.watch import Watch
@@ -38,6 +39,7 @@ def main() -> None:
         "complete": Complete,
         "infill": Infill,
         "watch": Watch,
+        "plot": Plot,
         "eval": Eval,
     }
     for stream in (sys.stdout, sys.stderr):  # a console that is not UTF-8 shows escapes
