@@ -124,4 +124,5 @@ def plain_line(found: Pass, row: int, pieces: Pieces) -> str:
     which = f" {found.members[row] + 1}" if len(found.members) > 1 or found.members[row] else ""
     text = text.replace("\t", "\\t").replace("\n", "\\n")
     known = ~found.given[row] & (found.tokens[row] != UNKNOWN)
-    return f"{number}{which}  p {found.confidence[row][known].mean():.2f}  {text}"
+    p = f"  p {found.confidence[row][known].mean():.2f}" if bool(known.any()) else ""
+    return f"{number}{which}{p}  {text}"
