@@ -29,10 +29,10 @@ const document = {
   addEventListener: (kind, handler) => { handlers[kind] = handler; },
 };
 const script = page.match(/<script>([^]*?)<\/script>/)[1];
-vm.runInNewContext(script, {document, setInterval: f => timers.push(f), clearInterval: () => { timers.length = 0; }});
+vm.runInNewContext(script, {document, addEventListener() {}, setInterval: f => timers.push(f), clearInterval: () => { timers.length = 0; }});
 
 const seen = {};
-const look = name => { seen[name] = {count: known.count.textContent, text: known.text.textContent, classes: known.text.children.map(c => c.className), tops: known.tops.textContent, svg: known.entropy.children.map(c => c.tagName + (c.attributes.points || ""))}; };
+const look = name => { seen[name] = {count: known.count.textContent, text: known.text.textContent, classes: known.text.children.filter(c => c.tagName === "SPAN").map(c => c.className), tops: known.tops.textContent, svg: known.entropy.children.map(c => c.tagName + (c.attributes.points || ""))}; };
 const press = key => handlers.keydown({key, target: new Element("body"), preventDefault() {}});
 look("first");
 press("ArrowRight"); look("second");
@@ -41,6 +41,6 @@ press("Home"); press(" ");
 while (timers.length) timers[0]();
 look("played");
 known.slider.handlers.input({target: {value: "2"}}); look("slid");
-known.text.handlers.pointerover({target: known.text.children[known.text.children.length - 1]}); look("pointed");
+known.text.handlers.pointerover({target: known.text.children[known.text.children.length - 2]}); look("pointed");
 known.entropy.handlers.click({clientX: 585}); look("clicked");
 console.log(JSON.stringify(seen));
