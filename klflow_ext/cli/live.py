@@ -64,7 +64,7 @@ class Live:
 
             texts = [self._sequences[i] for i in sorted(self._sequences)]
             between = [part for text in texts for part in (text, Text(""))]
-            self._screen.update(Group(Text(heading(found), "dim"), legend(), Text(""), *between[:-1]), refresh=True)
+            self._screen.update(Group(Text(heading(found), "dim"), legend(), Text(""), *between), refresh=True)
         time.sleep(self.pause)
         self.paused += time.perf_counter() - start
 
@@ -92,10 +92,10 @@ def legend():
     """The colours, in words."""
     from rich.text import Text
 
-    text = Text("p of the token: ", "dim")
+    text = Text("p: ", "dim")
     below = 0
     for most, colour in LEVELS:
-        text.append(f"{below} to {100 * min(most, 1):.0f} % ", colour)
+        text.append(f"{below}-{100 * min(most, 1):.0f} %", colour).append("  ")
         below = int(100 * min(most, 1))
     return text.append("bold: stands, plain: given", "dim")
 
