@@ -92,7 +92,7 @@ def legend():
     """The colours, in words."""
     from rich.text import Text
 
-    text = Text("p: ", "dim")
+    text = Text().append("p: ", "dim")
     below = 0
     for most, colour in LEVELS:
         text.append(f"{below}-{100 * min(most, 1):.0f} %", colour).append("  ")

@@ -1,6 +1,7 @@
 """The page of --html: its structure, what it holds, and its script in a JavaScript engine where there is one."""
 
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -114,6 +115,11 @@ def test_its_data_are_the_history(tokenizer):
     assert [said["entropy"] for said in sequence["passes"]] == [1.2346, None, 1.2346]
     assert "".join(sequence["passes"][-1]["pieces"]) == TEXT.replace("\x1b", "\\x1b")
     assert sequence["passes"][0]["pieces"][3:] == [None] * (len(sequence["given"]) - 3)
+
+
+def test_its_form_is_installed_with_the_package():
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8")
+    assert re.search(r"^package-data = .*\"cli/page.html\"", project, re.M)
 
 
 def test_it_is_written_whole_or_not_at_all(tokenizer, tmp_path, monkeypatch):

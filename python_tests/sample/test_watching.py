@@ -5,7 +5,7 @@ import torch
 from chains import Causal
 from test_slices import VOCAB, slices_model
 
-from klflow_ext import Autoregressive, LogitPath, MaskPath, Sampler
+from klflow_ext import Autoregressive, Evidence, LogitPath, MaskPath, Sampler
 from klflow_ext.sample import UNKNOWN
 
 LENGTH = 9
@@ -90,6 +90,20 @@ def test_confidence_tops_and_entropy_are_those_of_the_network():
     torch.testing.assert_close(seen.entropy, (torch.special.entr(p).sum(-1) * free).sum(1) / free.sum(1))
     own = (p * (ids == seen.tokens[..., None])).sum(-1)
     torch.testing.assert_close(seen.confidence[free], own[free])
+
+
+@pytest.mark.parametrize("way", ["segments", "slices", "confidence"])
+def test_what_was_observed_is_a_part_of_p(way):
+    (sampler, options), (tokens, given), passes = sampler_of(way), prompts(), []
+    ids = torch.arange(4).expand(3, LENGTH, 4)
+    options |= {"evidence": Evidence(ids, torch.zeros(ids.shape)), "seed": 3}  # one of four, everywhere
+    plain = sampler.infill(tokens, given, **options)
+    found = sampler.infill(tokens, given, watch=passes.append, top=5, **options)
+    assert torch.equal(plain.tokens, found.tokens)
+    free = ~given
+    assert all((p.tokens[free] < 4).all() and (p.tokens[free] >= 0).all() for p in passes), "all that is heard is shown"
+    assert all((p.entropy <= 1.387).all() and (p.entropy >= 0).all() for p in passes)
+    torch.testing.assert_close(passes[-1].top_p[free][:, :4].sum(1), torch.ones(int(free.sum())))
 
 
 def test_groups_say_whose_passes_they_are():
