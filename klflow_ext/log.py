@@ -54,6 +54,18 @@ class Log:
         self._file.close()
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log, in the order of their steps; torn lines are left out, as of a run that is being trained.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    try:
+        return [json.loads(line) for line in _lines(path, 2**63) if line is not None]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {reason(error)}") from error
+
+
 def _lines(path: Path, step: int) -> Iterator[bytes | None]:
     """Each line that stays: a whole record of a later step than those before it, up to `step`; None for one that does not."""
     last = 0

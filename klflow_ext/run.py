@@ -27,7 +27,7 @@ from klflow_ext.checkpoint import FORMAT, Checkpoint, NewerFormat, stamps
 from klflow_ext.data import vocab_size_of
 from klflow_ext.files import TEMPORARY, Writer, read_json, reading, remove, write_file, write_files
 from klflow_ext.lock import Lock, new_folder
-from klflow_ext.log import Log
+from klflow_ext.log import Log, read_log
 from klflow_ext.path import Path as NoisePath
 
 T = TypeVar("T")
@@ -182,6 +182,10 @@ class Run:
     def open_log(self, step: int) -> Log:
         """log.jsonl, to append lines to from this step on."""
         return Log(self.folder / "log.jsonl", step)
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The records of log.jsonl. ValueError where there is none."""
+        return read_log(self.folder / "log.jsonl")
 
     def write_report(self, report: dict[str, Any]) -> Path:
         """report.json: why training stopped by itself."""

@@ -1,4 +1,4 @@
-"""The command line: klflow info | demo | prepare | train | sample | complete | infill | eval. It prints; the package does the work."""
+"""The command line: klflow info | demo | prepare | train | sample | complete | infill | watch | plot | eval. It prints; the package does the work."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def main() -> None:
     from klflow_ext.cli.generate import Complete, Infill, Sample
     from klflow_ext.cli.info import Info
     from klflow_ext.cli.options import with_config
+    from klflow_ext.cli.plot import Plot
     from klflow_ext.cli.prepare import Prepare
     from klflow_ext.cli.train import Demo, Train
+    from klflow_ext.cli.watch import Watch
     from klflow_ext.train import Stopped
 
     commands: dict[str, Callable[..., Any]] = {
@@ -37,6 +39,8 @@ def main() -> None:
         "sample": Sample,
         "complete": Complete,
         "infill": Infill,
+        "watch": Watch,
+        "plot": Plot,
         "eval": Eval,
     }
     for stream in (sys.stdout, sys.stderr):  # a console that is not UTF-8 shows escapes

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import tyro
 
+from klflow_ext.cli.show import Show
 from klflow_ext.cli.terminal import choose_device, given_text, printable
 from klflow_ext.data import parse_holes
 from klflow_ext.path import SampleOptions, as_network
@@ -32,6 +33,7 @@ class Generation:
 
     run_folder: tyro.conf.Positional[Path]
     options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
+    show: tyro.conf.OmitArgPrefixes[Show] = field(default_factory=Show)
     seed: int = 0
     device: str | None = None
 
@@ -53,8 +55,11 @@ class Generation:
         device = choose_device(self.device)
         sampler = Sampler(model.to(device), path, device)
         options = {"options": self.options, "seed": self.seed, "progress": sys.stderr.isatty()}
-        result = make(sampler, tokenizer, options)
-        for tokens in result.tokens:
+        with self.show.start(tokenizer, path.vocab_size) as showing:
+            result = make(sampler, tokenizer, options | showing.options)
+        method = self.options.method or sampler.default_method
+        showing.end(result, f"{run.folder.name}, {method}, {result.nfe} passes, seed {self.seed}")
+        for tokens in [] if showing.on_screen else result.tokens:
             print(printable(tokenizer.decode(tokens.tolist())) + "\n   .")
         print(f"{result.nfe} passes, {result.seconds:.1f} s")
 

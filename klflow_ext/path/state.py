@@ -220,6 +220,18 @@ class Prediction:
         self._note(p.isnan().any(-1))
         return torch.cat(ids), p.nan_to_num_(0.0)
 
+    def look(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(p of tokens (B, L), entropy (B, L) of p in nats, the k likeliest tokens (B, L, k), their p), by logits of a few sequences at
+        a time."""
+        found = []
+        for part, logits in self._parts():
+            log_p = logits.float().log_softmax(-1)
+            best, ids = log_p.topk(min(k, log_p.shape[-1])) if k else (log_p[..., :0], tokens[part][..., None][..., :0])
+            own = log_p.gather(-1, tokens[part][..., None])[..., 0]
+            found.append((own.exp(), torch.special.entr(log_p.exp_()).sum(-1), ids, best.exp()))
+        own, entropy, ids, best = (torch.cat(x) for x in zip(*found, strict=True))
+        return own, entropy, ids, best
+
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
         """The logits of some sequences after another, and which they are."""
         if self._logits is not None:

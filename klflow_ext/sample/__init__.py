@@ -11,6 +11,7 @@
     replay.py         the sampling scheme by recorded CUDA graphs
     scoring.py        the passes of a way over a text that is there: its likelihood
     passes.py         what all ways ask: the network's passes, counted, shown and looked at
+    watching.py       Pass: what a pass leaves behind, for who watches
 
 Every sequence has its own seed, so its tokens do not depend on the batch. With a Denoiser, a sampling step holds tokens and
 seeds: neither the noisy rows nor all logits exist at once.
@@ -26,9 +27,10 @@ from klflow_ext.sample.race import race_step
 from klflow_ext.sample.sampler import Sampler, Samples
 from klflow_ext.sample.segments import segments
 from klflow_ext.sample.slices import slices
+from klflow_ext.sample.watching import UNKNOWN, Pass
 from klflow_ext.sample.ways import register_way
 
 __all__ = [
-    "Passes", "SampleOptions", "Sampler", "Samples", "Temperature", "basic_step", "confidence", "denoise", "hybrid_step", "left_to_right",
+    "Pass", "Passes", "SampleOptions", "Sampler", "Samples", "Temperature", "UNKNOWN", "basic_step", "confidence", "denoise", "hybrid_step", "left_to_right",
     "parse_holes", "race_step", "register_sampler", "register_way", "sampling_step", "segments", "slices",
 ]  # fmt: skip

@@ -43,5 +43,5 @@ def confidence(passes: Passes, options: ResolvedOptions) -> Tensor:
         drawn = passes.draw(prediction.at(chosen), clean, options.top_k, i + 1, temperatures[i], options.top_p)
         found, shown = found.scatter(1, clean, drawn), shown.scatter(1, clean, True)
         if passes.keeps:
-            passes.keep(found)
+            passes.keep(passes.guess(found, shown, prediction, asked), prediction, places=asked, stands=shown)
     return found

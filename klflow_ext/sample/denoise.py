@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from klflow_ext.path import Move, Path, Prediction, ResolvedOptions, State
@@ -22,7 +23,7 @@ def denoise(passes: Passes, options: ResolvedOptions, *, step: Step) -> Tensor:
     passes.expect(steps)
     state, previous = path.renoise(passes.known, 0.0, passes.rng(0), given), None
     for i in range(steps - 1):
-        prediction = _ask(passes, state, grid[i], previous)
+        prediction = passes.predict(state, grid[i], given, previous=previous)
         previous = prediction.hidden
         move = Move(
             t=grid[i],
@@ -33,16 +34,18 @@ def denoise(passes: Passes, options: ResolvedOptions, *, step: Step) -> Tensor:
             temperature=temperatures[i],
             options=options,
         )
-        state = step(path, state, prediction, move)
-    prediction = _ask(passes, state, grid[-1], previous)
-    return path.resolve(state, prediction.draw(options.last_top_k, passes.rng(steps), temperatures[-1], options.top_p))
-
-
-def _ask(passes: Passes, state: State, t: float, previous: Tensor | None) -> Prediction:
-    prediction = passes.predict(state, t, passes.given, previous=previous)
+        before, state = state, step(path, state, prediction, move)
+        if passes.keeps:
+            best = path.resolve(before, passes.best(prediction))
+            # what a path shows already it shows whatever is drawn
+            shown = path.resolve(state, torch.zeros_like(best)) == path.resolve(state, torch.ones_like(best))
+            passes.keep(path.resolve(state, best), prediction, stands=given | shown)
+    prediction = passes.predict(state, grid[-1], given, previous=previous)
+    drawn = prediction.draw(options.last_top_k, passes.rng(steps), temperatures[-1], options.top_p)
+    tokens = path.resolve(state, drawn)
     if passes.keeps:
-        passes.keep(passes.path.resolve(state, passes.best(prediction)))
-    return prediction
+        passes.keep(tokens, prediction, stands=torch.ones_like(given))
+    return tokens
 
 
 def register_sampler(name: str) -> Callable[[Step], Step]:

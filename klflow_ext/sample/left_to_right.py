@@ -34,5 +34,7 @@ def left_to_right(passes: Passes, options: ResolvedOptions) -> Tensor:
         tokens[:, i : i + 1] = drawn
         inputs[:, i + 1 : i + 2] = drawn[:, : inputs.shape[1] - i - 1]
         if passes.keeps:
-            passes.keep(tokens)
+            stands = given.clone()
+            stands[:, : i + 1] = True
+            passes.keep(tokens, prediction, places=place, stands=stands)
     return tokens

@@ -11,6 +11,7 @@ from torch import Tensor
 from klflow_ext.path import Evidence, Path, Prediction, ResolvedOptions, State
 from klflow_ext.path.layout import Layout, slice_order
 from klflow_ext.path.network import Called, Network, Streams
+from klflow_ext.sample.watching import Watcher
 
 
 class Passes:
@@ -22,7 +23,7 @@ class Passes:
         evidence: what was observed of the others, or None. A way that says `hears=True` when it is registered hands `predict` that
             of the positions that it asks for.
         count: passes made.
-        keeps: whether a way is to `keep` its tokens after each pass. history: those kept.
+        keeps: whether a way is to `keep` its tokens after each pass, as somebody watches or wants the history: those kept.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class Passes:
         progress: bool = False,
         return_history: bool = False,
         evidence: Evidence | None = None,
+        watcher: Watcher | None = None,
     ):
         self.evidence = None if evidence is None else evidence.without(given)
         self.network, self.path, self.given, self.known = network, path, given, torch.where(given, tokens, 0)
-        self.count, self.keeps = 0, return_history
+        self.count, self.keeps = 0, return_history or watcher is not None
         self.history: list[Tensor] = []
+        self._returns_history, self._watcher, self._stood = return_history, watcher, given
         self._some_given = bool(given.any())
         self._seeds = torch.tensor(seeds, dtype=torch.int64, device=given.device)[:, None]
         self._total, self._shows, self._start = 0, progress, time.perf_counter()
@@ -136,9 +139,41 @@ class Passes:
         """(B, L): the likeliest tokens, for the history."""
         return prediction.draw(1, self.rng(0))
 
-    def keep(self, tokens: Tensor) -> None:
-        """Puts tokens (B, L) into the history; given ones as they are."""
-        self.history.append(torch.where(self.given, self.known, tokens))
+    def guess(self, found: Tensor, stands: Tensor, prediction: Prediction, places: Tensor) -> Tensor:
+        """(B, L), for the history: the tokens found where they stand, else the likeliest at the places (B, N) of a prediction."""
+        return torch.where(stands, found, found.scatter(1, places, self.best(prediction)))
+
+    def keep(
+        self,
+        tokens: Tensor,
+        prediction: Prediction | None = None,
+        *,
+        places: Tensor | None = None,
+        stands: Tensor | None = None,
+    ) -> None:
+        """Puts tokens (B, L) into the history, given ones as they are, and shows them to who watches.
+
+        Args:
+            prediction: what the pass said, without which there is nothing to watch. places: (B, N) of its positions; None: all.
+            stands: (B, L) bool, positions that are given or drawn for good after this pass; None: as before.
+        """
+        tokens = torch.where(self.given, self.known, tokens)
+        if self._returns_history:
+            self.history.append(tokens)
+        if self._watcher is None or prediction is None:
+            return
+        before = self._stood
+        self._stood = before if stands is None else stands
+        self._watcher.see(
+            tokens,
+            prediction,
+            given=self.given,
+            before=before,
+            stands=self._stood,
+            places=places,
+            number=self.count,
+            total=self._total,
+        )
 
     def note_bad(self, bad: Tensor) -> None:
         """bad (B,) bool: sequences whose logits said nothing in the latest pass."""

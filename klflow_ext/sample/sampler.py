@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from klflow_ext.path.network import Model, Network, evaluating
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.replay import Replays
 from klflow_ext.sample.scoring import Scoring
+from klflow_ext.sample.watching import Pass, Watcher
 from klflow_ext.sample.ways import Way, hearing_names, hears, is_ordered, ordered_names, wants_same_free, way_of
 
 
@@ -37,6 +38,8 @@ class _Request:
     options: ResolvedOptions
     progress: bool
     return_history: bool
+    watch: Callable[[Pass], object] | None = None
+    top: int = 0
 
 
 def _sequence_seed(seed: int, i: int) -> int:
@@ -152,6 +155,8 @@ class Sampler:
         evidence: Evidence | Sequence[Evidence] | None = None,
         progress: bool = False,
         return_history: bool = False,
+        watch: Callable[[Pass], object] | None = None,
+        top: int = 0,
         **changes: Any,
     ) -> Samples:
         """Fills the positions that are not given; given tokens come back as they went in.
@@ -167,18 +172,23 @@ class Sampler:
                 position reads. For others the likelihood is a factor of what is drawn from.
             progress: shows a line with the time left.
             return_history: keeps the tokens after each pass.
+            watch: called after each pass with what it leaves behind, a `Pass`; `passes.append` keeps all. The tokens are the same
+                with and without it.
+            top: how many of the likeliest tokens of each position a Pass holds, in [0, V].
 
         Raises:
             ValueError: an argument is outside its range or of a wrong shape, or not for a Sampler with cuda_graph; the
                 message names it.
             TypeError: an argument is of a wrong type, or no field of the options.
         """
-        request = _Request(self._options(options, changes), progress, return_history)
+        top = check_int("top", top, 0, self.path.vocab_size, f"an integer in [0, V = {self.path.vocab_size}]")
+        request = _Request(self._options(options, changes), progress, return_history, watch, top)
         way = way_of(self.path, request.options.method)
         if self._replays is not None:
-            if request.options.method != "sampling" or return_history:
+            looks = return_history or watch is not None
+            if request.options.method != "sampling" or looks:
                 raise ValueError(
-                    f"cuda_graph: got True with method={request.options.method!r} and return_history={return_history}, "
+                    f"cuda_graph: got True with method={request.options.method!r} and a look at each pass: {looks}, "
                     "allowed with it are 'sampling' and False"
                 )
             way = self._replays
@@ -328,7 +338,7 @@ class Sampler:
         for members in groups.values():
             rows, flags = (torch.stack([x[i] for i in members]) for x in (tokens, given))
             some = None if evidence is None else Evidence.stack([evidence[i] for i in members])
-            result = self._infill(rows, flags, [seeds[i] for i in members], way, request, some)
+            result = self._infill(rows, flags, [seeds[i] for i in members], way, request, some, members)
             nfe = max(nfe, result.nfe)
             for j, i in enumerate(members):
                 found[i] = result.tokens[j]
@@ -389,19 +399,28 @@ class Sampler:
         return list(evidence)
 
     def _infill(
-        self, tokens: Tensor, given: Tensor, seeds: list[int], way: Way, request: _Request, evidence: Evidence | None
+        self,
+        tokens: Tensor,
+        given: Tensor,
+        seeds: list[int],
+        way: Way,
+        request: _Request,
+        evidence: Evidence | None,
+        members: list[int] | None = None,
     ) -> Samples:
         start = time.perf_counter()
         tokens, given = tokens.to(self.device).long(), given.to(self.device)
         self._check_tokens(tokens, given)
         if tokens.numel() == 0 or bool(given.all()):
             return Samples(tokens.clone(), 0, time.perf_counter() - start)
+        members = list(range(len(tokens))) if members is None else members
         passes = Passes(
             self.network,
             self.path,
             tokens,
             given,
             seeds,
+            watcher=None if request.watch is None else Watcher(request.watch, request.top, members),
             progress=request.progress,
             return_history=request.return_history,
             evidence=None if evidence is None else evidence.to(self.device),

@@ -28,5 +28,6 @@ def segments(passes: Passes, options: ResolvedOptions) -> Tensor:
         drawn = passes.draw(chosen, places, options.top_k, i + 1, temperatures[i], options.top_p, wanted=wanted)
         found = torch.where(now, found.scatter(1, places, drawn), found)
         if passes.keeps:
-            passes.keep(torch.where(now | shown, found, passes.best(prediction)))
+            stands = now | shown
+            passes.keep(torch.where(stands, found, passes.best(prediction)), prediction, stands=stands)
     return found

@@ -48,13 +48,16 @@ def slices(passes: Passes, options: ResolvedOptions) -> Tensor:
             streams = Streams(found.gather(1, clean), torch.cat([clean, query], 1), None)
             evidence = passes.observed(query)
             prediction = passes.predict(state, t, shown, cache=cache, streams=streams, evidence=evidence)
+            said = prediction
             if ahead:
                 prediction = prediction.at(places_of(order.gather(1, query) == i + 1))
             clean = clean[:, :0]  # they are in the cache now
             top_k = options.top_k if j < steps - 1 or steps == 1 else options.last_top_k
             drawn = passes.draw(prediction, places, top_k, number + 1, temperatures[number], options.top_p)
             drawn = path.resolve(state, drawn)
-        found, clean = found.scatter(1, places, drawn), places
-        if passes.keeps:
-            passes.keep(found)
+            found = found.scatter(1, places, drawn)
+            if passes.keeps:
+                stands = order <= (i + 1 if j == steps - 1 else i)
+                passes.keep(passes.guess(found, order <= i + 1, said, query), said, places=query, stands=stands)
+        clean = places
     return found

@@ -129,7 +129,8 @@ def test_a_recorded_step_looks_at_no_value(input, time):
 def test_bad_uses_of_cuda_graph(calling_again, monkeypatch):
     model, path = small_denoiser()
     sampler = calling_again(model, path)
-    for options in ({}, {"method": "basic"}, {"method": "hybrid"}, {"method": "sampling", "return_history": True}):
+    looks = ({"method": "sampling", "return_history": True}, {"method": "sampling", "watch": print})
+    for options in ({}, {"method": "basic"}, {"method": "hybrid"}, *looks):
         with pytest.raises(ValueError, match="cuda_graph: got True with method=.* are 'sampling' and False"):
             sampler.sample((2, 5), **options)
     assert sampler._replays.recorder.count == 0
