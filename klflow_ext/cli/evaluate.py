@@ -102,7 +102,7 @@ class Eval:
     tries: int = 1
     """Of infilling, fills of each task."""
     window: int | None = None
-    """Of infilling, the tokens that the run sees of a program, around the hole; None: its max_length."""
+    """Of infilling, the tokens that the run sees of a program, around the hole; None: as many as it was trained on."""
     seed: int = 0
     """Of the samples of the table and of infilling."""
     json: Path | None = None
@@ -138,7 +138,8 @@ class Eval:
         longest = as_network(model, path.vocab_size).max_length
         if longest is not None and self.length > longest:
             raise ValueError(f"length: got {self.length}, allowed is at most the run's max_length, {longest}")
-        window = longest or 1024 if self.window is None else self.window
+        trained = run.config().get("train", {}).get("length", longest or 1024)
+        window = trained if self.window is None else self.window
         if window < 2 or (longest is not None and window > longest):
             raise ValueError(f"window: got {window}, allowed is 2 to the run's max_length, {longest}")
         device = choose_device(self.device)

@@ -1,6 +1,7 @@
 """The command line: what it prints, and what it refuses before any work."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 from runs import contents
 
 from klflow_ext import (
+    Run,
     build_info,
     data,
 )
@@ -243,8 +245,7 @@ def test_infilling(klflow, tmp_path, data_folder):
     assert klflow("train", "--data", "t.txt", "--out", "run", "--steps", "3", *small).returncode == 0
     folder = str(data_folder / "humaneval_infilling")
     done = klflow(
-        "eval", "run", "--length", "12", "--steps", "2", "--infilling", folder, "--tasks", "3", "--tries", "2", "--window", "32",
-        "--json", "i.json",
+        "eval", "run", "--length", "12", "--steps", "2", "--infilling", folder, "--tasks", "3", "--tries", "2", "--json", "i.json",
     )  # fmt: skip
     assert done.returncode == 0 and "3 tasks of HumanEval-infilling, single-line, 2 fills each" in done.stdout, (
         done.stderr
@@ -293,3 +294,23 @@ def test_window_around_a_hole():
     assert window(before, 2, [], 8)[0] == [14, 15, 16, 17, 18, 19, 0, 0]
     assert window([1], 2, [3], 100) == ([1, 0, 0, 3], [True, False, False, True])
     assert window(before, 50, after, 8)[1] == [True, True, False, False, False, False, True, True]
+
+
+def test_table_names_the_checkpoint_that_was_read(klflow, tmp_path, monkeypatch):
+    """Not one that training puts in its place while it is read."""
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(f"one two three {i} four\n" * 20 for i in range(60)))
+    small = ["--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--vocab-size", "300", "--length", "16"]
+    assert klflow("train", "--data", "t.txt", "--out", "run", "--steps", "3", *small).returncode == 0
+    read, asked = Run.model, []
+
+    def model(self):
+        found = read(self)
+        asked.append(self.last().folder.name)
+        if len(asked) == 1:
+            shutil.copytree(self.last().folder, tmp_path / "run" / "checkpoint-0009-step-3")
+        return found
+
+    monkeypatch.setattr(Run, "model", model)
+    done = klflow("eval", "run", "--length", "12", "--steps", "2", "--samples", "2", "--json", "t.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "t.json").read_text())["checkpoint"] == "checkpoint-0009-step-3" == asked[-1]
