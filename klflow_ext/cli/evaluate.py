@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import tyro
 
 import klflow_ext
 from klflow_ext import data, evaluate
+from klflow_ext.cli.infilling import Infilling
 from klflow_ext.cli.terminal import choose_device
 from klflow_ext.evaluate import table
 from klflow_ext.evaluate.text import Corpus
@@ -73,7 +74,8 @@ def corpus_of(stream: data.Stream) -> Corpus:
 @dataclass
 class Eval:
     """Held-out loss by time of a run; with --likelihood its -log p; with --judge, bits per byte of its samples under a llama2.c
-    model; with --samples, one table of what can be said of its samples, real text first."""
+    model; with --samples, one table of what can be said of its samples, real text first; with
+    --infilling, what it puts into the holes of code is worth."""
 
     run_folder: tyro.conf.Positional[Path]
     likelihood: bool = False
@@ -91,10 +93,20 @@ class Eval:
     """Of the table, one or more."""
     top_k: tuple[int, ...] = (20,)
     """Of the table, one or more; 0: all V."""
+    infilling: Path | None = None
+    """Folder with HumanEval-infilling, whose holes are filled with the first method, temperature and top-k, and tested."""
+    kind: Literal["single-line", "random-span"] = "single-line"
+    """Of infilling."""
+    tasks: int | None = None
+    """Of infilling, how many, evenly among all; None: all."""
+    tries: int = 1
+    """Of infilling, fills of each task."""
+    window: int | None = None
+    """Of infilling, the tokens that the run sees of a program, around the hole; None: as many as it was trained on."""
     seed: int = 0
-    """Of the samples of the table."""
+    """Of the samples of the table and of infilling."""
     json: Path | None = None
-    """A file for the table, with all settings and intervals."""
+    """A file for the table and infilling, with all settings and intervals."""
     data: tuple[str, ...] = ()
     """Where the token folders of the run are, if they have moved."""
     device: str | None = None
@@ -105,8 +117,15 @@ class Eval:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed is an integer >= {least}")
         if self.samples is not None and self.samples < 2:
             raise ValueError(f"samples: got {self.samples}, allowed is an integer >= 2")
-        if self.json is not None and self.samples is None:
-            raise ValueError(f"json: got {self.json}, allowed is only with --samples")
+        if self.json is not None and self.samples is None and self.infilling is None:
+            raise ValueError(f"json: got {self.json}, allowed is only with --samples or --infilling")
+        for name in ("temperature", "top_k"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: got none, allowed are one or more")
+        holes = None
+        if self.infilling is not None:
+            holes = Infilling(self.infilling, self.kind, self.tasks, self.tries)
+            holes.chosen()  # so that a wrong folder fails at once
         run = Run(self.run_folder)
         while True:  # until no training has put a later one in its place meanwhile
             checkpoint = run.last().folder.name
@@ -114,11 +133,15 @@ class Eval:
             if run.last().folder.name == checkpoint:
                 break
         tokenizer = run.tokenizer()
-        if self.samples is not None and tokenizer is None:
+        if (self.samples is not None or holes is not None) and tokenizer is None:
             raise ValueError(f"run: {self.run_folder} has no tokenizer.json, without which there is no text")
         longest = as_network(model, path.vocab_size).max_length
         if longest is not None and self.length > longest:
             raise ValueError(f"length: got {self.length}, allowed is at most the run's max_length, {longest}")
+        trained = run.config().get("train", {}).get("length", longest or 1024)
+        window = trained if self.window is None else self.window
+        if window < 2 or (longest is not None and window > longest):
+            raise ValueError(f"window: got {window}, allowed is 2 to the run's max_length, {longest}")
         device = choose_device(self.device)
         model = model.to(device)
         stream, held = run.streams(self.data)
@@ -130,12 +153,28 @@ class Eval:
             print_likelihoods(
                 sampler, tokenizer, data.batch(held, self.count, self.length, seed=12345, step=0).to(device)
             )
+        found: dict[str, Any] = {}
         if self.samples is not None:
-            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-            of_run = {"run": str(self.run_folder), "checkpoint": checkpoint, "device": str(device), "precision": dtype}
-            self.print_table(sampler, tokenizer, stream, held, judge, of_run)
+            found |= self.print_table(sampler, tokenizer, stream, held, judge)
         elif judge is not None:
             self.print_judged(sampler, tokenizer, stream, held, judge)
+        if holes is not None:
+            found["infilling"] = holes.measure(
+                sampler, tokenizer, window, self.seed, steps=self.steps, top_k=self.top_k[0] or None,
+                method=self.method[0] if self.method else None, temperature=self.temperature[0],
+            )  # fmt: skip
+        if self.json is not None:
+            found |= {
+                "version": klflow_ext.__version__, "torch": torch.__version__, "python": platform.python_version(),
+                "run": str(self.run_folder), "checkpoint": checkpoint, "path": repr(path), "device": str(device),
+                "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
+                "default_method": self.own_method(sampler),
+            }  # fmt: skip
+            write_file(self.json, lambda file: file.write_text(json.dumps(found, indent=2) + "\n", "utf-8"))
+
+    @staticmethod
+    def own_method(sampler: Sampler) -> str:
+        return "left to right" if sampler.path.way is not None else sampler.default_method
 
     def print_judged(self, sampler: Sampler, tokenizer, stream, held, judge: evaluate.Judge) -> None:
         path = sampler.path
@@ -163,9 +202,8 @@ class Eval:
                 f"  {name:<34} {judge.bits_per_byte(texts):.2f} ({evaluate.token_entropy(sequences):.2f})", flush=True
             )
 
-    def print_table(
-        self, sampler: Sampler, tokenizer, stream, held, judge: evaluate.Judge | None, of_run: dict[str, str]
-    ) -> None:
+    def print_table(self, sampler: Sampler, tokenizer, stream, held, judge: evaluate.Judge | None) -> dict[str, Any]:
+        """Prints it, and gives it with its settings."""
         corpus, shape = corpus_of(stream), (self.samples or 0, self.length)
 
         def measured(sequences: list[list[int]]) -> table.Figures:
@@ -181,7 +219,7 @@ class Eval:
                 shape, steps=self.steps, method=method, temperature=temperature, top_k=top_k or None, seed=self.seed,
                 progress=sys.stderr.isatty(),
             )  # fmt: skip
-            own = "left to right" if sampler.path.way is not None else sampler.default_method
+            own = self.own_method(sampler)
             name = f"{method or own}, NFE {result.nfe}, T {temperature:g}, top-k {top_k or 'all'}"
             rows[name] = measured([tokens.tolist() for tokens in result.tokens])
             settings[name] = {
@@ -190,11 +228,7 @@ class Eval:
             }  # fmt: skip
         print(f"\n{shape[0]} texts of {self.length} tokens each, 95 % bootstrap intervals in brackets:")
         print(table.as_table(rows), flush=True)
-        if self.json is None:
-            return
-        found = {
-            "version": klflow_ext.__version__, "torch": torch.__version__, "python": platform.python_version(),
-            **of_run, "path": repr(sampler.path),
+        return {
             "samples": shape[0], "length": self.length, "steps": self.steps,
             "judge": None if self.judge is None or judge is None else {
                 "folder": str(self.judge), "sha256": checksum(self.judge / "stories260K.bin"), "context": judge.context,
@@ -205,4 +239,3 @@ class Eval:
             "definitions": table.DEFINITIONS,
             "rows": [{"name": name, **settings[name], **table.as_json(row)} for name, row in rows.items()],
         }  # fmt: skip
-        write_file(self.json, lambda file: file.write_text(json.dumps(found, indent=2) + "\n", "utf-8"))

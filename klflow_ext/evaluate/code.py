@@ -13,6 +13,7 @@ from typing import Any
 
 from klflow_ext.checks import check_choice, check_int, check_scalar
 from klflow_ext.evaluate.sandbox import run_program
+from klflow_ext.evaluate.text import Interval, mean_interval
 
 INFILLING = {
     "single-line": "HumanEval-SingleLineInfilling.jsonl.gz",
@@ -136,13 +137,13 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
-def summary(scores: Sequence[Sequence[Score]], ks: Sequence[int] = (1,)) -> dict[str, float]:
-    """{"pass@1", "compiles@1", "exact@1", ...: means over tasks} of the scores of each task's samples."""
+def summary(scores: Sequence[Sequence[Score]], ks: Sequence[int] = (1,)) -> dict[str, Interval]:
+    """{"pass@1", "compiles@1", "exact@1", ...: means over tasks, with bootstrap intervals} of the scores of each task's samples."""
     if not scores:
         raise ValueError("scores: got none, allowed is those of one task or more")
     found = {}
     for k in ks:
         for name, field in (("pass", "passed"), ("compiles", "compiles"), ("exact", "exact")):
             each = [pass_at_k(len(task), sum(bool(vars(s)[field]) for s in task), k) for task in scores]
-            found[f"{name}@{k}"] = math.fsum(each) / len(each)
+            found[f"{name}@{k}"] = mean_interval(each)
     return found

@@ -97,10 +97,15 @@ def landlock(folder):
 
 
 def seccomp():
-    """No socket, no new process, no signal, trace or limit of another: each such call fails with EPERM."""
-    calls = {  # architecture; socket, clone, kill, tkill, tgkill, prlimit64, rt_sigqueueinfo; those always refused
-        "x86_64": (0xC000003E, 41, 56, (62, 200, 234, 302, 129), (57, 58, 101, 310, 311)),
-        "aarch64": (0xC00000B7, 198, 220, (129, 130, 131, 261, 138), (117, 270, 271)),
+    """No socket, no new process or namespace, no memory that RLIMIT_AS does not count, and no signal, trace or limit of another.
+
+    Each such call fails with EPERM.
+    """
+    # Architecture; socket, clone; kill, tkill, tgkill, prlimit64, rt_sigqueueinfo; those always refused: fork and vfork,
+    # ptrace, process_vm_readv and writev, unshare, setns, memfd_create, shmget.
+    calls = {
+        "x86_64": (0xC000003E, 41, 56, (62, 200, 234, 302, 129), (57, 58, 101, 310, 311, 272, 308, 319, 29)),
+        "aarch64": (0xC00000B7, 198, 220, (129, 130, 131, 261, 138), (117, 270, 271, 97, 268, 279, 194)),
     }
     architecture, socket, clone, to_others, never = calls[platform.machine()]
     own = os.getpid()  # stays the same over exec
@@ -108,7 +113,7 @@ def seccomp():
     allow, refuse, missing = (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x00050026)
     rows = [load(4), (0x15, 1, 0, architecture), (0x06, 0, 0, 0x80000000), load(0)]
     rows += [(0x35, 0, 1, 0x40000000), refuse]  # x86's other numbers for the same calls
-    for number in (socket, *never, 424, 425):  # also pidfd_send_signal and io_uring_setup, which can do what others do
+    for number in (socket, *never, 424, 425, 447):  # also pidfd_send_signal, io_uring_setup, memfd_secret
         rows += [(0x15, 0, 1, number), refuse]
     rows += [(0x15, 0, 1, 435), missing]  # clone3, whose flags are out of sight: libc falls back to clone
     rows += [(0x15, 0, 4, clone), load(16), (0x45, 0, 1, 0x10000), allow, refuse]  # a thread, else a process
@@ -123,6 +128,11 @@ def seccomp():
 
     value = Filter(len(rows), ctypes.addressof(program))
     check(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(value), 0, 0), "seccomp")
+
+
+def check_walls(layers, locked, user):
+    if "namespaces" not in layers and not locked and user == 0:
+        raise OSError("without namespaces and Landlock a program of root could write anywhere; run as another user")
 
 
 def become_runner(settings):
@@ -140,7 +150,7 @@ def become_runner(settings):
         for capability in range(64):  # else exec would give root all of them again
             libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    landlock(settings["folder"])
+    check_walls(settings["layers"], landlock(settings["folder"]), os.geteuid())
     for name, most in limits.items():
         resource.setrlimit(name, (most, most))
     if "seccomp" in settings["layers"]:

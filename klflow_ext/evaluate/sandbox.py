@@ -5,11 +5,10 @@ files and output. Around it are up to three layers; at least one of the first tw
 
     namespaces  no network but an empty one, all files read-only but a folder in memory, and a process 1 with which all end,
                 wherever they moved; the number of processes is counted by it
-    seccomp     no socket, and one process: fork fails, as RLIMIT_NPROC does not hold for root
+    seccomp     no socket, one process (fork fails, as RLIMIT_NPROC does not hold for root), no memory outside its address space
     landlock    nothing is written outside the folder; where the kernel has it, with either
 
-Without namespaces a program can still read what its user can, and fill the disk by many files until it is stopped.
-Linux only.
+Without namespaces a program can still read what its user can, and fill the disk by many files until it is stopped. Linux only.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,9 +101,21 @@ def permitted_layers() -> tuple[str, ...]:
     return tuple(found)
 
 
+@contextmanager
+def _folder() -> Iterator[str]:
+    folder = tempfile.TemporaryDirectory(prefix="klflow-", ignore_cleanup_errors=True)
+    try:
+        yield folder.name
+    finally:
+        try:
+            folder.cleanup()
+        except RecursionError:  # folders in folders in folders
+            subprocess.run(["rm", "-rf", "--", folder.name], stderr=subprocess.DEVNULL)
+
+
 def _run(source: str, timeout: float, memory: int, layers: tuple[str, ...]) -> Outcome:
     token, start = secrets.token_hex(16), time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="klflow-") as folder, tempfile.TemporaryFile() as program:
+    with _folder() as folder, tempfile.TemporaryFile() as program:
         program.write(f"{token}\n{source}".encode())
         program.seek(0)
         (output, output_end), (result, result_end) = os.pipe(), os.pipe()

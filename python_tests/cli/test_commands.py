@@ -1,13 +1,17 @@
 """The command line: what it prints, and what it refuses before any work."""
 
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import contents
 
 from klflow_ext import (
+    Run,
     build_info,
     data,
 )
@@ -210,7 +214,7 @@ def test_table_of_samples(klflow, tmp_path):
     assert "segments, NFE 3, T 1, top-k 20" in done.stdout
     for command, message in (
         (["--samples", "1"], "samples: got 1, allowed is an integer >= 2"),
-        (["--json", "x.json"], "json: got x.json, allowed is only with --samples"),
+        (["--json", "x.json"], "json: got x.json, allowed is only with --samples or --infilling"),
     ):
         done = klflow("eval", "run", *command)
         assert done.returncode == 1 and message in done.stderr
@@ -231,3 +235,82 @@ def test_table_under_the_judge(klflow, tmp_path, data_folder):
     assert real["low"] <= real["mean"] <= real["high"] < sampled["mean"]
     done = klflow("eval", "run", "--length", "12", "--steps", "2", "--count", "2", "--judge", judge)
     assert "real text" in done.stdout and "unigram-sampled" in done.stdout and done.returncode == 0, done.stderr
+
+
+def test_infilling(klflow, tmp_path, data_folder):
+    (tmp_path / "t.txt").write_text(
+        "\n<|endoftext|>\n".join(f"def f(x):\n    return x + {i}\n" * 20 for i in range(60))
+    )
+    small = ["--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--vocab-size", "300", "--length", "32"]
+    assert klflow("train", "--data", "t.txt", "--out", "run", "--steps", "3", *small).returncode == 0
+    folder = str(data_folder / "humaneval_infilling")
+    done = klflow(
+        "eval", "run", "--length", "12", "--steps", "2", "--infilling", folder, "--tasks", "3", "--tries", "2", "--json", "i.json",
+    )  # fmt: skip
+    assert done.returncode == 0 and "3 tasks of HumanEval-infilling, single-line, 2 fills each" in done.stdout, (
+        done.stderr
+    )
+    found = json.loads((tmp_path / "i.json").read_text())["infilling"]
+    assert (found["tasks"], found["tries"], found["nfe"], found["window"]) == (3, 2, 2, 32)
+    assert set(found["figures"]["filled"]) == {f"{name}@{k}" for name in ("pass", "compiles", "exact") for k in (1, 2)}
+    assert set(found["figures"]["left empty"]["pass@1"]) == {"mean", "low", "high"} and found["sandbox"]["layers"]
+    for command, message in (
+        (["--infilling", "nowhere"], "cannot be read"),
+        (["--infilling", folder, "--tries", "0"], "tries: got 0"),
+        (["--infilling", folder, "--window", "257"], "window: got 257, allowed is 2 to the run's max_length, 256"),
+    ):
+        done = klflow("eval", "run", *command)
+        assert done.returncode == 1 and message in done.stderr
+
+
+def test_infilling_of_a_network_that_knows_the_answer(data_folder, capsys):
+    """What stood there passes: the window, the hole and the text around it fit together."""
+    from klflow_ext.cli.infilling import Infilling
+
+    folder = data_folder / "humaneval_infilling"
+    tokenizer = data.train_tokenizer(["def f(x):\n    return x"], 300)
+    holes = Infilling(folder, "random-span", tasks=4)
+    answers = iter([tokenizer.encode(task.removed[0]).ids for task in holes.chosen()])
+
+    class Knows:
+        def infill(self, tokens, given, **options):
+            found = []
+            for row, free in zip(tokens, given, strict=True):
+                row[~torch.tensor(free)] = torch.tensor(next(answers))
+                found.append(row)
+            return SimpleNamespace(tokens=found, nfe=1)
+
+    found = holes.measure(Knows(), tokenizer, 1024, 0)["figures"]
+    assert found["filled"]["pass@1"]["mean"] == found["filled"]["exact@1"]["mean"] == 1
+    assert found["left empty"]["pass@1"]["mean"] < 1
+
+
+def test_window_around_a_hole():
+    from klflow_ext.cli.infilling import window
+
+    before, after = list(range(10, 20)), list(range(30, 40))
+    assert window(before, 2, after, 8) == ([17, 18, 19, 0, 0, 30, 31, 32], [True] * 3 + [False] * 2 + [True] * 3)
+    assert window([1], 2, after, 8)[0] == [1, 0, 0, 30, 31, 32, 33, 34]
+    assert window(before, 2, [], 8)[0] == [14, 15, 16, 17, 18, 19, 0, 0]
+    assert window([1], 2, [3], 100) == ([1, 0, 0, 3], [True, False, False, True])
+    assert window(before, 50, after, 8)[1] == [True, True, False, False, False, False, True, True]
+
+
+def test_table_names_the_checkpoint_that_was_read(klflow, tmp_path, monkeypatch):
+    """Not one that training puts in its place while it is read."""
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(f"one two three {i} four\n" * 20 for i in range(60)))
+    small = ["--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--vocab-size", "300", "--length", "16"]
+    assert klflow("train", "--data", "t.txt", "--out", "run", "--steps", "3", *small).returncode == 0
+    read, asked = Run.model, []
+
+    def model(self):
+        found = read(self)
+        asked.append(self.last().folder.name)
+        if len(asked) == 1:
+            shutil.copytree(self.last().folder, tmp_path / "run" / "checkpoint-0009-step-3")
+        return found
+
+    monkeypatch.setattr(Run, "model", model)
+    done = klflow("eval", "run", "--length", "12", "--steps", "2", "--samples", "2", "--json", "t.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "t.json").read_text())["checkpoint"] == "checkpoint-0009-step-3" == asked[-1]

@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from klflow_ext.evaluate import sandbox
+from klflow_ext.evaluate import guard, sandbox
 from klflow_ext.evaluate.sandbox import run_program
 
 try:
@@ -116,6 +117,42 @@ def test_memory_hog(layers):
     assert run_program("bytearray(2**28)", layers=layers).passed
 
 
+@pytest.mark.skipif("seccomp" not in PERMITTED, reason="this machine does not permit seccomp")
+@pytest.mark.parametrize(
+    "call",
+    [
+        "os.memfd_create('x')",
+        "failed(libc.unshare(0x10000000))",
+        "failed(libc.shmget(0, 4096, 0o1600))",
+        "failed(libc.setns(3, 0))",
+    ],
+)
+def test_no_way_around_the_limits(call, layers):
+    source = f"import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n{FAILED}{call}"
+    if "seccomp" in layers:
+        assert run_program(source, layers=layers).reason == "PermissionError"
+
+
+FAILED = """
+def failed(result):
+    if result < 0: raise OSError(ctypes.get_errno(), "")
+"""
+
+
+def test_folders_in_folders_are_removed(layers):
+    before = set(Path(tempfile.gettempdir()).glob("klflow-*"))
+    source = "import os\nfor i in range(3000):\n    os.mkdir('d')\n    os.chdir('d')"
+    run_program(source, layers=layers)
+    assert set(Path(tempfile.gettempdir()).glob("klflow-*")) <= before
+
+
+def test_root_behind_no_wall_is_refused():
+    with pytest.raises(OSError, match="could write anywhere"):
+        guard.check_walls(["seccomp"], False, 0)
+    guard.check_walls(["seccomp"], True, 0), guard.check_walls(["seccomp"], False, 1000)
+    guard.check_walls(["namespaces"], False, 0)
+
+
 def test_file_writer(layers, tmp_path):
     (tmp_path / "there").write_text("mine")
     for path in (tmp_path / "new", tmp_path / "there", "/tmp/klflow-new", "/dev/shm/new"):
@@ -213,13 +250,13 @@ def test_one_that_has_left_is_seen_here_while_it_runs(layers):
     assert most >= (2 if layers == ("namespaces",) else 1) and commands(name) == []
 
 
-def test_it_ends_with_the_one_that_started_it(layers):
+def test_it_ends_with_the_one_that_started_it(layers, tmp_path):
     name = f"mine{os.getpid()}"
     program = f"import ctypes, time\nctypes.CDLL(None).prctl(15, b{name!r})\ntime.sleep(60)"
     code = (
         f"from klflow_ext.evaluate.sandbox import run_program\nrun_program({program!r}, timeout=60, layers={layers!r})"
     )
-    with subprocess.Popen([sys.executable, "-c", code]) as starter:
+    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}) as starter:
         try:
             assert seen(lambda: commands(name), 60)
         finally:
