@@ -18,7 +18,7 @@ from klflow_ext import (
     register_sampler,
 )
 from klflow_ext.path import state
-from klflow_ext.sample import sampler as sampler_module
+from klflow_ext.sample import samples
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -252,7 +252,7 @@ def test_ragged_infill_is_each_sequence_alone(path):
     result = sampler.infill(tokens, given, steps=4, method="sampling", seed=3, return_history=True)
     assert [len(x) for x in result.tokens] == [4, 1, 4, 0, 2, 4] and result.nfe == 4 and len(result.history) == 4
     assert result.tokens[4].tolist() == [1, 2] and result.tokens[5][1:].tolist() == [4, 5, 6]
-    seeds = [sampler_module._sequence_seed(3, i) for i in range(6)]
+    seeds = [samples._sequence_seed(3, i) for i in range(6)]
     for i in (0, 1, 2, 5):
         alone = sampler.infill(
             torch.as_tensor(tokens[i])[None], torch.as_tensor(given[i])[None], steps=4, method="sampling",
