@@ -17,7 +17,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
 def test_the_model_goes_with_the_package(tmp_path):
     if not (ROOT / "setup.py").is_file():
         pytest.skip("the package is installed: there is no source to build from")
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "klflow.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "klflow_ext" / "stories").mkdir(parents=True)
     shutil.copy(ROOT / "klflow_ext" / "__init__.py", tmp_path / "klflow_ext")
@@ -29,6 +29,7 @@ def test_the_model_goes_with_the_package(tmp_path):
         )
         assert done.returncode == 0, done.stderr
     assert {file.name for file in (tmp_path / "built" / "klflow_ext" / "stories").iterdir()} == set(FILES)
+    assert (tmp_path / "built" / "klflow.py").is_file()
     with tarfile.open(next((tmp_path / "source").iterdir())) as archive:
         held = [name.partition("/klflow_ext/stories/")[2] for name in archive.getnames()]
     assert set(held) >= set(FILES)
