@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import tyro
 from klflow_ext import data, evaluate
 from klflow_ext.cli.terminal import choose_device
 from klflow_ext.path import Likelihood, as_network
-from klflow_ext.run import Run
+from klflow_ext.run import STORIES, Run, is_saved_model, load_run
 from klflow_ext.sample import Sampler
 
 
@@ -27,6 +27,27 @@ def print_losses(model, path, stream, held, length):
     losses = evaluate.loss_by_time(model, path, data.batch(held, 64, length, seed=12345, step=0))
     print("  t    " + "  ".join(f"{t:6.3f}" for t in losses))
     print("  loss " + "  ".join(f"{v:6.3f}" for v in losses.values()))
+
+
+def texts_for(tokenizer: Any, names: Sequence[str]) -> tuple[data.Stream, data.Stream]:
+    """(training, held-out) tokens for a model that came without its text: of a file of texts, or of token folders.
+
+    Raises:
+        ValueError: there is none, or token folders have another tokenizer.
+    """
+    paths, weights = data.parse_sources(names)
+    if not paths or tokenizer is None:
+        what = "no text" if not paths else "a model without a tokenizer"
+        raise ValueError(f"data: got {what}, allowed is --data with a text for a model that came without its own")
+    if not any(map(data.is_token_folder, paths)):
+        if len(paths) > 1:
+            raise ValueError(f"data: got {len(paths)} files, allowed are one file of texts or token folders")
+        texts, held_texts = data.documents(paths[0])
+        return data.encode(tokenizer, texts), data.encode(tokenizer, held_texts)
+    for path in paths:
+        if data.TokenFolder(path).tokenizer().to_str() != tokenizer.to_str():
+            raise ValueError(f"data: {path} has another tokenizer, allowed is that of the model")
+    return data.open_streams(paths, weights)
 
 
 def print_likelihoods(sampler: Sampler, tokenizer, tokens: torch.Tensor) -> None:
@@ -59,7 +80,8 @@ class Eval:
     """Held-out loss by time of a run; with --likelihood its -log p; with --judge, bits per byte of its samples under a llama2.c
     model."""
 
-    run_folder: tyro.conf.Positional[Path]
+    run_folder: tyro.conf.Positional[Path | None] = None
+    """A run folder. Or one of save_pretrained, or none for the model that comes with the package: both with --data."""
     likelihood: bool = False
     """-log p of `count` held-out texts, exactly where the method allows it, else as a bound."""
     judge: Path | None = None
@@ -68,21 +90,21 @@ class Eval:
     length: int = 64
     steps: int = 64
     data: tuple[str, ...] = ()
-    """Where the token folders of the run are, if they have moved."""
+    """Where the token folders of the run are, if they have moved. Of a model without a run: a file of texts, or token folders."""
     device: str | None = None
 
     def run(self):
         for name, least in (("count", 1), ("length", 2), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed is an integer >= {least}")
-        run = Run(self.run_folder)
-        (model, path), tokenizer = run.model(), run.tokenizer()
+        model, path, tokenizer = load_run(self.run_folder)
         longest = as_network(model, path.vocab_size).max_length
         if longest is not None and self.length > longest:
             raise ValueError(f"length: got {self.length}, allowed is at most the run's max_length, {longest}")
         device = choose_device(self.device)
         model = model.to(device)
-        stream, held = run.streams(self.data)
+        folder = STORIES if self.run_folder is None else self.run_folder
+        stream, held = texts_for(tokenizer, self.data) if is_saved_model(folder) else Run(folder).streams(self.data)
         # First, so that a wrong folder fails at once.
         judge = None if self.judge is None else evaluate.Judge(self.judge)
         print_losses(model, path, stream, held, self.length)

@@ -269,7 +269,7 @@ def test_ragged_infill_is_each_sequence_alone(path):
         (dict(steps=0), "steps: got 0"),
         (dict(top_p=0.0), "top_p: got 0.0"),
         (dict(top_k=0), "top_k: got 0"),
-        (dict(temperature=0), "temperature: got 0"),
+        (dict(temperature=-1), "temperature: got -1"),
         (dict(final="mode"), "final: got 'mode'"),
         (dict(seed=[1]), "seed: got 1 seeds, allowed is one or 2"),
         (dict(seed=[1, 2**63]), "seed: got 9223372036854775808"),
