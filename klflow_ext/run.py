@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from klflow_ext import data
-from klflow_ext.checkpoint import FORMAT, Checkpoint, NewerFormat, stamps
+from klflow_ext.checkpoint import CONFIG, FORMAT, Checkpoint, NewerFormat, read_model, stamps
 from klflow_ext.data import vocab_size_of
 from klflow_ext.files import TEMPORARY, Writer, read_json, reading, remove, write_file, write_files
 from klflow_ext.lock import Lock, new_folder
@@ -32,6 +32,7 @@ from klflow_ext.path import Path as NoisePath
 
 T = TypeVar("T")
 TEXTS = ("tokenizer.json", "train.npy", "heldout.npy")
+STORIES = Path(__file__).parent / "stories"  # the model that comes with the package
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -273,13 +274,7 @@ class Run:
         """The tokenizers.Tokenizer, or None of a run that was trained on tokens alone."""
         if not self.config().get("tokenizer", True):
             return None
-        from tokenizers import Tokenizer
-
-        file = self._read(lambda checkpoint: checkpoint.check_text("tokenizer.json"))
-        with reading(file):
-            tokenizer = Tokenizer.from_file(str(file))
-            vocab_size_of(tokenizer)  # ids with gaps of 10^9 would take seconds and gigabytes later
-        return tokenizer
+        return read_tokenizer(self._read(lambda checkpoint: checkpoint.check_text("tokenizer.json")))
 
     def streams(
         self, moved: Sequence[str | Path] = (), checkpoint: Checkpoint | None = None
@@ -307,6 +302,16 @@ class Run:
         return stream
 
 
+def read_tokenizer(file: Path) -> Any:
+    """The tokenizers.Tokenizer of a file."""
+    from tokenizers import Tokenizer
+
+    with reading(file):
+        tokenizer = Tokenizer.from_file(str(file))
+        vocab_size_of(tokenizer)  # ids with gaps of 10^9 would take seconds and gigabytes later
+    return tokenizer
+
+
 def _array_writer(array: Any) -> Writer:
     def write(path: Path) -> None:
         with open(path, "wb") as file:  # np.save adds .npy to a name
@@ -315,21 +320,41 @@ def _array_writer(array: Any) -> Writer:
     return write
 
 
-def load_run(run: str | Path, model: nn.Module | None = None, best: bool = False) -> tuple[Any, NoisePath, Any]:
-    """(model, path, tokenizer) of a run folder.
+def is_saved_model(folder: Path) -> bool:
+    """Whether a folder is one of `klflow_ext.hub.save_pretrained`: a model and nothing of its training."""
+    if Run(folder).checkpoints() or not (folder / CONFIG).is_file():
+        return False
+    config = read_json(folder / CONFIG)
+    return config.get("library") == "klflow_ext" and config.get("format") == FORMAT
+
+
+def load_run(
+    run: str | Path | None = None, model: nn.Module | None = None, best: bool = False
+) -> tuple[Any, NoisePath, Any]:
+    """(model, path, tokenizer), the model in evaluation mode, the tokenizer None where there is none.
 
     Args:
-        run: the folder.
-        model: takes up the weights; None: one is made.
-        best: of the checkpoint with the lowest held-out loss (`Run.best`), not of the last one.
+        run: a run folder, or one of `klflow_ext.hub.save_pretrained`; None: the small model of English stories that comes with
+            the package.
+        model: takes up the weights; None: it is made anew.
+        best: of a run the checkpoint with the lowest held-out loss (`Run.best`), not the last one.
 
     Raises:
-        ValueError: it is no run, or a file is damaged; with `best`, no checkpoint knows its held-out loss.
+        ValueError: the folder is neither, or is broken; or None where the package came without its model; or with `best` no
+            checkpoint knows its held-out loss.
     """
-    opened = Run(run)
-    if not best:
-        return (*opened.model(model), opened.tokenizer())
-    checkpoint = opened.best()
-    if checkpoint is None:
-        raise ValueError(f"best: got True, allowed is False: no checkpoint of {run} knows its held-out loss")
-    return (*checkpoint.model(model), opened.tokenizer())
+    folder = STORIES if run is None else Path(run)
+    if run is None and not folder.is_dir():
+        raise ValueError(f"run: got none, and this klflow_ext came without a model ({folder}): name a run folder")
+    if not is_saved_model(folder):
+        opened = Run(folder)
+        if not best:
+            return (*opened.model(model), opened.tokenizer())
+        checkpoint = opened.best()
+        if checkpoint is not None:
+            return (*checkpoint.model(model), opened.tokenizer())
+    if best:
+        raise ValueError(f"best: got True, allowed is False: no checkpoint of {folder} knows its held-out loss")
+    config = read_json(folder / CONFIG)
+    made, path = read_model(folder, config, model)
+    return made, path, read_tokenizer(folder / "tokenizer.json") if config.get("tokenizer") else None

@@ -92,3 +92,21 @@ def klflow(monkeypatch, capsys, tmp_path):
         return SimpleNamespace(returncode=int(bool(code)), stdout=printed.out, stderr=printed.err + message)
 
     return run
+
+
+@pytest.fixture
+def stories(tmp_path, monkeypatch):
+    """The folder of a tiny model in the place of the one that comes with the package."""
+    from klflow_ext import Denoiser, DenoiserConfig, LogitPath, data, run
+    from klflow_ext.cli import evaluate
+    from klflow_ext.hub import save_pretrained
+
+    tokenizer = data.train_tokenizer(["Once upon a time there was a cat."] * 3, 280)
+    path = LogitPath(data.vocab_size_of(tokenizer))
+    torch.manual_seed(0)
+    model = Denoiser(DenoiserConfig(path.vocab_size, 1, 2, 16, 32), path)
+    torch.nn.init.normal_(model.head.weight)
+    save_pretrained(tmp_path / "stories", model, path, tokenizer, dtype=torch.bfloat16)
+    for module in (run, evaluate):
+        monkeypatch.setattr(module, "STORIES", tmp_path / "stories")
+    return tmp_path / "stories"

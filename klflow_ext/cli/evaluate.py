@@ -6,7 +6,7 @@ import itertools
 import json
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from klflow_ext.evaluate import table
 from klflow_ext.evaluate.text import Corpus
 from klflow_ext.files import checksum, write_file
 from klflow_ext.path import Likelihood, as_network
-from klflow_ext.run import Run
+from klflow_ext.run import STORIES, Run, is_saved_model, load_run
 from klflow_ext.sample import Sampler
 
 
@@ -35,6 +35,27 @@ def print_losses(model, path, stream, held, length):
     losses = evaluate.loss_by_time(model, path, data.batch(held, 64, length, seed=12345, step=0))
     print("  t    " + "  ".join(f"{t:6.3f}" for t in losses))
     print("  loss " + "  ".join(f"{v:6.3f}" for v in losses.values()))
+
+
+def texts_for(tokenizer: Any, names: Sequence[str]) -> tuple[data.Stream, data.Stream]:
+    """(training, held-out) tokens for a model that came without its text: of a file of texts, or of token folders.
+
+    Raises:
+        ValueError: there is none, or token folders have another tokenizer.
+    """
+    paths, weights = data.parse_sources(names)
+    if not paths or tokenizer is None:
+        what = "no text" if not paths else "a model without a tokenizer"
+        raise ValueError(f"data: got {what}, allowed is --data with a text for a model that came without its own")
+    if not any(map(data.is_token_folder, paths)):
+        if len(paths) > 1:
+            raise ValueError(f"data: got {len(paths)} files, allowed are one file of texts or token folders")
+        texts, held_texts = data.documents(paths[0])
+        return data.encode(tokenizer, texts), data.encode(tokenizer, held_texts)
+    for path in paths:
+        if data.TokenFolder(path).tokenizer().to_str() != tokenizer.to_str():
+            raise ValueError(f"data: {path} has another tokenizer, allowed is that of the model")
+    return data.open_streams(paths, weights)
 
 
 def print_likelihoods(sampler: Sampler, tokenizer, tokens: torch.Tensor) -> None:
@@ -77,7 +98,8 @@ class Eval:
     model; with --samples, one table of what can be said of its samples, real text first; with
     --infilling, what it puts into the holes of code is worth."""
 
-    run_folder: tyro.conf.Positional[Path]
+    run_folder: tyro.conf.Positional[Path | None] = None
+    """A run folder. Or one of save_pretrained, or none for the model that comes with the package: both with --data."""
     likelihood: bool = False
     """-log p of `count` held-out texts, exactly where the method allows it, else as a bound."""
     judge: Path | None = None
@@ -108,7 +130,7 @@ class Eval:
     json: Path | None = None
     """A file for the table and infilling, with all settings and intervals."""
     data: tuple[str, ...] = ()
-    """Where the token folders of the run are, if they have moved."""
+    """Where the token folders of the run are, if they have moved. Of a model without a run: a file of texts, or token folders."""
     device: str | None = None
 
     def run(self):
@@ -126,25 +148,25 @@ class Eval:
         if self.infilling is not None:
             holes = Infilling(self.infilling, self.kind, self.tasks, self.tries)
             holes.chosen()  # so that a wrong folder fails at once
-        run = Run(self.run_folder)
+        folder = STORIES if self.run_folder is None else self.run_folder
+        saved = self.run_folder is None or is_saved_model(folder)
         while True:  # until no training has put a later one in its place meanwhile
-            checkpoint = run.last().folder.name
-            model, path = run.model()
-            if run.last().folder.name == checkpoint:
+            checkpoint = None if saved else Run(folder).last().folder.name
+            model, path, tokenizer = load_run(self.run_folder)
+            if saved or Run(folder).last().folder.name == checkpoint:
                 break
-        tokenizer = run.tokenizer()
         if (self.samples is not None or holes is not None) and tokenizer is None:
-            raise ValueError(f"run: {self.run_folder} has no tokenizer.json, without which there is no text")
+            raise ValueError(f"run: {folder} has no tokenizer.json, without which there is no text")
         longest = as_network(model, path.vocab_size).max_length
         if longest is not None and self.length > longest:
             raise ValueError(f"length: got {self.length}, allowed is at most the run's max_length, {longest}")
-        trained = run.config().get("train", {}).get("length", longest or 1024)
+        trained = (longest or 1024) if saved else Run(folder).config()["train"]["length"]
         window = trained if self.window is None else self.window
         if window < 2 or (longest is not None and window > longest):
             raise ValueError(f"window: got {window}, allowed is 2 to the run's max_length, {longest}")
         device = choose_device(self.device)
         model = model.to(device)
-        stream, held = run.streams(self.data)
+        stream, held = texts_for(tokenizer, self.data) if saved else Run(folder).streams(self.data)
         # First, so that a wrong folder fails at once.
         judge = None if self.judge is None else evaluate.Judge(self.judge)
         print_losses(model, path, stream, held, self.length)
@@ -166,7 +188,7 @@ class Eval:
         if self.json is not None:
             found |= {
                 "version": klflow_ext.__version__, "torch": torch.__version__, "python": platform.python_version(),
-                "run": str(self.run_folder), "checkpoint": checkpoint, "path": repr(path), "device": str(device),
+                "run": folder.name if saved else str(folder), "checkpoint": checkpoint, "path": repr(path), "device": str(device),
                 "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
                 "default_method": self.own_method(sampler),
             }  # fmt: skip

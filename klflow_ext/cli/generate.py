@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 
+from klflow_ext.cli.prompts import given_texts
+from klflow_ext.cli.results import print_results
 from klflow_ext.cli.show import Show
-from klflow_ext.cli.terminal import choose_device, given_text, printable
-from klflow_ext.data import parse_holes
-from klflow_ext.path import SampleOptions, as_network
-from klflow_ext.run import Run
+from klflow_ext.cli.terminal import choose_device
+from klflow_ext.path import SampleOptions
+from klflow_ext.run import load_run
 from klflow_ext.sample import Sampler, Samples
 
 
@@ -23,87 +23,109 @@ from klflow_ext.sample import Sampler, Samples
 class Options(SampleOptions):
     """How to generate."""
 
+    layout: str | None = None
+    """Of slices and segments, the order of the positions, such as "0 4 | 2 6 | 1 3 5 7": there are then as many passes as sets."""
     temperature: float | tuple[float, float] = 1.0
-    """Of all passes, or of the first and the last."""
+    """Of all passes, or of the first and the last. 0 alone is the likeliest token of each draw, as --top-k 1."""
 
 
 @dataclass
 class Generation:
     """How to generate."""
 
-    run_folder: tyro.conf.Positional[Path]
+    run_folder: tyro.conf.Positional[Path | None] = None
+    """A run folder, or one of save_pretrained. Without it, the model of English stories that comes with the package."""
     options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     show: tyro.conf.OmitArgPrefixes[Show] = field(default_factory=Show)
     seed: int = 0
+    """Of all results together: each has a seed of its own, made of this one."""
+    seeds: tuple[int, ...] = ()
+    """In its place the seed of each result, as --jsonl shows it, to make some of them again."""
+    jsonl: bool = False
+    """Print an object of JSON for each result: text, tokens, seed, prompt, method, steps, passes."""
     device: str | None = None
 
-    def generate(
-        self, make: Callable[[Sampler, Any, dict[str, Any]], Samples], length: int = 1, count: int = 1
-    ) -> None:
-        """Prints what `make(sampler, tokenizer, options of infill)` gives."""
-        run = Run(self.run_folder)
-        model, path = run.model()
-        tokenizer = run.tokenizer()
+    def generate(self, make: Callable[[Sampler, dict[str, Any]], Samples], prompts: Sequence[str | None]) -> None:
+        """Prints what `make(sampler, options of infill)` gives, a result for each prompt."""
+        model, path, tokenizer = load_run(self.run_folder)
         if tokenizer is None:
             raise ValueError(f"run: {self.run_folder} has no tokenizer.json, without which there is no text")
-        if count < 1:
-            raise ValueError(f"count: got {count}, allowed is an integer >= 1")
-        longest = as_network(model, path.vocab_size).max_length
-        if length < 1 or (longest is not None and length > longest):
-            most = "" if longest is None else f" to the run's max_length, {longest}"
-            raise ValueError(f"length: got {length}, allowed is 1{most}")
         device = choose_device(self.device)
-        sampler = Sampler(model.to(device), path, device)
-        options = {"options": self.options, "seed": self.seed, "progress": sys.stderr.isatty()}
+        sampler = Sampler(model.to(device), path, device, tokenizer=tokenizer)
+        options = {"options": self.options, "seed": self.seeds or self.seed, "progress": sys.stderr.isatty()}
         with self.show.start(tokenizer, path.vocab_size) as showing:
-            result = make(sampler, tokenizer, options | showing.options)
+            result = make(sampler, options | showing.options)
         method = self.options.method or sampler.default_method
-        showing.end(result, f"{run.folder.name}, {method}, {result.nfe} passes, seed {self.seed}")
-        for tokens in [] if showing.on_screen else result.tokens:
-            print(printable(tokenizer.decode(tokens.tolist())) + "\n   .")
-        print(f"{result.nfe} passes, {result.seconds:.1f} s")
+        name = "stories" if self.run_folder is None else self.run_folder.name
+        showing.end(result, f"{name}, {method}, {result.nfe} passes, seed {self.seed}")
+        print_results(sampler, result, self.options, prompts, self.jsonl, shown=showing.on_screen)
+
+
+def times(prompts: list[str], count: int) -> list[str]:
+    """Each of them `count` times, side by side."""
+    return [prompt for prompt in prompts for _ in range(at_least_1("count", count))]
+
+
+def at_least_1(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, allowed is an integer >= 1")
+    return value
 
 
 @dataclass
 class Sample(Generation):
-    """Generate texts with a trained run."""
+    """Generate texts from nothing."""
 
     count: int = 4
-    length: int = 64
+    length: int | None = None
+    """Tokens of each; 64, or the model's max_length where that is less."""
 
     def run(self):
-        def make(sampler, tokenizer, options):
-            return sampler.sample((self.count, self.length), **options)
-
-        self.generate(make, self.length, self.count)
+        none: list[list[int]] = [[]] * at_least_1("count", self.count)
+        if self.length is not None:
+            at_least_1("length", self.length)
+        self.generate(lambda sampler, options: sampler.complete(none, self.length, **options), [None] * self.count)
 
 
 @dataclass
 class Complete(Generation):
-    """Continue a prompt."""
+    """Continue prompts."""
 
-    prompt: str = ""
-    length: int = 64
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """May be given several times. A line end is $'...\\n...' in most shells."""
+    prompts_file: Path | None = None
+    """More of them, one a line, or JSONL with "prompt"; - is stdin."""
+    count: int = 1
+    """Results for each prompt."""
+    length: int | None = None
+    """Tokens of each result, its prompt included."""
+    new_tokens: int | None = None
+    """Tokens after each prompt, in place of length; 64 where neither is given, or as many as the model has room for."""
 
     def run(self):
-        prompt = given_text("prompt", self.prompt)
+        prompts = times(given_texts("prompt", self.prompt, self.prompts_file) or [""], self.count)
+        if self.length is not None:
+            at_least_1("length", self.length)
 
-        def make(sampler, tokenizer, options):
-            ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-            return sampler.complete([ids], self.length, **options)
+        def make(sampler, options):
+            return sampler.complete(prompts, self.length, new_tokens=self.new_tokens, **options)
 
-        self.generate(make, self.length)
+        self.generate(make, prompts)
 
 
 @dataclass
 class Infill(Generation):
-    """Fill the {?n} holes of a text, each of n tokens."""
+    """Fill the {?n} holes of texts, each of n tokens."""
 
-    text: str = ""
+    text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """May be given several times. A line end is $'...\\n...' in most shells."""
+    texts_file: Path | None = None
+    """More of them, one a line, or JSONL with "text"; - is stdin."""
+    count: int = 1
+    """Results for each text."""
 
     def run(self):
-        def make(sampler, tokenizer, options):
-            tokens, given = parse_holes(given_text("text", self.text), tokenizer)
-            return sampler.infill(torch.tensor([tokens]), torch.tensor([given]), **options)
-
-        self.generate(make)
+        texts = times(given_texts("text", self.text, self.texts_file), self.count)
+        if not texts:
+            raise ValueError("text: got none, allowed is a text with a hole such as {?8}")
+        self.generate(lambda sampler, options: sampler.infill(texts, **options), texts)

@@ -7,23 +7,24 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from klflow_ext.checkpoint import CONFIG, FORMAT, MODEL, read_model
-from klflow_ext.files import Writer, read_json, reading, write_files
+from klflow_ext.checkpoint import CONFIG, FORMAT, MODEL
+from klflow_ext.files import Writer, read_json, write_files
 from klflow_ext.hub.card import model_card
 from klflow_ext.model import describe
 from klflow_ext.path import Path as NoisePath
 from klflow_ext.path import as_network
 from klflow_ext.path.network import own_state
-from klflow_ext.run import Run
+from klflow_ext.run import Run, is_saved_model, load_run
 
 FILES = (CONFIG, MODEL, "tokenizer.json")
 
 
 def save_pretrained(
     folder: str | Path, model: nn.Module, path: NoisePath, tokenizer: Any = None, *,
-    data: str | None = None, base: str | None = None, name: str | None = None,
+    data: str | None = None, base: str | None = None, name: str | None = None, dtype: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """Writes a model to a folder, all files or none, with a model card where there is none yet.
 
@@ -34,6 +35,8 @@ def save_pretrained(
         tokenizer: a tokenizers.Tokenizer; None: none is kept.
         data, base: what the card says, as in `klflow_ext.hub.card.model_card`.
         name: of the repository, for the card; None: that of the folder.
+        dtype: of the weights in the file, such as torch.bfloat16, which takes half the bytes; None: as they are. Loaded, they
+            are what the model is made with, float32.
 
     Raises:
         ValueError: the model does not fit the path, a weight is not finite, or a file cannot be written.
@@ -41,7 +44,9 @@ def save_pretrained(
     from safetensors.torch import save_file
 
     as_network(model, path.vocab_size)
-    weights = own_state(model)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: got {dtype}, allowed is None or a floating one such as torch.bfloat16")
+    weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in own_state(model).items()}
     for key, value in weights.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ValueError(f"{key}: got numbers that are not finite, which are never saved")
@@ -83,25 +88,16 @@ def from_pretrained(
     folder = Path(name)
     if not folder.is_dir():
         folder = _download(str(name), revision, token, cache_dir, local_files_only)
-    if Run(folder).checkpoints():
-        run = Run(folder)
-        return (*run.model(model), run.tokenizer())
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"name: got {str(name)!r}, which has no {CONFIG}, allowed is a model of klflow_ext")
-    config = read_json(folder / CONFIG)
-    if config.get("library") != "klflow_ext" or config.get("format") != FORMAT:
-        raise ValueError(
-            f"name: got {str(name)!r} of library {config.get('library')!r}, format {config.get('format')!r}, allowed is "
-            f"'klflow_ext', format {FORMAT}; klflow_ext.TransformerDenoiser adapts a transformer"
-        )
-    made, path = read_model(folder, config, model)
-    tokenizer = None
-    if config.get("tokenizer"):
-        from tokenizers import Tokenizer
-
-        with reading(folder / "tokenizer.json") as file:
-            tokenizer = Tokenizer.from_file(str(file))
-    return made, path, tokenizer
+    if not Run(folder).checkpoints():
+        if not (folder / CONFIG).is_file():
+            raise ValueError(f"name: got {str(name)!r}, which has no {CONFIG}, allowed is a model of klflow_ext")
+        config = read_json(folder / CONFIG)
+        if not is_saved_model(folder):
+            raise ValueError(
+                f"name: got {str(name)!r} of library {config.get('library')!r}, format {config.get('format')!r}, allowed is "
+                f"'klflow_ext', format {FORMAT}; klflow_ext.TransformerDenoiser adapts a transformer"
+            )
+    return load_run(folder, model)
 
 
 def _download(name: str, revision: Any, token: Any, cache_dir: Any, local_files_only: bool) -> Path:

@@ -52,7 +52,8 @@ class SampleOptions:
     """Of each draw, in (0, 1]: the likeliest tokens whose shares add up to it."""
 
     temperature: Temperature = 1.0
-    """A positive number; (first, last), linear over the passes; or a function of the progress in [0, 1]."""
+    """A positive number; (first, last), linear over the passes; or a function of the progress in [0, 1], each positive. 0 alone is the
+    likeliest token of each draw, as top_k=1."""
 
     t_split: float | None = None
     """Where hybrid turns from basic to sampling, in [0, 1]; None: the path's own."""
@@ -131,6 +132,8 @@ class ResolvedOptions(SampleOptions):
         found = {field.name: getattr(options, field.name) for field in fields(SampleOptions)}
         found["method"] = options.method or default_method
         found["top_k"] = vocab_size if options.top_k is None else min(options.top_k, vocab_size)
+        if isinstance(options.temperature, (int, float)) and options.temperature == 0:
+            found["top_k"], found["temperature"] = 1, 1.0
         found["t_split"] = t_split if options.t_split is None else options.t_split
         found["final"] = options.final or ("draw" if reads == "tokens" else "argmax")
         found["boosts"] = options.boosts if sparse else None
@@ -153,4 +156,6 @@ def _times(times: Sequence[float], steps: int) -> tuple[float, ...]:
 
 
 def _temperature(value: float) -> float:
-    return check_scalar("temperature", value, LEAST, MOST, f"a number in [{LEAST}, {MOST}], two or a function to them")
+    return check_scalar(
+        "temperature", value, LEAST, MOST, f"0 alone, a number in [{LEAST}, {MOST}], two or a function to them"
+    )

@@ -1,6 +1,7 @@
 """Sampling: the ways through a text over any path, for whole texts, prompts and holes.
 
     sampler.py        Sampler: checks what it is asked, and hands sequences of one length to a way
+    samples.py        what it takes and gives: texts or ids, seeds, and Samples
     ways.py           the registry: a name and the way that it stands for
     denoise.py        basic, sampling, hybrid: all positions move from noise to text together
     race.py           the exact reverse of the noise, to test the others by
@@ -24,7 +25,8 @@ from klflow_ext.sample.denoise import basic_step, denoise, hybrid_step, register
 from klflow_ext.sample.left_to_right import left_to_right
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.race import race_step
-from klflow_ext.sample.sampler import Sampler, Samples
+from klflow_ext.sample.sampler import Sampler
+from klflow_ext.sample.samples import Samples
 from klflow_ext.sample.segments import segments
 from klflow_ext.sample.slices import slices
 from klflow_ext.sample.watching import UNKNOWN, Pass

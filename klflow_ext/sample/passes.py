@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -113,7 +114,12 @@ class Passes:
         if self._shows and seconds > 2:
             left = seconds / self.count * (self._total - self.count)
             end = "\r" + " " * 50 + "\r" if self.count == self._total else ""
-            print(f"\rsampling: pass {self.count}/{self._total}, {left:.0f} s left {end}", end="", flush=True)
+            print(
+                f"\rsampling: pass {self.count}/{self._total}, {left:.0f} s left {end}",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def draw(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,20 +17,10 @@ from klflow_ext.path.base import check_text
 from klflow_ext.path.network import Model, Network, evaluating
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.replay import Replays
+from klflow_ext.sample.samples import Samples, encoded, is_texts, prompted, seeds_of, token_ids, with_holes
 from klflow_ext.sample.scoring import Scoring
 from klflow_ext.sample.watching import Pass, Watcher
 from klflow_ext.sample.ways import Way, hearing_names, hears, is_ordered, ordered_names, wants_same_free, way_of
-
-
-@dataclass
-class Samples:
-    """tokens (B, L) int64, or a list of (L_i,) where lengths differ; nfe: network passes of a sequence; seconds; history:
-    tokens after each pass, if asked for."""
-
-    tokens: Tensor | list[Tensor]
-    nfe: int
-    seconds: float
-    history: list[Tensor] | list[list[Tensor]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -40,34 +30,6 @@ class _Request:
     return_history: bool
     watch: Callable[[Pass], object] | None = None
     top: int = 0
-
-
-def _sequence_seed(seed: int, i: int) -> int:
-    """A well mixed 63-bit seed of sequence i (SplitMix64)."""
-    z = (seed + (i + 1) * 0x9E3779B97F4A7C15) % 2**64
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
-    return (z ^ z >> 31) >> 1
-
-
-def _seeds(seed: Any, count: int) -> list[int]:
-    if isinstance(seed, (str, bool)) or not hasattr(seed, "__len__") or getattr(seed, "ndim", 1) == 0:
-        seed = check_int("seed", seed, -(2**63), 2**64 - 1, "an integer that fits in 64 bits, or one for each sequence")
-        return [_sequence_seed(seed, i) for i in range(count)]
-    if len(seed) != count:
-        raise ValueError(f"seed: got {len(seed)} seeds, allowed is one or {count}, one for each sequence")
-    return [check_int("seed", s, -(2**63), 2**63 - 1, "integers that fit in 64 bits with a sign") for s in seed]
-
-
-def _token_ids(name: str, value) -> Tensor:
-    """The ids as int64; of integers of any kind only, as others would be cut."""
-    try:
-        ids = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}: got {value!r}, allowed are token ids, a sequence of integers") from None
-    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise TypeError(f"{name}: got {ids.dtype}, allowed are token ids, which are integers")
-    return ids.long()
 
 
 class Sampler:
@@ -83,6 +45,8 @@ class Sampler:
     slower. Only for a Denoiser on a LogitPath with alpha = 1, on CUDA, with method="sampling" and without history. Weights
     may be trained or loaded between calls; the recordings live as long as the Sampler.
 
+    tokenizer: a tokenizers.Tokenizer, by which prompts and texts with holes may be strings, and samples have `texts`.
+
     Raises:
         ValueError: a model that is not causal on an Autoregressive path, or cuda_graph where it cannot be.
     """
@@ -93,8 +57,10 @@ class Sampler:
         path: Path,
         device: str | torch.device = "cpu",
         cuda_graph: bool = False,
+        tokenizer: Any = None,
     ):
         self.model, self.path, self.device = model, path, torch.device(device)
+        self.tokenizer = tokenizer
         self.network = as_network(model, path.vocab_size)
         if isinstance(path, Autoregressive) and self.network.causal is False:
             raise ValueError("model: got one whose config.causal is False, allowed is a causal one on this path")
@@ -126,29 +92,41 @@ class Sampler:
         return self.infill(tokens, torch.zeros(shape, dtype=torch.bool, device=self.device), options, **more)
 
     def complete(
-        self, prompts: Sequence[Sequence[int] | Tensor], length: int, options: SampleOptions | None = None, **more: Any
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int] | Tensor],
+        length: int | None = None,
+        options: SampleOptions | None = None,
+        *,
+        new_tokens: int | None = None,
+        **more: Any,
     ) -> Samples:
-        """Continues prompts of any lengths, none at all too, to `length` tokens each; the others as in `infill`."""
-        length = check_int("length", length, 0, 2**31, "an integer >= 0")
-        self._check_length("length", length)
-        if isinstance(prompts, str) or not all(hasattr(prompt, "__len__") for prompt in prompts):
-            raise TypeError(f"prompts: got {prompts!r}, allowed is a list of them, each a sequence of token ids")
-        tokens = torch.zeros((len(prompts), length), dtype=torch.int64, device=self.device)
-        given = torch.zeros_like(tokens, dtype=torch.bool)
-        for i, prompt in enumerate(prompts):
-            ids = _token_ids(f"prompts: number {i}", prompt)
-            if ids.dim() != 1 or len(ids) > length:
-                got = f"{len(prompt)} tokens" if ids.dim() == 1 else f"shape {tuple(ids.shape)}"
-                raise ValueError(f"prompts: number {i} has {got}, allowed are at most length = {length}")
-            tokens[i, : len(ids)] = ids
-            given[i, : len(prompt)] = True
-        return self.infill(tokens, given, options, **more)
+        """Continues prompts of any lengths, none at all too; the others as in `infill`.
+
+        Args:
+            prompts: token ids, or strings where the Sampler has a tokenizer.
+            length: of each sequence, its prompt included: tokens (B, length) come back.
+            new_tokens: in place of length, how many follow each prompt: a list comes back. None beside no length: 64, or as many
+                as the model's max_length leaves.
+        """
+        if is_texts(prompts):
+            prompts = encoded(self.tokenizer, prompts)
+        if isinstance(prompts, str) or not all(hasattr(p, "__len__") and not isinstance(p, str) for p in prompts):
+            raise TypeError(f"prompts: got {prompts!r}, allowed is a list of them, all strings or all of token ids")
+        rows = [token_ids(f"prompts: number {i}", prompt) for i, prompt in enumerate(prompts)]
+        if length is not None:
+            length = check_int("length", length, 0, 2**31, "an integer >= 0")
+            self._check_length("length", length)
+        tokens, given = prompted(rows, length, new_tokens, self.network.max_length)
+        if length is None:
+            return self.infill(tokens, given, options, **more)
+        both = [torch.stack(x) if x else torch.zeros(0, length) for x in (tokens, given)]
+        return self.infill(both[0].to(self.device).long(), both[1].to(self.device).bool(), options, **more)
 
     @torch.no_grad()
     def infill(
         self,
-        tokens: Tensor | Sequence[Sequence[int] | Tensor],
-        given: Tensor | Sequence[Sequence[bool] | Tensor],
+        tokens: Tensor | Sequence[Sequence[int] | Tensor] | Sequence[str],
+        given: Tensor | Sequence[Sequence[bool] | Tensor] | None = None,
         options: SampleOptions | None = None,
         *,
         seed: int | Sequence[int] = 0,
@@ -163,8 +141,9 @@ class Sampler:
 
         Args:
             tokens: (B, L) ids; values where given is False are ignored. Or a list of sequences of any lengths: those of one
-                length are run together, so that none sees padding, and come back in a list.
-            given: (B, L) bool, or a list as long, of each sequence's flags.
+                length are run together, so that none sees padding, and come back in a list. Or a list of strings with holes,
+                {?n} of n tokens each, where the Sampler has a tokenizer.
+            given: (B, L) bool, or a list as long, of each sequence's flags; none beside strings.
             options: how; None: `SampleOptions()`. changes: fields of it that differ, such as steps=16.
             seed: one seed, or one for each sequence: the same seed gives the same tokens in any batch.
             evidence: what was observed of the positions that are not given, for confidence, slices and segments; of a list of
@@ -181,6 +160,13 @@ class Sampler:
                 message names it.
             TypeError: an argument is of a wrong type, or no field of the options.
         """
+        if is_texts(tokens) and given is None:
+            tokens, given = with_holes(self.tokenizer, tokens)
+        elif isinstance(tokens, str) or is_texts(tokens) or given is None:
+            raise TypeError(
+                f"given: got {type(given).__name__} beside tokens of {type(tokens).__name__}, allowed are tokens with their flags, "
+                "or a list of strings alone"
+            )
         top = check_int("top", top, 0, self.path.vocab_size, f"an integer in [0, V = {self.path.vocab_size}]")
         request = _Request(self._options(options, changes), progress, return_history, watch, top)
         way = way_of(self.path, request.options.method)
@@ -198,11 +184,11 @@ class Sampler:
             )
         if not isinstance(tokens, Tensor):
             return self._infill_ragged(
-                tokens, given, _seeds(seed, len(tokens)), way, request, self._each(evidence, tokens)
+                tokens, given, seeds_of(seed, len(tokens)), way, request, self._each(evidence, tokens)
             )
         tokens, given = self._checked(tokens, given)
         observed = self._check_evidence(evidence, tokens)
-        seeds = _seeds(seed, len(tokens))
+        seeds = seeds_of(seed, len(tokens))
         if not wants_same_free(way) or bool(((~given).sum(1) == (~given[:1]).sum(1)).all()):
             return self._infill(tokens, given, seeds, way, request, observed)
         each = None if observed is None else [observed[i : i + 1] for i in range(len(tokens))]
@@ -276,7 +262,7 @@ class Sampler:
                 f"method: got {resolved.method!r} with slice_steps={resolved.slice_steps}, allowed where a likelihood is asked for is "
                 f"one of {ordered_names()}, with 1"
             )
-        tokens = _token_ids("tokens", tokens).to(self.device)
+        tokens = token_ids("tokens", tokens).to(self.device)
         _, counts = check_text(tokens, given)
         given = torch.zeros_like(tokens, dtype=torch.bool) if given is None else given.to(self.device)
         self._check_tokens(tokens, ~torch.zeros_like(given))
@@ -321,7 +307,7 @@ class Sampler:
         if len(given) != len(tokens):
             raise ValueError(f"given: got {len(given)} sequences, allowed are as many as tokens has, {len(tokens)}")
         start = time.perf_counter()
-        tokens = [_token_ids(f"tokens: number {i}", x) for i, x in enumerate(tokens)]
+        tokens = [token_ids(f"tokens: number {i}", x) for i, x in enumerate(tokens)]
         given = [torch.as_tensor(x, dtype=torch.bool, device="cpu") for x in given]
         groups: dict[tuple[int, int], list[int]] = {}
         for i, (row, flags) in enumerate(zip(tokens, given, strict=True)):
@@ -344,12 +330,16 @@ class Sampler:
                 found[i] = result.tokens[j]
                 passes[i] = [x[j] for x in result.history]
         history = [[p[n] if n < len(p) else x for p, x in zip(passes, found, strict=True)] for n in range(nfe)]
-        return Samples(found, nfe, time.perf_counter() - start, history if request.return_history else [])
+        history = history if request.return_history else []
+        return self._samples(found, nfe, start, history, seeds)
+
+    def _samples(self, tokens: Any, nfe: int, start: float, history: Any, seeds: list[int]) -> Samples:
+        return Samples(tokens, nfe, time.perf_counter() - start, history, list(seeds), self.tokenizer)
 
     @staticmethod
     def _checked(tokens: Tensor, given) -> tuple[Tensor, Tensor]:
         """Both as tensors of one shape (B, L)."""
-        tokens = _token_ids("tokens", tokens)
+        tokens = token_ids("tokens", tokens)
         if tokens.dim() != 2:
             raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, allowed is (B, L)")
         given = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
@@ -412,7 +402,7 @@ class Sampler:
         tokens, given = tokens.to(self.device).long(), given.to(self.device)
         self._check_tokens(tokens, given)
         if tokens.numel() == 0 or bool(given.all()):
-            return Samples(tokens.clone(), 0, time.perf_counter() - start)
+            return self._samples(tokens.clone(), 0, start, [], seeds)
         members = list(range(len(tokens))) if members is None else members
         passes = Passes(
             self.network,
@@ -431,4 +421,4 @@ class Sampler:
         found = torch.where(given, tokens, found)
         if found.is_cuda:
             torch.cuda.synchronize(found.device)  # seconds are those of the work, not of its launches
-        return Samples(found, passes.count, time.perf_counter() - start, passes.history)
+        return self._samples(found, passes.count, start, passes.history, seeds)

@@ -17,6 +17,7 @@ from klflow_ext import (
     TransformerDenoiser,
     data,
     load_run,
+    run,
 )
 from klflow_ext.hub import from_pretrained, push_to_hub, save_pretrained
 
@@ -101,6 +102,43 @@ def test_a_denoiser_and_a_run_folder(tmp_path):
         TransformerDenoiser.from_pretrained(tmp_path / "run")
 
 
+def test_half_the_bytes(tmp_path):
+    """Weights of bfloat16 in the file are float32 again in the model, and near what they were."""
+    path = LogitPath(30)
+    model = denoiser(path)
+    for name, dtype in (("full", None), ("half", torch.bfloat16)):
+        save_pretrained(tmp_path / name, model, path, dtype=dtype)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half")]
+    assert sizes[1] < 0.7 * sizes[0]  # the header is of one size
+    again = from_pretrained(tmp_path / "half")[0]
+    for name, value in model.state_dict().items():
+        found = again.state_dict()[name]
+        assert found.dtype == value.dtype
+        torch.testing.assert_close(found, value, rtol=2**-8, atol=0)
+    with pytest.raises(ValueError, match="^dtype: got torch.int8, allowed is None or a floating one"):
+        save_pretrained(tmp_path / "no", model, path, dtype=torch.int8)
+
+
+def test_load_run_reads_a_saved_folder(tmp_path, monkeypatch):
+    """Also as the model of the package, by no name at all."""
+    tokens = tokenizer()
+    path = LogitPath(data.vocab_size_of(tokens))
+    model = denoiser(path)
+    save_pretrained(tmp_path / "stories", model, path, tokens)
+    monkeypatch.setattr(run, "STORIES", tmp_path / "stories")
+    for folder in ((str(tmp_path / "stories"),), ()):
+        again, its_path, its_tokens = load_run(*folder)
+        assert same(model, again) and its_path.to_dict() == path.to_dict() and not again.training
+        assert its_tokens.to_str() == tokens.to_str()
+    monkeypatch.setattr(run, "STORIES", tmp_path / "none")
+    with pytest.raises(ValueError, match="^run: got none, and this klflow_ext came without a model .*: name a run"):
+        load_run()
+    config = json.loads((tmp_path / "stories" / "config.json").read_text())
+    (tmp_path / "stories" / "config.json").write_text(json.dumps({**config, "format": 99}))
+    with pytest.raises(ValueError, match="has format 99, allowed is"):
+        load_run(tmp_path / "stories")
+
+
 def test_a_run_keeps_its_tokenizer(tmp_path):
     """So that the commands sample from it, and a folder for the Hub is made of it."""
     model = bert(tokenizer())
@@ -110,9 +148,9 @@ def test_a_run_keeps_its_tokenizer(tmp_path):
     trainer.fit(progress=False)
     again = TransformerDenoiser.from_pretrained(tmp_path / "run")
     assert same(model.eval(), again) and again.tokenizer.to_str() == model.tokenizer.to_str()
-    run = Trainer(model, model.path, stream, config, tmp_path / "run")  # goes on without it
-    run.load()
-    run.save()
+    other = Trainer(model, model.path, stream, config, tmp_path / "run")  # goes on without it
+    other.load()
+    other.save()
     assert load_run(tmp_path / "run")[2].to_str() == model.tokenizer.to_str()
 
 

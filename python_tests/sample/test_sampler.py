@@ -18,7 +18,7 @@ from klflow_ext import (
     register_sampler,
 )
 from klflow_ext.path import state
-from klflow_ext.sample import sampler as sampler_module
+from klflow_ext.sample import samples
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -252,7 +252,7 @@ def test_ragged_infill_is_each_sequence_alone(path):
     result = sampler.infill(tokens, given, steps=4, method="sampling", seed=3, return_history=True)
     assert [len(x) for x in result.tokens] == [4, 1, 4, 0, 2, 4] and result.nfe == 4 and len(result.history) == 4
     assert result.tokens[4].tolist() == [1, 2] and result.tokens[5][1:].tolist() == [4, 5, 6]
-    seeds = [sampler_module._sequence_seed(3, i) for i in range(6)]
+    seeds = [samples._sequence_seed(3, i) for i in range(6)]
     for i in (0, 1, 2, 5):
         alone = sampler.infill(
             torch.as_tensor(tokens[i])[None], torch.as_tensor(given[i])[None], steps=4, method="sampling",
@@ -269,7 +269,7 @@ def test_ragged_infill_is_each_sequence_alone(path):
         (dict(steps=0), "steps: got 0"),
         (dict(top_p=0.0), "top_p: got 0.0"),
         (dict(top_k=0), "top_k: got 0"),
-        (dict(temperature=0), "temperature: got 0"),
+        (dict(temperature=-1), "temperature: got -1"),
         (dict(final="mode"), "final: got 'mode'"),
         (dict(seed=[1]), "seed: got 1 seeds, allowed is one or 2"),
         (dict(seed=[1, 2**63]), "seed: got 9223372036854775808"),

@@ -1,0 +1,98 @@
+"""Texts in, texts out: strings as prompts and with holes, the seeds of samples, and temperature 0."""
+
+import pytest
+import torch
+from chains import EVERY, METHODS, Causal, Counting, name
+
+from klflow_ext import Autoregressive, Denoiser, DenoiserConfig, LogitPath, Sampler, data
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.train_tokenizer(["once upon a time there was a cat"] * 3, 280)
+
+
+@pytest.fixture(scope="module")
+def sampler(tokenizer):
+    vocab_size = data.vocab_size_of(tokenizer)
+    return Sampler(Counting(vocab_size), LogitPath(vocab_size), tokenizer=tokenizer)
+
+
+def test_prompts_as_strings(sampler, tokenizer):
+    prompts = ["once upon", "a", ""]
+    ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+    found = sampler.complete(prompts, 12, steps=4)
+    assert torch.equal(found.tokens, sampler.complete(ids, 12, steps=4).tokens) and found.tokens.shape == (3, 12)
+    assert all(text.startswith(prompt) for text, prompt in zip(found.texts, prompts, strict=True))
+    assert found.texts == [tokenizer.decode(row.tolist()) for row in found.tokens]
+    found = sampler.complete(prompts, new_tokens=5, steps=4)
+    assert [len(row) for row in found.tokens] == [len(row) + 5 for row in ids]
+    assert [len(row) for row in sampler.complete(prompts, steps=2).tokens] == [len(row) + 64 for row in ids]
+
+
+def test_holes_in_strings(sampler, tokenizer):
+    found = sampler.infill(["once {?3} a time", "{?2}"], steps=2)
+    assert found.texts[0].startswith("once ") and found.texts[0].endswith(" a time")
+    assert [len(row) for row in found.tokens][1] == 2
+
+
+def test_a_sequence_is_made_again_by_its_seed(sampler):
+    found = sampler.sample((5, 9), steps=3, seed=7)
+    assert len(set(found.seeds)) == 5
+    again = sampler.sample((1, 9), steps=3, seed=found.seeds[3:4])
+    assert torch.equal(again.tokens[0], found.tokens[3]) and again.seeds == found.seeds[3:4]
+    ragged = sampler.complete([[1, 2], [3], [4, 5]], new_tokens=6, steps=3, seed=7)
+    assert ragged.seeds == found.seeds[:3]
+    again = sampler.complete([[3]], new_tokens=6, steps=3, seed=ragged.seeds[1:2])
+    assert torch.equal(again.tokens[0], ragged.tokens[1])
+    assert sampler.sample((2, 0), seed=[3, 4]).seeds == [3, 4]
+
+
+def test_a_length_is_that_of_the_model():
+    path = LogitPath(30)
+    sampler = Sampler(Denoiser(DenoiserConfig(30, 1, 2, 16, 16), path).eval(), path)  # max_length 16
+    assert [len(row) for row in sampler.complete([[1, 2]], steps=2).tokens] == [16]
+    with pytest.raises(ValueError, match="^new_tokens: got 15 after a prompt of 2 tokens, allowed are max_length = 16"):
+        sampler.complete([[1, 2]], new_tokens=15)
+
+
+def test_what_is_refused(sampler):
+    bare = Sampler(sampler.model, sampler.path)
+    for call, error, message in (
+        (lambda: bare.complete(["a"], 4), ValueError, "prompts: got a Sampler without a tokenizer"),
+        (lambda: bare.infill(["a{?3}"]), ValueError, "tokens: got a Sampler without a tokenizer"),
+        (lambda: bare.sample((1, 2), steps=1).texts, ValueError, "texts: got a Sampler without a tokenizer"),
+        (lambda: sampler.complete("once", 4), TypeError, "prompts: got 'once', allowed is a list"),
+        (
+            lambda: sampler.complete(["once", [3]], 4),
+            TypeError,
+            "prompts: got .*, allowed is a list of them, all strings",
+        ),
+        (lambda: sampler.complete([[3]], 4, new_tokens=2), ValueError, "new_tokens: got 2 beside length=4"),
+        (lambda: sampler.complete([[3]], new_tokens=-1), ValueError, "new_tokens: got -1"),
+        (lambda: sampler.infill("a{?3}"), TypeError, "given: got NoneType beside tokens of str"),
+        (lambda: sampler.infill(torch.zeros(1, 2, dtype=torch.int64)), TypeError, "given: got NoneType"),
+        (lambda: sampler.infill(["a{?3}"], [[True]]), TypeError, "given: got list beside tokens of list"),
+        (lambda: sampler.infill(["a"]), ValueError, "text: got 'a', allowed is a text with a hole"),
+    ):
+        with pytest.raises(error, match=f"^{message}"):
+            call()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", EVERY, ids=name)
+def test_temperature_0_is_the_likeliest_token(path, method):
+    sampler = Sampler(Counting(50), path)
+    options = dict(steps=4, method=method, final="draw")
+    found = sampler.sample((3, 9), temperature=0, **options).tokens
+    assert torch.equal(found, sampler.sample((3, 9), top_k=1, **options).tokens)
+    assert not torch.equal(found, sampler.sample((3, 9), **options).tokens)
+
+
+def test_temperature_0_stands_alone():
+    sampler = Sampler(Causal(50, False), Autoregressive(50))
+    one = sampler.sample((2, 6), temperature=0.0).tokens
+    assert torch.equal(one, sampler.sample((2, 6), top_k=1).tokens)
+    for schedule in ((1.0, 0.0), lambda progress: 0.0):
+        with pytest.raises(ValueError, match="^temperature: got 0.0, allowed is 0 alone, a number in"):
+            sampler.sample((2, 6), temperature=schedule)
