@@ -100,6 +100,7 @@ class Trainer:
         self.heldout_texts = self._heldout_texts(heldout)
         self.heldout_loss: float | None = None  # of the last look, after the step
         self.heldout_step = -1
+        self._saved = -1  # the step of the last checkpoint of this Trainer
         self.engine = make_engine(model, path, config, self.processes)
         self.optimizers = make_optimizers(model, path, config)
         self.step, self.seconds = 0, 0.0
@@ -293,7 +294,7 @@ class Trainer:
             self._steps(signals, progress and self.rank == 0, callback)
             if self.bad_step is not None:
                 self._give_up(self.bad_step)
-            if self.run is not None:
+            if self.run is not None and self._saved != self.step:
                 self.save()
             number = self._agreed(self.seconds, signals.number)[1]  # where the others wait for what is saved
         if number:
@@ -424,6 +425,7 @@ class Trainer:
             folder = None if run is None else run.folder
             parts = stack.enter_context(self.engine.parts(folder, pack(training)[1]))
             if self.rank or run is None:
+                self._saved = self.step
                 return
             config: dict[str, Any] = {
                 "model": describe(self.model),
@@ -435,6 +437,7 @@ class Trainer:
             if self._log is not None:
                 self._log.sync()  # before the checkpoint, whose steps it then has in any case
             run.save(config, weights, training, self.stream, self.step, self.config.keep, parts, self.tokenizer)
+        self._saved = self.step
 
     def load(self, checkpoint: Checkpoint | None = None) -> None:
         """Takes up a checkpoint, of any number of processes and any engine. An average or a loss curve that it lacks starts anew from

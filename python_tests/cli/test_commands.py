@@ -303,8 +303,8 @@ def test_table_names_the_checkpoint_that_was_read(klflow, tmp_path, monkeypatch)
     assert klflow("train", "--data", "t.txt", "--out", "run", "--steps", "3", *small).returncode == 0
     read, asked = Run.model, []
 
-    def model(self):
-        found = read(self)
+    def model(self, given=None):
+        found = read(self, given)
         asked.append(self.last().folder.name)
         if len(asked) == 1:
             shutil.copytree(self.last().folder, tmp_path / "run" / "checkpoint-0009-step-3")
