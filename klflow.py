@@ -7,7 +7,7 @@ from pathlib import Path
 
 COMMANDS = {  # name: (its class in klflow_ext.cli, what it does)
     "info": ("info:Info", "what was built, what runs here, and what falls back and why"),
-    "demo": ("train:Demo", "train a small model on real text for three minutes, and sample from it"),
+    "demo": ("train:Demo", "train a small model on real text in a few minutes, and sample from it"),
     "prepare": ("prepare:Prepare", "encode texts into a token folder to train on"),
     "train": ("train:Train", "train on a text or token folders, or go on with a run"),
     "sample": ("generate:Sample", "generate texts from nothing"),
