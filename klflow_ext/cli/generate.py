@@ -18,6 +18,8 @@ from klflow_ext.path import SampleOptions
 from klflow_ext.run import load_run
 from klflow_ext.sample import Sampler, Samples
 
+MOST = 1_000_000  # results of a prompt, and tokens of a result
+
 
 @dataclass(frozen=True)
 class Options(SampleOptions):
@@ -63,12 +65,13 @@ class Generation:
 
 def times(prompts: list[str], count: int) -> list[str]:
     """Each of them `count` times, side by side."""
-    return [prompt for prompt in prompts for _ in range(at_least_1("count", count))]
+    return [prompt for prompt in prompts for _ in range(checked("count", count))]
 
 
-def at_least_1(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, allowed is an integer >= 1")
+def checked(name: str, value: int) -> int:
+    """More than MOST would fill the memory before anything refuses them."""
+    if not 1 <= value <= MOST:
+        raise ValueError(f"{name}: got {value}, allowed is an integer in [1, {MOST:,}]")
     return value
 
 
@@ -81,9 +84,9 @@ class Sample(Generation):
     """Tokens of each; 64, or the model's max_length where that is less."""
 
     def run(self):
-        none: list[list[int]] = [[]] * at_least_1("count", self.count)
+        none: list[list[int]] = [[]] * checked("count", self.count)
         if self.length is not None:
-            at_least_1("length", self.length)
+            checked("length", self.length)
         self.generate(lambda sampler, options: sampler.complete(none, self.length, **options), [None] * self.count)
 
 
@@ -105,7 +108,7 @@ class Complete(Generation):
     def run(self):
         prompts = times(given_texts("prompt", self.prompt, self.prompts_file) or [""], self.count)
         if self.length is not None:
-            at_least_1("length", self.length)
+            checked("length", self.length)
 
         def make(sampler, options):
             return sampler.complete(prompts, self.length, new_tokens=self.new_tokens, **options)

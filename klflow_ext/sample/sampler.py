@@ -114,7 +114,7 @@ class Sampler:
             raise TypeError(f"prompts: got {prompts!r}, allowed is a list of them, all strings or all of token ids")
         rows = [token_ids(f"prompts: number {i}", prompt) for i, prompt in enumerate(prompts)]
         if length is not None:
-            length = check_int("length", length, 0, 2**31, "an integer >= 0")
+            length = check_int("length", length, 0, 2**31, "an integer in [0, 2^31]")
             self._check_length("length", length)
         tokens, given = prompted(rows, length, new_tokens, self.network.max_length)
         if length is None:

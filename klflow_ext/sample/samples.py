@@ -70,7 +70,7 @@ def prompted(
     if new_tokens is not None:
         if length is not None:
             raise ValueError(f"new_tokens: got {new_tokens} beside length={length}, allowed is one of the two")
-        new_tokens = check_int("new_tokens", new_tokens, 0, 2**31, "an integer >= 0")
+        new_tokens = check_int("new_tokens", new_tokens, 0, 2**31, "an integer in [0, 2^31]")
         if most is not None and longest + new_tokens > most:
             raise ValueError(
                 f"new_tokens: got {new_tokens} after a prompt of {longest} tokens, allowed are max_length = {most} in all"

@@ -79,6 +79,7 @@ def test_what_is_refused(klflow, stories, tmp_path):
         (["infill", "--text", "a{?2}", "--count", "0"], "count: got 0"),
         (["complete", "--count", "0"], "count: got 0"),
         (["complete", "--length", "0"], "length: got 0"),
+        (["sample", "--count", "1000000000"], "count: got 1000000000, allowed is an integer in [1, 1,000,000]"),
         (["complete", "--length", "9", "--new-tokens", "2"], "new_tokens: got 2 beside length=9"),
         (["complete", "--prompts-file", "nowhere"], "prompts_file: nowhere cannot be read: No such file"),
         (["complete", "--prompts-file", "empty"], "prompts_file: empty holds no text"),
