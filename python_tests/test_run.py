@@ -229,7 +229,8 @@ def shorten(folder, steps):
     run = Run(folder)
     config = TrainConfig(**{**vars(TrainConfig.of(run.last())), "steps": steps})
     model, path = run.model()
-    trainer = Trainer(model.train(), path, run.streams()[0], config, run)
+    stream, held = run.streams()
+    trainer = Trainer(model.train(), path, stream, config, run, heldout=held)
     trainer.load()
     trainer.save()
 
