@@ -217,3 +217,15 @@ def test_bad_data(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         data.documents(path)
+
+
+def test_a_tokenizer_by_its_folder_or_its_name_in_the_cache(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    made = data.train_tokenizer(["one two three"] * 5, 260)
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert data.load_tokenizer(tmp_path).get_vocab() == made.get_vocab()
+    cached = {("owner/name", "tokenizer.json"): str(tmp_path / "tokenizer.json")}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *key: cached.get(key))
+    assert data.load_tokenizer("owner/name").get_vocab() == made.get_vocab()
+    with pytest.raises(ValueError, match="tokenizer: owner/other cannot be read"):
+        data.load_tokenizer("owner/other")

@@ -335,3 +335,14 @@ def test_the_compiler_costs_no_training_time(monkeypatch):
     records = []
     run.fit(progress=False, callback=records.append)
     assert records[0]["seconds"] == 0.0
+
+
+def test_a_look_at_heldout_text_costs_no_training_time(monkeypatch):
+    monkeypatch.setattr(trainer_module, "loss_by_time", lambda *a: (time.sleep(0.5), {0.1: 1.0})[1])
+    path, stream, records = LogitPath(V), np.arange(300) % V, []
+    model = Denoiser(DenoiserConfig(V, 1, 1, 8, 16), path)
+    run = Trainer(model, path, stream, TrainConfig(steps=3, batch_size=2, length=8, heldout_every=1), heldout=stream)
+    begin = time.perf_counter()
+    run.fit(progress=False, callback=records.append)
+    whole = time.perf_counter() - begin
+    assert len(records) == 3 and records[-1]["seconds"] < whole - 0.9  # of three looks the last is after the last record
