@@ -345,4 +345,6 @@ def test_a_look_at_heldout_text_costs_no_training_time(monkeypatch):
     begin = time.perf_counter()
     run.fit(progress=False, callback=records.append)
     whole = time.perf_counter() - begin
-    assert len(records) == 3 and records[-1]["seconds"] < whole - 0.9  # of three looks the last is after the last record
+    assert (
+        len(records) == 3 and records[-1]["seconds"] < whole - 0.9
+    )  # of three looks the last is after the last record
