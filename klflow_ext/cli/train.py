@@ -178,7 +178,6 @@ class Train(Settings):
                 f"show_every: got {self.show_every}, allowed is an integer >= 0, and 0 with several processes"
             )
         tokenizer = trainer.tokenizer or (None if trainer.run is None else trainer.run.tokenizer())
-
         if tokenizer is None:
             raise ValueError(f"show_every: got {self.show_every}, allowed is 0 for a run without a tokenizer")
 
