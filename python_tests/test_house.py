@@ -1,6 +1,7 @@
 """The house: who may import whom, one place where a model is asked, and names whose types are known."""
 
 import ast
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -87,9 +88,17 @@ def test_models_are_asked_in_one_place():
                 assert not any(word in asked for word in ("model", "network", "path")), f"{module_of(file)}: {asked}"
 
 
-@pytest.mark.parametrize("name", klflow_ext.__all__)
-def test_every_public_name_is_there_and_typed(name):
-    assert getattr(klflow_ext, name) is not None
-    source = (PACKAGE / "__init__.py").read_text()
-    typed = source[source.index("if TYPE_CHECKING:") : source.index("_LAZY = {")]
-    assert name in ("build_info", "ops") or name in typed
+def test_every_public_name_is_there_and_typed():
+    """Names are imported when they are asked for; type checkers and completion are told of all of them, and of the same."""
+    (typed,) = (
+        node
+        for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    told = {alias.name: node.module for node in typed.body for alias in node.names}
+    assert {*told, "build_info", "ops"} == set(klflow_ext.__all__)
+    for name, module in told.items():
+        assert getattr(klflow_ext, name) is getattr(import_module(module), name)
+    assert {*klflow_ext.__all__, "hub", "reference", "evaluate"} <= set(dir(klflow_ext))
+    with pytest.raises(AttributeError, match="Smapler"):
+        klflow_ext.Smapler  # noqa: B018
