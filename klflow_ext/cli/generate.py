@@ -45,10 +45,15 @@ class Generation:
     """In its place the seed of each result, as --jsonl shows it, to make some of them again."""
     jsonl: bool = False
     """Print an object of JSON for each result: text, tokens, seed, prompt, method, steps, passes."""
+    log_likelihood: bool = False
+    """With --jsonl, log_likelihood of each result: exact, in nats per generated token, of the method at temperature 1 and among all
+    tokens; null where the method has no exact one. It takes as many passes again."""
     device: str | None = None
 
     def generate(self, make: Callable[[Sampler, dict[str, Any]], Samples], prompts: Sequence[str | None]) -> None:
         """Prints what `make(sampler, options of infill)` gives, a result for each prompt."""
+        if self.log_likelihood and not self.jsonl:
+            raise ValueError("log_likelihood: got it without jsonl, allowed is both: --jsonl --log-likelihood")
         model, path, tokenizer = load_run(self.run_folder)
         if tokenizer is None:
             raise ValueError(f"run: {self.run_folder} has no tokenizer.json, without which there is no text")
@@ -60,7 +65,7 @@ class Generation:
         method = self.options.method or sampler.default_method
         name = "stories" if self.run_folder is None else self.run_folder.name
         showing.end(result, f"{name}, {method}, {result.nfe} passes, seed {self.seed}")
-        print_results(sampler, result, self.options, prompts, self.jsonl, shown=showing.on_screen)
+        print_results(sampler, result, self.options, prompts, self.jsonl, showing.on_screen, self.log_likelihood)
 
 
 def times(prompts: list[str], count: int) -> list[str]:

@@ -18,17 +18,32 @@ def print_results(
     prompts: Sequence[str | None],
     jsonl: bool,
     shown: bool = False,
+    log_likelihood: bool = False,
 ) -> None:
     """A text and a line with a point for each, unless they were shown as they formed, or an object of JSON a line."""
     method = sampler.path.way or options.method or sampler.default_method
-    for text, tokens, seed, prompt in zip(result.texts, result.tokens, result.seeds, prompts, strict=True):
+    scores: list[dict[str, float | None]] = [{} for _ in result.seeds]
+    if log_likelihood:
+        scores = [{"log_likelihood": value} for value in log_likelihoods(sampler, result, options, method)]
+    for text, tokens, seed, prompt, score in zip(
+        result.texts, result.tokens, result.seeds, prompts, scores, strict=True
+    ):
         if jsonl:
             line = {
                 "text": text, "tokens": tokens.tolist(), "seed": seed, "prompt": prompt, "method": method,
-                "steps": options.steps, "passes": result.nfe,
+                "steps": options.steps, "passes": result.nfe, **score,
             }  # fmt: skip
             print(json.dumps(line))
         elif not shown:
             print(printable(text) + "\n   .")
     sys.stdout.flush()
     print(f"{result.nfe} passes, {result.seconds:.1f} s", file=sys.stderr)
+
+
+def log_likelihoods(sampler: Sampler, result: Samples, options: SampleOptions, method: str) -> list[float | None]:
+    """Of each result, in nats per token; None, and a word on stderr, where the method has no exact one."""
+    if sampler.has_likelihood(options):
+        return sampler.log_likelihoods(result, options)
+    more = f" with slice_steps={options.slice_steps}" if options.slice_steps > 1 else ""
+    print(f"log_likelihood: {method}{more} has no exact one, so it is null", file=sys.stderr)
+    return [None] * len(result.tokens)

@@ -193,7 +193,7 @@ class Sampler:
             return self._infill(tokens, given, seeds, way, request, observed)
         each = None if observed is None else [observed[i : i + 1] for i in range(len(tokens))]
         found = self._infill_ragged(tokens.cpu(), given.cpu(), seeds, way, request, each)
-        found.tokens = torch.stack(list(found.tokens))
+        found.tokens, found.given = (torch.stack(list(rows)) for rows in (found.tokens, found.given))
         found.history = [torch.stack(list(rows)) for rows in found.history]
         return found
 
@@ -257,7 +257,7 @@ class Sampler:
         """
         resolved = self._options(options, changes)
         way = way_of(self.path, resolved.method)
-        if not is_ordered(way) or resolved.slice_steps > 1:
+        if not _is_exact(way, resolved):
             raise ValueError(
                 f"method: got {resolved.method!r} with slice_steps={resolved.slice_steps}, allowed where a likelihood is asked for is "
                 f"one of {ordered_names()}, with 1"
@@ -283,6 +283,34 @@ class Sampler:
                     passes.end()
                     nats[members] = passes.nats.sum(1)
         return Likelihood(nats, counts, exact=True)
+
+    def has_likelihood(self, options: SampleOptions | None = None, **changes: Any) -> bool:
+        """Whether `likelihood` and `log_likelihoods` have something to say of this method."""
+        resolved = self._options(options, changes)
+        return _is_exact(way_of(self.path, resolved.method), resolved)
+
+    def log_likelihoods(
+        self, samples: Samples, options: SampleOptions | None = None, **changes: Any
+    ) -> list[float | None]:
+        """The exact log-likelihood of each sequence, in nats per token that was not given, at most 0: that of `likelihood`.
+
+        Args:
+            samples: of this Sampler, without evidence. options, changes: those by which they were made.
+
+        Returns: None for a sequence of which everything was given.
+        Errors: as `likelihood`.
+        """
+        lengths: dict[int, list[int]] = {}
+        for i, row in enumerate(samples.tokens):
+            lengths.setdefault(len(row), []).append(i)
+        found: list[float | None] = [None] * len(samples.tokens)
+        for members in lengths.values():
+            rows = (torch.stack([x[i] for i in members]) for x in (samples.tokens, samples.given))
+            tokens, given = (row.to(self.device) for row in rows)
+            likelihood = self.likelihood(tokens, given, options, **changes)
+            for i, nats, count in zip(members, likelihood.nats.tolist(), likelihood.tokens.tolist(), strict=True):
+                found[i] = -nats / count if count else None
+        return found
 
     def _options(self, options: SampleOptions | None, changes: dict[str, Any]) -> ResolvedOptions:
         """What was asked for, with all that the path and the network say of it."""
@@ -331,10 +359,10 @@ class Sampler:
                 passes[i] = [x[j] for x in result.history]
         history = [[p[n] if n < len(p) else x for p, x in zip(passes, found, strict=True)] for n in range(nfe)]
         history = history if request.return_history else []
-        return self._samples(found, nfe, start, history, seeds)
+        return self._samples(found, nfe, start, history, seeds, given)
 
-    def _samples(self, tokens: Any, nfe: int, start: float, history: Any, seeds: list[int]) -> Samples:
-        return Samples(tokens, nfe, time.perf_counter() - start, history, list(seeds), self.tokenizer)
+    def _samples(self, tokens: Any, nfe: int, start: float, history: Any, seeds: list[int], given: Any) -> Samples:
+        return Samples(tokens, nfe, time.perf_counter() - start, history, list(seeds), self.tokenizer, given)
 
     @staticmethod
     def _checked(tokens: Tensor, given) -> tuple[Tensor, Tensor]:
@@ -402,7 +430,7 @@ class Sampler:
         tokens, given = tokens.to(self.device).long(), given.to(self.device)
         self._check_tokens(tokens, given)
         if tokens.numel() == 0 or bool(given.all()):
-            return self._samples(tokens.clone(), 0, start, [], seeds)
+            return self._samples(tokens.clone(), 0, start, [], seeds, given)
         members = list(range(len(tokens))) if members is None else members
         passes = Passes(
             self.network,
@@ -421,4 +449,9 @@ class Sampler:
         found = torch.where(given, tokens, found)
         if found.is_cuda:
             torch.cuda.synchronize(found.device)  # seconds are those of the work, not of its launches
-        return self._samples(found, passes.count, start, passes.history, seeds)
+        return self._samples(found, passes.count, start, passes.history, seeds, given)
+
+
+def _is_exact(way: Way, options: ResolvedOptions) -> bool:
+    """Whether a way has an exact likelihood with these options."""
+    return is_ordered(way) and options.slice_steps == 1

@@ -25,6 +25,7 @@ class Samples:
         history: tokens after each pass, if asked for.
         seeds: of each sequence; `seed=samples.seeds[3:4]` makes sequence 3 again, alone.
         tokenizer: of the Sampler, for `texts`.
+        given: bool, as tokens; those that were given.
     """
 
     tokens: Tensor | list[Tensor]
@@ -33,6 +34,7 @@ class Samples:
     history: list[Tensor] | list[list[Tensor]] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     tokenizer: Any = field(default=None, repr=False)
+    given: Tensor | list[Tensor] = field(default_factory=list, repr=False)
 
     @property
     def texts(self) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from klflow_ext import Sampler, data, load_run
 
@@ -54,6 +55,23 @@ def test_jsonl(klflow, stories):
     again = klflow("complete", *SMALL, "--prompt", "Once upon", "--new-tokens", "5", "--method", "hybrid", "--jsonl",
                    "--seeds", str(found[3]["seed"]))  # fmt: skip
     assert lines(again) == found[3:]
+
+
+def test_log_likelihoods(klflow, stories):
+    words = ["complete", *SMALL, "--prompt", "a", "--prompt", "Once upon", "--new-tokens", "5", "--jsonl"]
+    found = lines(klflow(*words, "--log-likelihood"))
+    assert [{k: v for k, v in line.items() if k != "log_likelihood"} for line in found] == lines(klflow(*words))
+    model, path, tokenizer = load_run()
+    for line in found:
+        tokens = torch.tensor(line["tokens"])[None]
+        given = torch.arange(tokens.shape[1])[None] < tokens.shape[1] - 5
+        exact = Sampler(model, path).likelihood(tokens, given, steps=3)
+        assert line["log_likelihood"] == pytest.approx(-exact.per_token, rel=1e-5)
+    done = klflow(*words, "--log-likelihood", "--method", "hybrid")
+    assert [line["log_likelihood"] for line in lines(done)] == [None, None]
+    assert "log_likelihood: hybrid has no exact one, so it is null" in done.stderr
+    done = klflow("sample", "--log-likelihood")
+    assert done.returncode == 1 and "log_likelihood: got it without jsonl" in done.stderr
 
 
 def test_lengths_and_temperature(klflow, stories):

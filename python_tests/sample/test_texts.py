@@ -48,6 +48,23 @@ def test_a_sequence_is_made_again_by_its_seed(sampler):
     assert sampler.sample((2, 0), seed=[3, 4]).seeds == [3, 4]
 
 
+def test_log_likelihood_of_each(sampler):
+    prompts = [[1, 2], [3, 3, 3, 3], [], [4], [1, 2]]
+    found = sampler.complete(prompts, new_tokens=4, steps=3, method="segments", top_k=None)
+    assert [row.tolist() for row in found.given] == [[True] * len(p) + [False] * 4 for p in prompts]
+    scores = sampler.log_likelihoods(found, steps=3, method="segments")
+    for tokens, given, score in zip(found.tokens, found.given, scores, strict=True):
+        alone = sampler.likelihood(tokens[None], given[None], steps=3, method="segments")
+        assert score == pytest.approx(-alone.per_token, rel=1e-6) and score < 0
+    assert len(set(scores)) > 1
+    whole = sampler.complete([[1, 2], []], 2, steps=3)  # nothing of the first is free
+    assert whole.given.tolist() == [[True, True], [False, False]]
+    assert [score is None for score in sampler.log_likelihoods(whole, steps=3)] == [True, False]
+    assert sampler.has_likelihood(method="segments") and not sampler.has_likelihood(method="hybrid")
+    with pytest.raises(ValueError, match="^method: got 'hybrid'"):
+        sampler.log_likelihoods(found, method="hybrid")
+
+
 def test_a_length_is_that_of_the_model():
     path = LogitPath(30)
     sampler = Sampler(Denoiser(DenoiserConfig(30, 1, 2, 16, 16), path).eval(), path)  # max_length 16
