@@ -179,7 +179,10 @@ if wants train; then
   step fit 150 $py -m klflow_ext train --out "$work/fit" $size $(sizes "" "--steps 1000000 --seconds 60") &&
     step sampling 60 $py benchmarks/sampling.py "$work/fit" $on --json "$out/cuda_sampling.json" \
       $(sizes "--batches 1 --length 4 --steps 2 --calls 1 --dtypes float32" "")
+  step fit_slices 100 $py -m klflow_ext train --slices --out "$work/fit_slices" $size $(sizes "" "--steps 1000000 --seconds 40") &&
+    step sampling_slices 60 $py benchmarks/sampling.py "$work/fit_slices" $on --method slices --json "$out/cuda_sampling_slices.json" \
+      $(sizes "--batches 1 --length 4 --steps 2 --calls 1 --dtypes float32" "")
   [ $mode = dry ] || step fit_compiled 120 $py -m klflow_ext train --out "$work/fit_compiled" $size --steps 1000000 --seconds 40 --compile
-  for run in fit fit_compiled; do cp "$work/$run/log.jsonl" "$out/$run.jsonl" 2>/dev/null; done
+  for run in fit fit_slices fit_compiled; do cp "$work/$run/log.jsonl" "$out/$run.jsonl" 2>/dev/null; done
 fi
 exit $failed

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tokens per second of the sampling scheme on a trained run; on CUDA also with steps replayed as CUDA graphs.
+"""Tokens per second of the sampling scheme, or of slices, on a trained run; on CUDA also with passes replayed as CUDA graphs.
 
     klflow train --out runs/train && python benchmarks/sampling.py runs/train --json results.json
 
@@ -23,6 +23,7 @@ def parse_arguments():
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--calls", type=int, default=5)
+    parser.add_argument("--method", choices=["sampling", "slices"], default="sampling")
     return parse(parser)
 
 
@@ -43,15 +44,15 @@ def main():
                 for flag, sampler in samplers.items():
                     with torch.autocast(arguments.device, getattr(torch, dtype), enabled=dtype != "float32"):
                         result = sampler.sample(
-                            (batch, arguments.length), steps=arguments.steps, method="sampling", seed=seed
+                            (batch, arguments.length), steps=arguments.steps, method=arguments.method, seed=seed
                         )
                     seconds[flag].append(result.seconds)
                     tokens.append(result.tokens)
                 if not all(torch.equal(tokens[0], other) for other in tokens):
-                    raise SystemExit(f"{dtype}, batch {batch}, seed {seed}: the replayed steps gave other tokens")
+                    raise SystemExit(f"{dtype}, batch {batch}, seed {seed}: the replays gave other tokens")
             for flag, times in seconds.items():
                 rate = batch * arguments.length / statistics.median(times[1:])
-                shape = {"batch": batch, "length": arguments.length, "steps": arguments.steps}
+                shape = {"method": arguments.method, "batch": batch, "length": arguments.length, "steps": arguments.steps}
                 record.add({"dtype": dtype, **shape, "cuda_graph": flag, "tokens_per_second": rate})
                 print(f"{dtype:<9} batch {batch:>4}  cuda_graph {flag!s:<5}  {rate:>12,.0f} tokens/s", flush=True)
 

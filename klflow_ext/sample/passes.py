@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ class Passes:
         given: (B, L) bool. known: (B, L) int64, the given tokens, 0 elsewhere.
         evidence: what was observed of the others, or None. A way that says `hears=True` when it is registered hands `predict` that
             of the positions that it asks for.
-        count: passes made.
+        seeds: (B,) int64. count: passes made. bad_pass: (B,) int64, the first pass whose logits said nothing, 0: none.
         keeps: whether a way is to `keep` its tokens after each pass, as somebody watches or wants the history: those kept.
     """
 
@@ -33,7 +35,7 @@ class Passes:
         path: Path,
         tokens: Tensor,
         given: Tensor,
-        seeds: list[int],
+        seeds: Sequence[int] | Tensor,
         *,
         progress: bool = False,
         return_history: bool = False,
@@ -45,15 +47,20 @@ class Passes:
         self.count, self.keeps = 0, return_history or watcher is not None
         self.history: list[Tensor] = []
         self._returns_history, self._watcher, self._stood = return_history, watcher, given
-        self._some_given = bool(given.any())
-        self._seeds = torch.tensor(seeds, dtype=torch.int64, device=given.device)[:, None]
+        if not isinstance(seeds, Tensor):
+            seeds = torch.tensor(seeds, dtype=torch.int64, device=given.device)
+        self.seeds = seeds
         self._total, self._shows, self._start = 0, progress, time.perf_counter()
         self._latest: Prediction | None = None
-        self._bad = torch.zeros(len(given), dtype=torch.int64, device=given.device)  # first such pass of each sequence
+        self.bad_pass = torch.zeros(len(given), dtype=torch.int64, device=given.device)
+
+    @cached_property
+    def _some_given(self) -> bool:
+        return bool(self.given.any())
 
     def rng(self, step: int) -> Tensor:
         """(B, 2): the noise state of each sequence, (seed, step)."""
-        return torch.cat([self._seeds, torch.full_like(self._seeds, step)], 1)
+        return torch.stack([self.seeds, torch.full_like(self.seeds, step)], 1)
 
     def observed(self, places: Tensor) -> Evidence | None:
         """What was observed of some positions (B, N)."""
@@ -97,7 +104,7 @@ class Passes:
             ValueError: the logits of the pass before held a NaN or had no finite maximum (on CUDA only at the end: looking
                 synchronises).
         """
-        self._look()
+        self.look()
         times = torch.full((len(given),), t, dtype=torch.float32, device=given.device)
         times = self.path.model_times(times, given, self.network.times_by_position)
         if self.network.slices and streams is None and self._some_given:
@@ -183,26 +190,27 @@ class Passes:
 
     def note_bad(self, bad: Tensor) -> None:
         """bad (B,) bool: sequences whose logits said nothing in the latest pass."""
-        self._bad = torch.where((self._bad == 0) & bad, self.count, self._bad)
+        self.bad_pass = torch.where((self.bad_pass == 0) & bad, self.count, self.bad_pass)
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Notes which sequences the latest pass said nothing of."""
         if self._latest is None or self._latest.bad is None:
             return
         self.note_bad(self._latest.bad)
-        if self._bad.device.type == "cpu":
+        if self.bad_pass.device.type == "cpu":
             self._refuse_bad()
 
     def end(self) -> None:
         """After the last pass: looks at what is left to be looked at."""
-        self._look()
+        self.look()
         self._refuse_bad()
 
     def _refuse_bad(self) -> None:
-        if not bool(self._bad.any()):
+        if not bool(self.bad_pass.any()):
             return
-        sequence = int(self._bad.nonzero()[0])
+        sequence = int(self.bad_pass.nonzero()[0])
         raise ValueError(
-            f"logits: got a NaN or no finite maximum in pass {int(self._bad[sequence])}, sequence {sequence}, allowed are "
+            f"logits: got a NaN or no finite maximum in pass {int(self.bad_pass[sequence])}, sequence {sequence}, allowed are "
             "finite numbers; such a model has diverged"
         )
 

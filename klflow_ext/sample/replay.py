@@ -1,7 +1,7 @@
-"""CUDA-graph replay of the sampling scheme: a step's kernels are recorded once, and from then on launched together.
+"""CUDA-graph replay: the kernels of a sampling step, or of all passes of slices, are recorded once, then launched together.
 
-A replay runs the same kernels on the same addresses. So what changes from step to step lies in `Buffers`, and a recorded step
-never looks at a value: its time and its noise are tensors, and the knobs of its draw are constants of the recording.
+A replay runs the same kernels on the same addresses. So what changes from one to the next lies in buffers, and what is recorded
+never looks at a value: times of a step and noise are tensors, and the knobs of a draw are constants of the recording.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from klflow_ext.path import Network, Path, ResolvedOptions
 from klflow_ext.sample.passes import Passes
+from klflow_ext.sample.slices import draw_slices, slice_passes, slice_places
 
 
 @dataclass
@@ -99,25 +100,70 @@ def sampling_step_in_place(
     b.bad |= prediction.bad
 
 
+@dataclass
+class SliceBuffers:
+    """What recorded slices of (B, L) sequences read and write.
+
+    known: (B, L) int64, 0 where not given. given: (B, L) bool. seeds: (B,) int64. places: (B, L) int64, as `slice_places` has them.
+    found: (B, L) int64, the tokens that were drawn. bad_pass: (B,) int64, as of `Passes`.
+    """
+
+    known: Tensor
+    given: Tensor
+    seeds: Tensor
+    places: Tensor
+    found: Tensor
+    bad_pass: Tensor
+
+    @classmethod
+    @torch.inference_mode(False)
+    def allocate(cls, shape: tuple[int, int], device: torch.device) -> SliceBuffers:
+        known, places, found = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(3))
+        seeds, bad_pass = (torch.zeros(shape[0], dtype=torch.int64, device=device) for _ in range(2))
+        return cls(known, torch.zeros_like(known, dtype=torch.bool), seeds, places, found, bad_pass)
+
+    def start(self, passes: Passes, places: Tensor) -> None:
+        """Fills in new sequences."""
+        self.known.copy_(passes.known)
+        self.given.copy_(passes.given)
+        self.seeds.copy_(passes.seeds)
+        self.places.copy_(places)
+
+
+def slices_in_place(network: Network, path: Path, b: SliceBuffers, options: ResolvedOptions, counts: list[int]) -> None:
+    """All passes of slices, from buffers into them, without a look at their values."""
+    passes = Passes(network, path, b.known, b.given, b.seeds)
+    b.found.copy_(draw_slices(passes, options, b.places, counts))
+    passes.look()
+    b.bad_pass.copy_(passes.bad_pass)
+
+
 class Replays:
-    """The way of the sampling scheme by recorded steps, one for each shape and its knobs, made when they are first asked for."""
+    """The ways of the sampling scheme and of slices by what was recorded of them, when it was first asked for.
+
+    Of the sampling scheme it is a step, one for each shape and its knobs. Of slices it is the whole way, one for each shape, the
+    number of positions that are given, and the knobs.
+    """
 
     def __init__(self, network: Network, path: Path, device: torch.device):
         self.network, self.path, self.device, self.recorder = network, path, device, Recorder(device)
         self.weights: list[int] = []
         self._lock = Lock()
         self.buffers: dict[tuple, Buffers] = {}
+        self.slice_buffers: dict[tuple, SliceBuffers] = {}
         self.replays: dict[tuple, Callable[[], None]] = {}
 
     def __call__(self, passes: Passes, options: ResolvedOptions) -> Tensor:
-        """`denoise` by `sampling_step`. The last pass is a step, too, of which only the draw counts."""
+        """The tokens that the way of options.method finds."""
         with self._lock:  # of the buffers, by one call at a time
-            tokens = self._run(passes, options).clone()
+            self._forget_moved()
+            tokens = (self._slices if options.method == "slices" else self._steps)(passes, options).clone()
             if tokens.is_cuda:
                 torch.cuda.current_stream(tokens.device).synchronize()
             return tokens
 
-    def _run(self, passes: Passes, options: ResolvedOptions) -> Tensor:
+    def _steps(self, passes: Passes, options: ResolvedOptions) -> Tensor:
+        """`denoise` by `sampling_step`. The last pass is a step, too, of which only the draw counts."""
         steps = options.steps
         top_ks = [options.top_k] * (steps - 1) + [options.last_top_k]
         knobs = list(zip(top_ks, options.temperatures(steps), strict=True))
@@ -132,20 +178,47 @@ class Replays:
         passes.note_bad(buffers.bad)  # in some pass, which a replay does not tell
         return buffers.tokens
 
+    def _slices(self, passes: Passes, options: ResolvedOptions) -> Tensor:
+        places, counts = slice_places(passes, options)
+        shape = (len(places), places.shape[1])
+        if shape not in self.slice_buffers:
+            self.slice_buffers[shape] = SliceBuffers.allocate(shape, self.device)
+        buffers = self.slice_buffers[shape]
+        buffers.start(passes, places)
+        steps, temperatures = slice_passes(options, counts)
+        total = steps * (len(counts) - 1)
+        passes.expect(total)
+        knobs = (options.top_k, options.last_top_k, options.top_p, options.grid_power, steps, *temperatures[:total])
+        key = (shape, self._autocast(), tuple(counts), *knobs)
+        if key not in self.replays:
+            function = partial(slices_in_place, self.network, self.path, buffers, options, counts)
+            self.replays[key] = self.recorder.record(function)
+        self.replays[key]()
+        for _ in range(total):
+            passes.advance()
+        passes.bad_pass = buffers.bad_pass.clone()
+        return buffers.found
+
+    def _autocast(self) -> torch.dtype | bool:
+        kind = self.device.type
+        return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+
+    def _forget_moved(self) -> None:
+        """Drops what was recorded of a model that has been moved or cast since."""
+        weights = [x.data_ptr() for x in (*self.network.parameters(), *self.network.buffers())]
+        if weights != self.weights:
+            self.weights = weights
+            for made in (self.buffers, self.slice_buffers, self.replays):
+                made.clear()
+
     def _prepare(
         self, shape: tuple[int, int], options: ResolvedOptions, knobs: Sequence[tuple[int, float]]
     ) -> tuple[Buffers, list[Callable[[], None]]]:
         """The buffers of (B, L), to be filled after this, and the replay for each of the knobs."""
-        weights = [x.data_ptr() for x in (*self.network.parameters(), *self.network.buffers())]
-        if weights != self.weights:  # the model was moved or cast
-            self.weights = weights
-            self.buffers.clear()
-            self.replays.clear()
         if shape not in self.buffers:
             self.buffers[shape] = Buffers.allocate(shape, self.network, self.device)
-        buffers, kind = self.buffers[shape], self.device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        keys = [(shape, autocast, options.top_p, *k) for k in knobs]
+        buffers = self.buffers[shape]
+        keys = [(shape, self._autocast(), options.top_p, *k) for k in knobs]
         for key, (k, temperature) in zip(keys, knobs, strict=True):
             if key not in self.replays:
                 step = partial(sampling_step_in_place, self.network, self.path, buffers, options, k, temperature)

@@ -40,10 +40,11 @@ class Sampler:
     `grid_power` and `euler` do not apply, and nfe is the number of positions decoded. A position that is given after one
     that is free keeps its token, but the tokens before it are drawn without seeing it.
 
-    cuda_graph: a pass and its draw are recorded as a CUDA graph, once for each (B, L), top_k, top_p, temperature (also each
-    of a schedule) and autocast, and replayed from then on: the same tokens, at the speed of the kernels where Python would be
-    slower. Only for a Denoiser on a LogitPath with alpha = 1, on CUDA, with method="sampling" and without history. Weights
-    may be trained or loaded between calls; the recordings live as long as the Sampler.
+    cuda_graph: the kernels are recorded as a CUDA graph and replayed from then on: the same tokens, at the speed of the kernels
+    where Python would be slower. Of method="sampling" a pass and its draw are recorded, once for each (B, L), top_k, top_p,
+    temperature (also each of a schedule) and autocast. Of "slices" all passes are, once for each of these, the number of given
+    positions and of slices. Only for a Denoiser on a LogitPath with alpha = 1, on CUDA, without history, watch and evidence.
+    Weights may be trained or loaded between calls; the recordings live as long as the Sampler.
 
     tokenizer: a tokenizers.Tokenizer, by which prompts and texts with holes may be strings, and samples have `texts`.
 
@@ -172,12 +173,11 @@ class Sampler:
         way = way_of(self.path, request.options.method)
         if self._replays is not None:
             looks = return_history or watch is not None
-            if request.options.method != "sampling" or looks:
+            if request.options.method not in ("sampling", "slices") or looks or evidence is not None:
                 raise ValueError(
-                    f"cuda_graph: got True with method={request.options.method!r} and a look at each pass: {looks}, "
-                    "allowed with it are 'sampling' and False"
+                    f"cuda_graph: got True with method={request.options.method!r}, a look at each pass: {looks}, evidence: "
+                    f"{evidence is not None}, allowed with it are 'sampling' or 'slices', False and False"
                 )
-            way = self._replays
         if evidence is not None and not hears(way):
             raise ValueError(
                 f"method: got {request.options.method!r} with evidence, allowed with it is one of {hearing_names()}"
@@ -444,7 +444,7 @@ class Sampler:
             evidence=None if evidence is None else evidence.to(self.device),
         )
         with evaluating(self.network):
-            found = way(passes, request.options)
+            found = (self._replays or way)(passes, request.options)
             passes.end()
         found = torch.where(given, tokens, found)
         if found.is_cuda:

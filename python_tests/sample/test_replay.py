@@ -7,6 +7,7 @@ from torch.overrides import TorchFunctionMode
 from klflow_ext import (
     Denoiser,
     DenoiserConfig,
+    Evidence,
     LogitPath,
     MaskPath,
     Sampler,
@@ -109,6 +110,42 @@ def test_what_is_recorded_anew(calling_again):
     assert new() == new(shape=(1, 5)) == 1
 
 
+def test_recorded_slices_give_the_tokens_of_the_sampler(calling_again):
+    model, path = small_denoiser(slices=True, time="none")
+    ordinary, recorded = Sampler(model, path), calling_again(model, path)
+    count = lambda: recorded._replays.recorder.count  # noqa: E731
+    tokens = torch.randint(60, (3, 7), generator=torch.Generator().manual_seed(1))
+    given = torch.zeros(3, 7, dtype=torch.bool)
+    some = torch.stack([torch.randperm(7, generator=torch.Generator().manual_seed(i)) < 3 for i in range(3)])
+    seen = []
+    for flags in (given, some, ~given):
+        for options in (
+            dict(steps=1, top_k=None),
+            dict(steps=3, top_k=5, seed=[5, 6, 7]),
+            dict(steps=4, top_k=5, top_p=0.9, temperature=(1.5, 0.5), slice_steps=2),
+            dict(layout="0 3 | 1 2 4 5 6" if flags is given else None, steps=2),
+        ):
+            expected, found = (s.infill(tokens, flags, method="slices", **options) for s in (ordinary, recorded))
+            assert torch.equal(found.tokens, expected.tokens) and found.nfe == expected.nfe
+            seen.append(expected.tokens)
+    assert len(torch.stack(seen[:8]).unique(dim=0)) == 8
+    recordings = count()
+    for flags in (given, some.flip(1), some.roll(1, 1)):  # where the same number of positions is given, in other places
+        expected, found = (s.infill(tokens, flags, method="slices", steps=3, top_k=5) for s in (ordinary, recorded))
+        assert torch.equal(found.tokens, expected.tokens) and found.nfe == expected.nfe == 3
+    assert count() == recordings
+    ragged = [[1, 2], [], [3] * 5]  # as many given positions as they have tokens, so each is a way of its own
+    expected, found = (s.complete(ragged, 8, steps=3, method="slices") for s in (ordinary, recorded))
+    assert torch.equal(found.tokens, expected.tokens)
+
+
+def test_recorded_slices_name_the_pass_that_said_nothing(calling_again):
+    model, path = small_denoiser(slices=True, time="none")
+    torch.nn.init.constant_(model.head.weight, float("nan"))
+    with pytest.raises(ValueError, match="finite maximum in pass 1, sequence 0"):
+        calling_again(model, path).sample((2, 6), steps=3, method="slices")
+
+
 class LooksAtNothing(TorchFunctionMode):
     """Python numbers become no tensors, which on CUDA is a copy that waits; that values are read the meta device forbids."""
 
@@ -126,13 +163,28 @@ def test_a_recorded_step_looks_at_no_value(input, time):
         replay.sampling_step_in_place(model, path, buffers, ResolvedOptions(top_p=0.9), 5, 0.7)
 
 
+@pytest.mark.parametrize("slice_steps", [1, 2])
+@pytest.mark.parametrize("input", ["posterior", "simplex"])
+def test_recorded_slices_look_at_no_value(input, slice_steps):
+    model, path = small_denoiser("meta", input=input, time="none", slices=True)
+    buffers = replay.SliceBuffers.allocate((3, 7), torch.device("meta"))
+    options = ResolvedOptions(top_p=0.9, steps=4, slice_steps=slice_steps)
+    with torch.no_grad(), LooksAtNothing():
+        replay.slices_in_place(model, path, buffers, options, [1, 2, 2, 2])
+
+
 def test_bad_uses_of_cuda_graph(calling_again, monkeypatch):
     model, path = small_denoiser()
     sampler = calling_again(model, path)
-    looks = ({"method": "sampling", "return_history": True}, {"method": "sampling", "watch": print})
-    for options in ({}, {"method": "basic"}, {"method": "hybrid"}, *looks):
-        with pytest.raises(ValueError, match="cuda_graph: got True with method=.* are 'sampling' and False"):
+    looks = ({"method": "sampling", "return_history": True}, {"method": "slices", "watch": print})
+    observed = {"method": "slices", "evidence": Evidence(torch.zeros(2, 5, 1, dtype=torch.int64), torch.zeros(2, 5, 1))}
+    for options in ({}, {"method": "basic"}, {"method": "hybrid"}, *looks, observed):
+        with pytest.raises(
+            ValueError, match="cuda_graph: got True with method=.* are 'sampling' or 'slices', False and"
+        ):
             sampler.sample((2, 5), **options)
+    with pytest.raises(ValueError, match="method: got 'slices', allowed is another"):
+        sampler.sample((2, 5), method="slices")
     assert sampler._replays.recorder.count == 0
     monkeypatch.undo()
     for m, p in ((lambda x, t: x, path), (model, LogitPath(60, alpha=0.5)), (model, MaskPath(60))):
@@ -159,6 +211,22 @@ def test_replay_on_cuda_gives_the_tokens_of_the_sampler(config, autocast):
                 with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
                     expected, found = (
                         s.complete(prompts, 8, method="sampling", seed=seed, **options) for s in (ordinary, recorded)
+                    )
+                assert torch.equal(found.tokens, expected.tokens)
+                torch.nn.init.normal_(model.head.weight, std=0.5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not build_info()["cuda"], reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_replay_of_slices_on_cuda_gives_the_tokens_of_the_sampler(autocast):
+    model, path = small_denoiser("cuda", vocab=5003, top=64, slices=True, time="none")
+    ordinary, recorded = (Sampler(model, path, "cuda", cuda_graph=flag) for flag in (False, True))
+    for seed, prompts in enumerate(([[1, 2], [], [3] * 6], [[5], [6] * 7, []], [[7]])):
+        for options in (dict(steps=1), dict(steps=4, top_k=5), dict(steps=4, slice_steps=2, temperature=(1.5, 0.5))):
+            for _ in range(2):
+                with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                    expected, found = (
+                        s.complete(prompts, 8, method="slices", seed=seed, **options) for s in (ordinary, recorded)
                     )
                 assert torch.equal(found.tokens, expected.tokens)
                 torch.nn.init.normal_(model.head.weight, std=0.5)
