@@ -52,7 +52,12 @@ def main():
                     raise SystemExit(f"{dtype}, batch {batch}, seed {seed}: the replays gave other tokens")
             for flag, times in seconds.items():
                 rate = batch * arguments.length / statistics.median(times[1:])
-                shape = {"method": arguments.method, "batch": batch, "length": arguments.length, "steps": arguments.steps}
+                shape = {
+                    "method": arguments.method,
+                    "batch": batch,
+                    "length": arguments.length,
+                    "steps": arguments.steps,
+                }
                 record.add({"dtype": dtype, **shape, "cuda_graph": flag, "tokens_per_second": rate})
                 print(f"{dtype:<9} batch {batch:>4}  cuda_graph {flag!s:<5}  {rate:>12,.0f} tokens/s", flush=True)
 
