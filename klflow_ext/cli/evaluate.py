@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import tyro
 
 import klflow_ext
 from klflow_ext import data, evaluate
-from klflow_ext.cli.infilling import Infilling
+from klflow_ext.cli.infilling import Infilling, Kind
 from klflow_ext.cli.terminal import choose_device
 from klflow_ext.evaluate import table
 from klflow_ext.evaluate.text import Corpus
@@ -116,15 +116,18 @@ class Eval:
     top_k: tuple[int, ...] = (20,)
     """Of the table, one or more; 0: all V."""
     infilling: Path | None = None
-    """Folder with HumanEval-infilling, whose holes are filled with the first method, temperature and top-k, and tested."""
-    kind: Literal["single-line", "random-span"] = "single-line"
-    """Of infilling."""
+    """Code whose holes are filled with the first method, temperature and top-k, and tested: by its kind the folder of
+    HumanEval-infilling, the file of HumanEval or MBPP, or Python files."""
+    kind: Kind = "single-line"
+    """Of infilling: holes of HumanEval-infilling, or lines removed from HumanEval, MBPP, or the functions of Python files."""
+    share: tuple[float, ...] = (0.1,)
+    """Of infilling, where lines are removed, one or more shares of them."""
     tasks: int | None = None
     """Of infilling, how many, evenly among all; None: all."""
     tries: int = 1
     """Of infilling, fills of each task."""
     window: int | None = None
-    """Of infilling, the tokens that the run sees of a program, around the hole; None: as many as it was trained on."""
+    """Of infilling, the tokens that the run sees of a program at once; None: as many as it was trained on."""
     seed: int = 0
     """Of the samples of the table and of infilling."""
     json: Path | None = None
@@ -146,7 +149,7 @@ class Eval:
                 raise ValueError(f"{name}: got none, allowed are one or more")
         holes = None
         if self.infilling is not None:
-            holes = Infilling(self.infilling, self.kind, self.tasks, self.tries)
+            holes = Infilling(self.infilling, self.kind, self.tasks, self.tries, self.share)
             holes.chosen()  # so that a wrong folder fails at once
         folder = STORIES if self.run_folder is None else self.run_folder
         saved = self.run_folder is None or is_saved_model(folder)
@@ -170,7 +173,7 @@ class Eval:
         # First, so that a wrong folder fails at once.
         judge = None if self.judge is None else evaluate.Judge(self.judge)
         print_losses(model, path, stream, held, self.length)
-        sampler = Sampler(model, path, device)
+        sampler = Sampler(model, path, device, tokenizer=tokenizer)
         if self.likelihood:
             print_likelihoods(
                 sampler, tokenizer, data.batch(held, self.count, self.length, seed=12345, step=0).to(device)
@@ -182,7 +185,7 @@ class Eval:
             self.print_judged(sampler, tokenizer, stream, held, judge)
         if holes is not None:
             found["infilling"] = holes.measure(
-                sampler, tokenizer, window, self.seed, steps=self.steps, top_k=self.top_k[0] or None,
+                sampler, window, self.seed, steps=self.steps, top_k=self.top_k[0] or None,
                 method=self.method[0] if self.method else None, temperature=self.temperature[0],
             )  # fmt: skip
         if self.json is not None:

@@ -4,10 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
-import torch
 from runs import contents
 
 from klflow_ext import (
@@ -247,53 +245,29 @@ def test_infilling(klflow, tmp_path, data_folder):
     done = klflow(
         "eval", "run", "--length", "12", "--steps", "2", "--infilling", folder, "--tasks", "3", "--tries", "2", "--json", "i.json",
     )  # fmt: skip
-    assert done.returncode == 0 and "3 tasks of HumanEval-infilling, single-line, 2 fills each" in done.stdout, (
-        done.stderr
-    )
-    found = json.loads((tmp_path / "i.json").read_text())["infilling"]
-    assert (found["tasks"], found["tries"], found["nfe"], found["window"]) == (3, 2, 2, 32)
-    assert set(found["figures"]["filled"]) == {f"{name}@{k}" for name in ("pass", "compiles", "exact") for k in (1, 2)}
-    assert set(found["figures"]["left empty"]["pass@1"]) == {"mean", "low", "high"} and found["sandbox"]["layers"]
+    assert done.returncode == 0 and "3 tasks of single-line, 2 fills each" in done.stdout, done.stderr
+    [found] = json.loads((tmp_path / "i.json").read_text())["infilling"]
+    assert (found["tasks"], found["tries"], found["nfe"], found["window"]) == (3, 2, 2 * found["windows"], 32)
+    assert set(found["figures"]) == {f"{name}@{k}" for name in ("pass", "compiles", "exact") for k in (1, 2)}
+    assert set(found["left_empty"]["pass@1"]) == {"mean", "low", "high"} and found["sandbox"]["layers"]
+    (tmp_path / "f.py").write_text("def f(x):\n    a = x\n    b = a\n    return b\n" * 3)
+    done = klflow(
+        "eval", "run", "--length", "12", "--steps", "2", "--infilling", "f.py", "--kind", "functions", "--share", "0.3", "1",
+        "--tasks", "2", "--json", "f.json",
+    )  # fmt: skip
+    assert done.returncode == 0 and "2 tasks of functions with 30% of the lines removed" in done.stdout, done.stderr
+    rows = json.loads((tmp_path / "f.json").read_text())["infilling"]
+    assert [(row["kind"], row["share"], row["holes"]) for row in rows] == [("functions", 0.3, 2), ("functions", 1.0, 2)]
+    assert set(rows[0]["figures"]) == {"compiles@1", "exact@1"}
     for command, message in (
         (["--infilling", "nowhere"], "cannot be read"),
+        (["--infilling", "nowhere", "--kind", "functions"], "nowhere cannot be read"),
+        (["--infilling", "t.txt", "--kind", "functions"], "t.txt without a task"),
         (["--infilling", folder, "--tries", "0"], "tries: got 0"),
         (["--infilling", folder, "--window", "257"], "window: got 257, allowed is 2 to the run's max_length, 256"),
     ):
         done = klflow("eval", "run", *command)
         assert done.returncode == 1 and message in done.stderr
-
-
-def test_infilling_of_a_network_that_knows_the_answer(data_folder, capsys):
-    """What stood there passes: the window, the hole and the text around it fit together."""
-    from klflow_ext.cli.infilling import Infilling
-
-    folder = data_folder / "humaneval_infilling"
-    tokenizer = data.train_tokenizer(["def f(x):\n    return x"], 300)
-    holes = Infilling(folder, "random-span", tasks=4)
-    answers = iter([tokenizer.encode(task.removed[0]).ids for task in holes.chosen()])
-
-    class Knows:
-        def infill(self, tokens, given, **options):
-            found = []
-            for row, free in zip(tokens, given, strict=True):
-                row[~torch.tensor(free)] = torch.tensor(next(answers))
-                found.append(row)
-            return SimpleNamespace(tokens=found, nfe=1)
-
-    found = holes.measure(Knows(), tokenizer, 1024, 0)["figures"]
-    assert found["filled"]["pass@1"]["mean"] == found["filled"]["exact@1"]["mean"] == 1
-    assert found["left empty"]["pass@1"]["mean"] < 1
-
-
-def test_window_around_a_hole():
-    from klflow_ext.cli.infilling import window
-
-    before, after = list(range(10, 20)), list(range(30, 40))
-    assert window(before, 2, after, 8) == ([17, 18, 19, 0, 0, 30, 31, 32], [True] * 3 + [False] * 2 + [True] * 3)
-    assert window([1], 2, after, 8)[0] == [1, 0, 0, 30, 31, 32, 33, 34]
-    assert window(before, 2, [], 8)[0] == [14, 15, 16, 17, 18, 19, 0, 0]
-    assert window([1], 2, [3], 100) == ([1, 0, 0, 3], [True, False, False, True])
-    assert window(before, 50, after, 8)[1] == [True, True, False, False, False, False, True, True]
 
 
 def test_table_names_the_checkpoint_that_was_read(klflow, tmp_path, monkeypatch):

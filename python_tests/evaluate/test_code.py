@@ -5,13 +5,19 @@ import os
 
 import pytest
 
-from klflow_ext.evaluate import code
+from klflow_ext.data import standard_library
+from klflow_ext.evaluate import code, run_program
 
 SOME = int(os.environ.get("KLFLOW_HUMANEVAL", 20))
 
 
 def some(tasks):
     return tasks[:: max(1, len(tasks) // SOME)]
+
+
+def with_what_stood_there(tasks):
+    tasks = some(tasks)
+    return zip(tasks, code.scores(tasks, [[task.removed] for task in tasks], timeout=30), strict=True)
 
 
 def test_pass_at_k_is_the_chance_over_all_choices():
@@ -71,12 +77,39 @@ def test_score_of_a_task():
             task.text(wrong)
 
 
+def test_scores_of_many_fills(monkeypatch):
+    """Each as by itself; what does not compile is never run, equal fills are run once."""
+    tested = code.Task("t", ("def f(x):\n", "\n    return y"), ("    y = x + 1",), "assert f(1) == 2")
+    bare = code.Task("u", ("a = ", "\n"), ("1",), None)
+    fills = [[["    y = 1 + x"], ["    y = ("], ["    y = 1 + x"]], [["2"], [")"], ["1"]]]
+    wanted = [[code.score(task, some) for some in tries] for task, tries in zip([tested, bare], fills, strict=True)]
+    runs = []
+    monkeypatch.setattr(code, "run_program", lambda *a, **o: runs.append(a[0]) or run_program(*a, **o))
+    assert code.scores([tested, bare], fills) == wanted
+    assert len(runs) == 2 and "compile(" in runs[0] and runs[1] == tested.program(fills[0][0])
+    assert wanted[1] == [
+        code.Score(False, True, None, "compiles"),
+        code.Score(False, False, None, "SyntaxError"),
+        code.Score(True, True, None, "compiles"),
+    ]
+    assert set(code.summary(wanted[1:])) == {"compiles@1", "exact@1"}
+    with pytest.raises(ValueError, match="fills: got those of 1 tasks"):
+        code.scores([tested, bare], fills[:1])
+
+
+def test_compiling_many_that_take_the_compiler_down():
+    sources = ["a = 1", "a = (", "xxx\0", "a = '\udce9'", "(" * 10**6, "print('\\d')", "\n1"]
+    found = code.compile_passes(sources)
+    assert [bool(reason) for reason in found] == [False, True, True, True, True, False, False]
+    assert found[1] == "SyntaxError"
+
+
 @pytest.mark.parametrize("kind, count", [("single-line", 1033), ("random-span", 164)])
 def test_infilling_tasks_pass_with_what_stood_there(data_folder, kind, count):
     tasks = code.infilling_tasks(data_folder / "humaneval_infilling", kind)
     assert len(tasks) == count
-    for task in some(tasks):
-        assert code.score(task, task.removed, timeout=30) == code.Score(True, True, True, "passed"), task.name
+    for task, [score] in with_what_stood_there(tasks):
+        assert score == code.Score(True, True, True, "passed"), task.name
     assert not code.score(tasks[0], ["    raise KeyError"]).passed
 
 
@@ -84,14 +117,69 @@ def test_mbpp_with_lines_removed(data_folder):
     path = data_folder / "mbpp" / "mbpp.jsonl"
     tasks = code.mbpp_tasks(path, 0.1)
     assert len(tasks) == 974 and tasks == code.mbpp_tasks(path, 0.1) != code.mbpp_tasks(path, 0.1, seed=1)
-    for task in some(tasks):
-        assert code.score(task, task.removed, timeout=30).passed, task.name
+    for task, [score] in with_what_stood_there(tasks):
+        assert score.passed, task.name
     for share in (0.1, 0.5, 1.0):
         for task in code.mbpp_tasks(path, share):
             whole = task.text(task.removed).split("\n", 1)[1]
             gone = sum(bool(line.strip()) for hole in task.removed for line in hole.split("\n"))
             lines = sum(bool(line.strip()) for line in whole.split("\n"))
             assert gone == max(1, round(share * lines)) and "\r" not in whole
+
+
+def test_humaneval_with_lines_removed(data_folder):
+    path = data_folder / "humaneval" / "HumanEval.jsonl.gz"
+    by_share = [code.humaneval_tasks(path, share) for share in code.SHARES]
+    assert {len(tasks) for tasks in by_share} == {164} and by_share[0] == code.humaneval_tasks(path, 0.1)
+    for task, [score] in with_what_stood_there(by_share[4][:SOME:3]):
+        assert score.passed, task.name
+    for less, more in itertools.pairwise(by_share):  # nested: what a smaller share removes, a larger one does too
+        for a, b in zip(less, more, strict=True):
+            gone = [{line for hole in task.removed for line in hole.split("\n")} for task in (a, b)]
+            assert gone[0] <= gone[1] and a.text(a.removed) == b.text(b.removed)
+    whole = by_share[-1][0]
+    assert whole.kept[0].rstrip().endswith('"""') and whole.removed[0].startswith("    for idx, elem in")
+
+
+SOURCE = """
+import os
+
+class A:
+    @property
+    def area(self,
+             unit):
+        '''What it is.
+
+        More.'''
+        # from here on
+        a = self.a
+
+        def inner():
+            return 1
+        return a * inner()
+
+def short(x): return x
+def described(x):
+    '''Only this.'''
+async def other(x):
+    y = x
+    return y
+"""
+
+
+def test_functions_with_lines_removed():
+    [area] = code.function_tasks([SOURCE, "def broken("], 1.0)
+    assert area.name == "0:6:area" and area.tests is None
+    assert area.kept[0].startswith("@property\ndef area(") and area.kept[0].endswith("    More.'''\n")
+    assert area.removed == (
+        "    # from here on\n    a = self.a",
+        "    def inner():\n        return 1\n    return a * inner()",
+    )
+    assert [task.name for task in code.function_tasks([SOURCE], 0.5, lines=(1, 2))] == ["0:21:other"]
+    library = code.function_tasks(standard_library()[:8], 0.3)
+    assert len(library) > 50 and not any(code.compile_passes([task.text(task.removed) for task in library]))
+    with pytest.raises(ValueError, match="share: got 1.5"):
+        code.function_tasks([], 1.5)
 
 
 def test_mbpp_holes_by_hand(tmp_path):
