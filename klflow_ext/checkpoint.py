@@ -178,7 +178,7 @@ def read_model(folder: Path, config: dict[str, Any], model: nn.Module | None = N
         model: takes up the weights, where nothing else can make it; None: it is made as config says.
 
     Raises:
-        ValueError: a file is missing or broken, or the two do not fit.
+        ValueError: a file is missing or broken, or the two do not fit. TypeError: the model is no module.
     """
     from safetensors import safe_open
 
@@ -187,7 +187,11 @@ def read_model(folder: Path, config: dict[str, Any], model: nn.Module | None = N
         if model is None and "class" not in config["model"]:
             _check_denoiser(folder, config["model"], path)
         made = remake(config["model"], path) if model is None else model
-        as_network(made, path.vocab_size)
+        if model is None:
+            as_network(made, path.vocab_size)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"model: got a {type(model).__name__}, allowed where it takes up weights is a torch.nn.Module")
+    as_network(made, path.vocab_size)
     said = f"{CONFIG} says" if model is None else "the model has"
     with reading(folder / MODEL) as file, safe_open(file, "pt") as stored:
         _check_shapes(stored, own_state(made), said)

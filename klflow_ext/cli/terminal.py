@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import unicodedata
 
 import torch
 
-from klflow_ext import build_info
+from klflow_ext.checks import check_device
 
 
 def printable(text: str) -> str:
@@ -27,18 +28,28 @@ def given_text(name: str, text: str) -> str:
 
 
 def choose_device(name: str | None) -> torch.device:
+    """That of --device, or cuda where torch sees a GPU for which there are kernels, else cpu, with a word on why.
+
+    Raises:
+        ValueError: the device is not here, or there are no kernels for it.
+    """
     if name is None:
-        name = "cuda" if torch.cuda.is_available() and build_info()["cuda"] else "cpu"
+        name = "cpu"
+        if torch.cuda.is_available():
+            try:
+                check_device(torch.device("cuda"))
+                name = "cuda"
+            except ValueError as error:
+                print(f"the CPU is used, not the GPU: {error}", file=sys.stderr)
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("the kernels run on cpu and cuda")
         if (
             device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ
         ):  # of torchrun: a GPU for each process
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
+        check_device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError) as error:  # of torch
         raise ValueError(f"device: {name} cannot be used: {str(error).splitlines()[0]}") from None
     return device

@@ -59,11 +59,15 @@ def order_of(stream: Stream, length: int, seed: int, shuffle: Shuffle = "windows
     """The order in which training with this seed sees a stream.
 
     Raises:
-        ValueError: the stream, or one of a mixture's, has no more tokens than a sequence.
+        ValueError: the stream is no row of integers, or it, or one of a mixture's, has no more tokens than a sequence.
     """
     check_choice("shuffle", shuffle, get_args(Shuffle))
     streams = stream.streams if isinstance(stream, Mixture) else [stream]
     for one in streams:
+        if not isinstance(one, Tokens):
+            array = np.asanyarray(one)
+            if array.ndim != 1 or array.dtype.kind not in "iu":
+                raise ValueError(f"stream: got {array.dtype} of shape {array.shape}, allowed is a row of integers")
         if len(one) <= length:
             where = f" in {one.source.folder} ({one.split})" if isinstance(one, Tokens) else ""
             raise ValueError(f"stream: got {len(one)} tokens{where}, allowed are more than length = {length}")

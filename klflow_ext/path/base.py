@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from klflow_ext.checks import check_field, check_int
+from klflow_ext.checks import check_field, check_int, check_scalar, fail
 from klflow_ext.ops.arguments import INTEGERS, check_tensor, check_tokens, looks_at_values
 from klflow_ext.path.evidence import Evidence
 from klflow_ext.path.layout import slice_order
@@ -52,10 +52,9 @@ class Path:
 
     def __init__(self, vocab_size: int, t_max: float = 1.0, t_split: float | None = None) -> None:
         check_field("vocab_size", vocab_size, 2)
-        if not 0 < t_max <= 1:
-            raise ValueError(f"t_max: got {t_max!r}, allowed is a number in (0, 1]")
-        if t_split is not None and not 0 <= t_split <= 1:
-            raise ValueError(f"t_split: got {t_split!r}, allowed is None or a number in [0, 1]")
+        check_scalar("t_max", t_max, 0, 1, "a number in (0, 1]", open_low=True)
+        if t_split is not None:
+            check_scalar("t_split", t_split, 0, 1, "None or a number in [0, 1]")
         self.vocab_size = vocab_size
         self.t_max = float(t_max)
         self.t_split = self.t_max / 4 if t_split is None else float(t_split)
@@ -284,6 +283,11 @@ class Path:
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.fields)
         return f"{type(self).__name__}({settings})"
+
+
+def check_path(path: Any) -> None:
+    if not isinstance(path, Path):
+        fail(TypeError, "path", f"a {type(path).__name__}", "a Path, such as LogitPath(V)")
 
 
 def scaled(x: Tensor, mean: Tensor | float, vocab_size: int) -> Tensor:

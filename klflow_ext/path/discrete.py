@@ -28,7 +28,7 @@ class _DiscretePath(Path):
 
     def __init__(self, vocab_size: int, schedule: str = "linear", t_split: float | None = None) -> None:
         super().__init__(vocab_size, 1.0, t_split)
-        if schedule not in KAPPA:
+        if not isinstance(schedule, str) or schedule not in KAPPA:
             raise ValueError(f"schedule: got {schedule!r}, allowed is one of {sorted(KAPPA)}")
         self.schedule = schedule
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from klflow_ext import ops
-from klflow_ext.checks import check_field, check_int
+from klflow_ext.checks import check_field, check_int, check_scalar
 from klflow_ext.path.base import IGNORE, Path, check_targets, check_text, hide_padding
 from klflow_ext.path.likelihood import Likelihood
 from klflow_ext.path.network import Called, Model, Network, as_network, evaluating
@@ -96,12 +96,10 @@ class LogitPath(Path):
         alpha: float = 1.0,
     ) -> None:
         check_field("vocab_size", vocab_size, 2)
-        if not 0 < beta < 1:
-            raise ValueError(f"beta: got {beta!r}, allowed is a number in (0, 1)")
-        if t_max is not None and not 0 < t_max < 1:
-            raise ValueError(f"t_max: got {t_max!r}, allowed is None or a number in (0, 1)")
-        if not 1e-3 <= alpha <= 1e3:
-            raise ValueError(f"alpha: got {alpha!r}, allowed is a number in [0.001, 1000]")
+        check_scalar("beta", beta, 0, 1, "a number in (0, 1)", open_low=True, open_high=True)
+        if t_max is not None:
+            check_scalar("t_max", t_max, 0, 1, "None or a number in (0, 1)", open_low=True, open_high=True)
+        check_scalar("alpha", alpha, 1e-3, 1e3, "a number in [0.001, 1000]")
         self.vocab_size, self.beta, self.alpha = vocab_size, float(beta), float(alpha)
         super().__init__(vocab_size, self.time_of_accuracy(0.985) if t_max is None else t_max, t_split)
 

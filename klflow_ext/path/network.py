@@ -291,8 +291,9 @@ def as_network(model: Model, vocab_size: int) -> Network | Called:
     call.
 
     Raises:
-        ValueError: a Network whose head has not V outputs (see `Network.vocab_size` for a wider one), or one within DistributedDataParallel or another wrapper, which
-            hides what a Network offers and works in its own call alone.
+        ValueError: a Network whose head has not V outputs (see `Network.vocab_size` for a wider one), or one within
+            DistributedDataParallel or another wrapper, which hides what a Network offers and works in its own call alone.
+        TypeError: the model cannot be called.
     """
     inner = model if isinstance(model, Network) else getattr(model, "_orig_mod", model)  # of torch.compile
     if not isinstance(inner, Network):
@@ -302,6 +303,8 @@ def as_network(model: Model, vocab_size: int) -> Network | Called:
                 f"model: got a Network within {kind}, allowed is the Network itself; to train it, {kind}(Objective(network, "
                 "path)), whose call is the loss"
             )
+        if not callable(model):
+            raise TypeError(f"model: got a {type(model).__name__}, allowed is a Network or any model(x_t, t) -> logits")
         return Called(model, vocab_size)
     head = getattr(inner, "head", None)
     if not isinstance(head, nn.Linear):

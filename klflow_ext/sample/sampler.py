@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klflow_ext.checks import LEAST, MOST, check_int, check_scalar
+from klflow_ext.checks import LEAST, MOST, check_device, check_int, check_scalar
 from klflow_ext.ops.arguments import DEBUG_CHECK
 from klflow_ext.path import Autoregressive, Evidence, Likelihood, Path, ResolvedOptions, SampleOptions, as_network
-from klflow_ext.path.base import check_text
+from klflow_ext.path.base import check_path, check_text
 from klflow_ext.path.network import Model, Network, evaluating
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.replay import Replays
@@ -49,7 +49,9 @@ class Sampler:
     tokenizer: a tokenizers.Tokenizer, by which prompts and texts with holes may be strings, and samples have `texts`.
 
     Raises:
-        ValueError: a model that is not causal on an Autoregressive path, or cuda_graph where it cannot be.
+        ValueError: a model whose head is not V wide, or that is not causal on an Autoregressive path; a device for which there are
+            no kernels; or cuda_graph where it cannot be.
+        TypeError: a path or a model that is none.
     """
 
     def __init__(
@@ -60,14 +62,17 @@ class Sampler:
         cuda_graph: bool = False,
         tokenizer: Any = None,
     ):
+        check_path(path)
         self.model, self.path, self.device = model, path, torch.device(device)
         self.tokenizer = tokenizer
         self.network = as_network(model, path.vocab_size)
         if isinstance(path, Autoregressive) and self.network.causal is False:
             raise ValueError("model: got one whose config.causal is False, allowed is a causal one on this path")
         self._replays: Replays | None = None
-        if cuda_graph:
-            self._replays = Replays(self._recordable(), path, self.device)
+        network = self._recordable() if cuda_graph else None
+        check_device(self.device)
+        if network is not None:
+            self._replays = Replays(network, path, self.device)
 
     @property
     def default_method(self) -> str:

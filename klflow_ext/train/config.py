@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from klflow_ext.checkpoint import CONFIG, Checkpoint
-from klflow_ext.checks import check_choice, check_field, check_flag
+from klflow_ext.checks import check_choice, check_field, check_flag, check_scalar
 from klflow_ext.data import Shuffle
 from klflow_ext.files import reading
 
@@ -16,6 +16,7 @@ TimeSampling = Literal["middle", "uniform", "learned"]
 OptimizerName = Literal["muon", "adamw"]
 Schedule = Literal["linear", "cosine"]
 EngineName = Literal["ddp", "fsdp"]
+MOST_SECONDS = 1e9  # thirty years; the clocks of torch's process groups end somewhere behind
 MOST_TOKENS = 2**28  # of a step, whose tokens and times alone then take some gigabytes
 
 
@@ -25,6 +26,7 @@ class TrainConfig:
 
     Raises:
         ValueError: a field is outside its range; the message names it.
+        TypeError: it is no number where one is needed.
     """
 
     steps: int = 1000
@@ -112,19 +114,16 @@ class TrainConfig:
                             ("heldout_every", 0), ("heldout_count", 1)):  # fmt: skip
             check_field(name, getattr(self, name), least)
         for name in ("warmup", "decay", "given_share", "flow_share", "evidence_share", "middle_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is a number in [0, 1]")
-        for name in ("lr", "clip", "checkpoint_seconds", "timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is a positive number")
+            check_scalar(name, getattr(self, name), 0, 1, "a number in [0, 1]")
+        for name in ("lr", "clip", "checkpoint_seconds"):
+            check_scalar(name, getattr(self, name), 0, math.inf, "a positive number", open_low=True)
+        check_scalar("timeout", self.timeout, 0, MOST_SECONDS, f"a number in (0, {MOST_SECONDS:g}]", open_low=True)
         check_field("seed", self.seed, 0, "an integer in [0, 2^63)")
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise ValueError(f"max_seconds: got {self.max_seconds!r}, allowed is None or a positive number")
+        if self.max_seconds is not None:
+            check_scalar("max_seconds", self.max_seconds, 0, math.inf, "None or a positive number", open_low=True)
         for name in ("ema", "beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is a number in [0, 1)")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: got {self.weight_decay!r}, allowed is a number >= 0")
+            check_scalar(name, getattr(self, name), 0, 1, "a number in [0, 1)", open_high=True)
+        check_scalar("weight_decay", self.weight_decay, 0, math.inf, "a number >= 0", open_high=True)
         if self.batch_size * self.length > MOST_TOKENS:
             raise ValueError(
                 f"batch_size: got {self.batch_size} sequences of {self.length} tokens, allowed are {MOST_TOKENS} tokens in all"

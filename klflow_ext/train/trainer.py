@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from klflow_ext import data
 from klflow_ext.checkpoint import Checkpoint, pack
+from klflow_ext.checks import check_device
 from klflow_ext.evaluate import loss_by_time
 from klflow_ext.log import Log
 from klflow_ext.model import describe, remake
 from klflow_ext.muon import multiplies_bfloat16
 from klflow_ext.path import Path as NoisePath
 from klflow_ext.path import as_network
+from klflow_ext.path.base import check_path
 from klflow_ext.path.network import device_of, load_own_state, own_state
 from klflow_ext.run import Run
 from klflow_ext.sharding import gathered, local, sharded_like, whole
@@ -56,7 +58,8 @@ class Trainer:
         heldout: int tokens that are kept back, for config.heldout_every.
 
     Raises:
-        ValueError: an argument does not fit another; the message names it.
+        ValueError: an argument does not fit another, or there are no kernels for the model's device; the message names it.
+        TypeError: an argument is of another kind.
     """
 
     MOST_SKIPPED = 20  # steps one after another
@@ -72,11 +75,15 @@ class Trainer:
         tokenizer: Any = None,
         heldout: data.Stream | None = None,
     ):
+        check_path(path)
+        if not isinstance(config, TrainConfig):
+            raise TypeError(f"config: got a {type(config).__name__}, allowed is a TrainConfig")
         self.network = as_network(model, path.vocab_size)
         if self.network.module is None:
             raise ValueError(f"model: got a {type(model).__name__}, allowed where it is trained is a torch.nn.Module")
         model = self.network.module
         self.device = device_of(model)
+        check_device(self.device)
         self.rank, self.processes = join_processes(self.device, config.timeout)
         if self.processes > 1:  # before anything is refused on some of them only
             alike = {"model": describe(model), "path": path.to_dict(), "device": self.device.type}

@@ -84,7 +84,7 @@ def test_command_line(klflow, tmp_path):
         (["train", "--resume", str(run)], "is finished, at step 5"),
         (["train", "--more-steps", "3"], "more_steps: got 3, allowed is only with --resume"),
         (["sample", str(run), "--count", "-1"], "count: got -1"),
-        (["sample", str(run), "--device", "meta"], "device: meta cannot be used"),
+        (["sample", str(run), "--device", "meta"], "device: got meta, allowed is cpu or cuda"),
         (["train", "--n-layer", "0"], "n_layer: got 0"),
         (["eval", str(run), "--count", "0"], "count: got 0"),
         (["eval", str(run), "--length", "0"], "length: got 0"),

@@ -64,6 +64,7 @@ def test_each_process_has_its_gpu(monkeypatch):
     chosen = []
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr("klflow_ext.cli.terminal.check_device", lambda device: None)
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
     assert choose_device("cuda") == torch.device("cuda", 3) and chosen == [torch.device("cuda", 3)]
     assert choose_device("cuda:1") == torch.device("cuda", 1) and choose_device("cpu") == torch.device("cpu")
