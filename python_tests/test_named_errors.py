@@ -78,7 +78,11 @@ def test_what_does_not_fit_a_run(tmp_path):
     Trainer(denoiser(V), LogitPath(V), STREAM, CONFIG, tmp_path).save()
     for model, error, message in (
         (denoiser(V + 1), ValueError, "^head: got 21 outputs, allowed is V = 20"),
-        (Plain(LogitPath(V), V), ValueError, "model.safetensors cannot be read: it holds blocks.0.* the model has None"),
+        (
+            Plain(LogitPath(V), V),
+            ValueError,
+            "model.safetensors cannot be read: it holds blocks.0.* the model has None",
+        ),
         (denoiser(V, 2), ValueError, "model.safetensors cannot be read: it holds blocks.1"),
         (3, TypeError, "^model: got a int, allowed where it takes up weights is a torch.nn.Module"),
     ):
