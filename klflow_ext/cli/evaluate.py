@@ -20,7 +20,8 @@ from klflow_ext import data, evaluate
 from klflow_ext.cli.infilling import Infilling, Kind
 from klflow_ext.cli.terminal import choose_device
 from klflow_ext.evaluate import table
-from klflow_ext.evaluate.text import Corpus
+from klflow_ext.evaluate.conditional import measure_conditional, read_pairs
+from klflow_ext.evaluate.text import Corpus, Interval
 from klflow_ext.files import checksum, write_file
 from klflow_ext.path import Likelihood, as_network
 from klflow_ext.run import STORIES, Run, is_saved_model, load_run
@@ -83,6 +84,19 @@ def print_likelihoods(sampler: Sampler, tokenizer, tokens: torch.Tensor) -> None
         show(name, path.likelihood(sampler.model, tokens))
 
 
+def print_conditional(row: dict[str, Any]) -> None:
+    """BLEU, chrF and ROUGE-L of what was written to prompts, and what they are worth for nothing."""
+    print(
+        f"\n{row['prompts']} prompts, {row['tries']} texts of {row['new_tokens']} tokens each, at most {row['nfe']} passes; "
+        "means and 95 % bootstrap intervals over prompts, best of its tries:"
+    )
+    titles = {"samples": "written", "other_prompt": "written to another prompt", "other_text": "another prompt's text"}
+    for name, title in titles.items():
+        for kind in row["figures"][name]["bleu"]:
+            cells = [f"{measure} {Interval(**kinds[kind])}" for measure, kinds in row["figures"][name].items()]
+            print(f"  {title + (', best' if kind == 'best' else ''):<33}" + "  ".join(cells), flush=True)
+
+
 MOST_SEARCHED = 2**24  # training tokens in which copied runs are looked for
 
 
@@ -96,7 +110,7 @@ def corpus_of(stream: data.Stream) -> Corpus:
 class Eval:
     """Held-out loss by time of a run; with --likelihood its -log p; with --judge, bits per byte of its samples under a llama2.c
     model; with --samples, one table of what can be said of its samples, real text first; with
-    --infilling, what it puts into the holes of code is worth."""
+    --infilling, what it puts into the holes of code is worth; with --conditional, what it writes to prompts."""
 
     run_folder: tyro.conf.Positional[Path | None] = None
     """A run folder. Or one of save_pretrained, or none for the model that comes with the package: both with --data."""
@@ -124,14 +138,20 @@ class Eval:
     """Of infilling, where lines are removed, one or more shares of them."""
     tasks: int | None = None
     """Of infilling, how many, evenly among all; None: all."""
-    tries: int = 1
-    """Of infilling, fills of each task."""
+    conditional: Path | None = None
+    """JSONL with "prompt" and "text", .gz or not: of held-out prompts BLEU, chrF and ROUGE-L of what the first method writes."""
+    prompts: int = 32
+    """Of conditional, how many, at least 2."""
+    new_tokens: int = 64
+    """Of conditional, the tokens of each text."""
+    tries: int | None = None
+    """Fills of each task of infilling, texts for each prompt of conditional; None: 1 and 5."""
     window: int | None = None
-    """Of infilling, the tokens that the run sees of a program at once; None: as many as it was trained on."""
+    """Of infilling and conditional, the tokens that the run sees at once; None: as many as it was trained on."""
     seed: int = 0
-    """Of the samples of the table and of infilling."""
+    """Of the samples of the table, of infilling and of conditional."""
     json: Path | None = None
-    """A file for the table and infilling, with all settings and intervals."""
+    """A file for the table, infilling and conditional, with all settings and intervals."""
     data: tuple[str, ...] = ()
     """Where the token folders of the run are, if they have moved. Of a model without a run: a file of texts, or token folders."""
     device: str | None = None
@@ -142,15 +162,18 @@ class Eval:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed is an integer >= {least}")
         if self.samples is not None and self.samples < 2:
             raise ValueError(f"samples: got {self.samples}, allowed is an integer >= 2")
-        if self.json is not None and self.samples is None and self.infilling is None:
-            raise ValueError(f"json: got {self.json}, allowed is only with --samples or --infilling")
+        if self.json is not None and self.samples is None and self.infilling is None and self.conditional is None:
+            raise ValueError(f"json: got {self.json}, allowed is only with --samples, --infilling or --conditional")
         for name in ("temperature", "top_k"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: got none, allowed are one or more")
         holes = None
         if self.infilling is not None:
-            holes = Infilling(self.infilling, self.kind, self.tasks, self.tries, self.share)
+            holes = Infilling(
+                self.infilling, self.kind, self.tasks, 1 if self.tries is None else self.tries, self.share
+            )
             holes.chosen()  # so that a wrong folder fails at once
+        pairs = None if self.conditional is None else read_pairs(self.conditional)[1]
         folder = STORIES if self.run_folder is None else self.run_folder
         saved = self.run_folder is None or is_saved_model(folder)
         while True:  # until no training has put a later one in its place meanwhile
@@ -158,7 +181,8 @@ class Eval:
             model, path, tokenizer = load_run(self.run_folder)
             if saved or Run(folder).last().folder.name == checkpoint:
                 break
-        if (self.samples is not None or holes is not None) and tokenizer is None:
+        writes = self.samples is not None or holes is not None or pairs is not None
+        if writes and tokenizer is None:
             raise ValueError(f"run: {folder} has no tokenizer.json, without which there is no text")
         longest = as_network(model, path.vocab_size).max_length
         if longest is not None and self.length > longest:
@@ -183,11 +207,18 @@ class Eval:
             found |= self.print_table(sampler, tokenizer, stream, held, judge)
         elif judge is not None:
             self.print_judged(sampler, tokenizer, stream, held, judge)
+        one: dict[str, Any] = {
+            "method": self.method[0] if self.method else None, "steps": self.steps, "temperature": self.temperature[0],
+            "top_k": self.top_k[0] or None,
+        }  # fmt: skip
         if holes is not None:
-            found["infilling"] = holes.measure(
-                sampler, window, self.seed, steps=self.steps, top_k=self.top_k[0] or None,
-                method=self.method[0] if self.method else None, temperature=self.temperature[0],
+            found["infilling"] = holes.measure(sampler, window, self.seed, **one)
+        if pairs is not None:
+            found["conditional"] = measure_conditional(
+                pairs, sampler, count=self.prompts, new_tokens=self.new_tokens, window=window, seed=self.seed,
+                tries=5 if self.tries is None else self.tries, progress=sys.stderr.isatty(), **one,
             )  # fmt: skip
+            print_conditional(found["conditional"])
         if self.json is not None:
             found |= {
                 "version": klflow_ext.__version__, "torch": torch.__version__, "python": platform.python_version(),

@@ -5,6 +5,7 @@ judge.py     bits per byte under an independent judge
 text.py      variety, repetition, what was copied, BLEU, ROUGE-L, intervals
 table.py     all of these for some texts side by side
 code.py      tasks with holes, pass@k and compiles@k
+conditional.py   texts written to prompts, against those that were wanted; rows.py reads the files of both
 sandbox.py   a program that nobody has read, run where it costs its own score only; guard.py is what shuts it in
 """
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import gzip
-import json
 import math
 import random
 import textwrap
@@ -12,9 +10,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from klflow_ext.checks import check_choice, check_int, check_scalar
+from klflow_ext.evaluate.rows import read_rows
 from klflow_ext.evaluate.sandbox import run_program
 from klflow_ext.evaluate.text import Interval, mean_interval
 
@@ -22,6 +20,7 @@ INFILLING = {
     "single-line": "HumanEval-SingleLineInfilling.jsonl.gz",
     "random-span": "HumanEval-RandomSpanInfillingLight.jsonl.gz",
 }
+FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")  # of a task of HumanEval
 SHARES = tuple(i / 10 for i in range(1, 11))  # of the lines that are removed, as the curves over it are drawn
 COMPILED_AT_ONCE = 256  # programs, by one process of the sandbox
 
@@ -60,15 +59,6 @@ class Score:
     reason: str
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"tasks: {path} cannot be read: {error}") from None
-
-
 def _unix(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -83,7 +73,7 @@ def infilling_tasks(folder: str | Path, kind: str = "single-line") -> list[Task]
             (row["canonical_solution"],),
             f"{row['test']}\ncheck({row['entry_point']})",
         )
-        for row in _lines(Path(folder) / INFILLING[kind])
+        for row in read_rows("tasks", Path(folder) / INFILLING[kind], FIELDS + ("suffix",))
     ]
 
 
@@ -129,7 +119,7 @@ def mbpp_tasks(path: str | Path, share: float = 0.1, seed: int = 0) -> list[Task
             seed,
             "\n".join([_unix(row["test_setup_code"]), *row["test_list"]]),
         )
-        for row in _lines(Path(path))
+        for row in read_rows("tasks", path, ("task_id", "text", "code", "test_setup_code", "test_list"))
     ]
 
 
@@ -145,7 +135,7 @@ def humaneval_tasks(path: str | Path, share: float, seed: int = 0) -> list[Task]
             seed,
             f"{row['test']}\ncheck({row['entry_point']})",
         )
-        for row in _lines(Path(path))
+        for row in read_rows("tasks", path, FIELDS)
     ]
 
 

@@ -14,7 +14,7 @@ from klflow_ext.data import encode_pieces
 from klflow_ext.evaluate import code
 from klflow_ext.evaluate.sandbox import permitted_layers
 from klflow_ext.sample import Sampler
-from klflow_ext.sample.samples import needed
+from klflow_ext.sample.samples import needed, seeds_of
 
 MEMORY = 2**29  # bytes of a program
 HOLES = "as many tokens as what stood there; a program longer than the window is filled by several, from left to right"
@@ -106,27 +106,25 @@ def fill_tasks(
         "window", longest if window is None else window, 2, longest, f"2 to max_length = {most}", ValueError
     )
     rows = [_Program.of(task, tokenizer) for task in tasks]
-    texts: list[list[list[str]]] = [[] for _ in tasks]
-    nfe = windows = 0
-    for i in range(tries):
-        passes, programs = [0] * len(tasks), [row.copy() for row in rows]
-        rounds = 0
-        while open_ := [j for j, row in enumerate(programs) if not all(row.given)]:
-            places = [next_window(programs[j].given, window) for j in open_]
-            found = sampler.infill(
-                [torch.tensor(programs[j].tokens[place]) for j, place in zip(open_, places, strict=True)],
-                [programs[j].given[place] for j, place in zip(open_, places, strict=True)],
-                seed=seed + i + (rounds << 32), progress=progress, **options,
-            )  # fmt: skip
-            for j, place, ids in zip(open_, places, found.tokens, strict=True):
-                programs[j].tokens[place] = ids.tolist()
-                programs[j].given[place] = [True] * len(ids)
-                passes[j] += found.nfe
-            rounds += 1
-        nfe, windows = max(nfe, *passes), max(windows, rounds)
-        for fills, row in zip(texts, programs, strict=True):
-            fills.append([tokenizer.decode(row.tokens[hole]) for hole in row.holes])
-    return Fills(texts, nfe, windows)
+    programs = [row.copy() for _ in range(tries) for row in rows]
+    passes, windows = [0] * len(programs), 0
+    while open_ := [j for j, row in enumerate(programs) if not all(row.given)]:
+        seeds = [one for i in range(tries) for one in seeds_of(seed + i + (windows << 32), len(tasks))]
+        places = [next_window(programs[j].given, window) for j in open_]
+        found = sampler.infill(
+            [torch.tensor(programs[j].tokens[place]) for j, place in zip(open_, places, strict=True)],
+            [programs[j].given[place] for j, place in zip(open_, places, strict=True)],
+            seed=[seeds[j] for j in open_],
+            progress=progress,
+            **options,
+        )
+        for j, place, ids in zip(open_, places, found.tokens, strict=True):
+            programs[j].tokens[place] = ids.tolist()
+            programs[j].given[place] = [True] * len(ids)
+            passes[j] += found.nfe
+        windows += 1
+    fills = [[tokenizer.decode(row.tokens[hole]) for hole in row.holes] for row in programs]
+    return Fills([fills[i :: len(tasks)] for i in range(len(tasks))], max(passes, default=0), windows)
 
 
 @dataclass

@@ -135,6 +135,16 @@ def chrf(found: Sequence[str], wanted: Sequence[str]) -> float:
     return _sacrebleu().corpus_chrf(list(found), [_as_many(found, wanted)]).score
 
 
+def sentence_scores(found: str, wanted: str) -> dict[str, float]:
+    """{"bleu", "chrf", "rouge_l"} of one text, each 0 to 100; BLEU of as many orders as the text has."""
+    metrics = _sacrebleu()
+    return {
+        "bleu": metrics.sentence_bleu(found, [wanted], use_effective_order=True).score,
+        "chrf": metrics.sentence_chrf(found, [wanted]).score,
+        "rouge_l": 100 * rouge_l(found, wanted),
+    }
+
+
 def _as_many(found: Sequence[str], wanted: Sequence[str]) -> list[str]:
     if len(found) != len(wanted) or not found:
         raise ValueError(f"found: got {len(found)} texts for {len(wanted)}, allowed are as many, one or more")

@@ -212,7 +212,7 @@ def test_table_of_samples(klflow, tmp_path):
     assert "segments, NFE 3, T 1, top-k 20" in done.stdout
     for command, message in (
         (["--samples", "1"], "samples: got 1, allowed is an integer >= 2"),
-        (["--json", "x.json"], "json: got x.json, allowed is only with --samples or --infilling"),
+        (["--json", "x.json"], "json: got x.json, allowed is only with --samples, --infilling or --conditional"),
     ):
         done = klflow("eval", "run", *command)
         assert done.returncode == 1 and message in done.stderr
@@ -268,6 +268,29 @@ def test_infilling(klflow, tmp_path, data_folder):
     ):
         done = klflow("eval", "run", *command)
         assert done.returncode == 1 and message in done.stderr
+
+
+def test_conditional(stories, klflow, tmp_path):
+    (tmp_path / "t.txt").write_text("\n".join(f"Once upon a time there was a cat. {i}" for i in range(300)))
+    rows = [{"prompt": f"There was a cat {i}", "text": f"Once upon a time {i} there was a cat {i}"} for i in range(300)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = ["--data", "t.txt", "--length", "12", "--steps", "2", "--conditional", "p.jsonl", "--new-tokens", "8"]
+    done = klflow("eval", *short, "--prompts", "3", "--tries", "2", "--json", "c.json")
+    assert done.returncode == 0 and "3 prompts, 2 texts of 8 tokens each, at most 2 passes" in done.stdout, done.stderr
+    lines = done.stdout.splitlines()[-5:]
+    assert [line.split("  ")[1] for line in lines] == [
+        "written", "written, best", "written to another prompt", "written to another prompt, best", "another prompt's text",
+    ]  # fmt: skip
+    found = json.loads((tmp_path / "c.json").read_text())["conditional"]
+    assert (found["prompts"], found["tries"], found["window"], found["options"]["top_k"]) == (3, 2, 32, 20)
+    assert len(found["texts"][0]["written"]) == 2 and found["figures"]["samples"]["chrf"]["best"]["mean"] >= 0
+    for command, message in (
+        (["--prompts", "1"], "count: got 1, allowed is an integer >= 2"),
+        (["--new-tokens", "40"], "new_tokens: got 40 in a window of 32"),
+        (["--conditional", "t.txt"], "conditional: t.txt cannot be read at line 1"),
+    ):
+        done = klflow("eval", *short, *command)
+        assert done.returncode == 1 and message in done.stderr, (command, done.stderr)
 
 
 def test_table_names_the_checkpoint_that_was_read(klflow, tmp_path, monkeypatch):
