@@ -17,8 +17,8 @@ compares at equal times; text compares across all of them.
 import argparse
 from pathlib import Path
 
+from compared import METHODS, ROOT
 from observe import observe
-from runs import METHODS, ROOT
 from samples import fill, grid, judge, likelihood, sweep
 from show import gallery, plot
 from train import train

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from runs import LENGTH, held_texts, label, load_sampler, text_streams, update
+from compared import LENGTH, held_texts, label, load_sampler, text_streams, update
 
 from klflow_ext import Sampler, evaluate
 from klflow_ext.train.channel import confuse

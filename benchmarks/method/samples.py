@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import LENGTH, RESULTS, held_texts, label, load_sampler, order_of, text_streams, update
+from compared import LENGTH, RESULTS, held_texts, label, load_sampler, order_of, text_streams, update
 
 from klflow_ext import LogitPath, data, evaluate
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from runs import LENGTH, METHODS, ROOT, grouped, results, sampled_as
+from compared import LENGTH, METHODS, ROOT, grouped, results, sampled_as
 
 from klflow_ext.files import write_file
 

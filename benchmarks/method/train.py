@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import torch
-from runs import BATCH, LENGTH, METHODS, held_texts, label, text_streams, update
+from compared import BATCH, LENGTH, METHODS, held_texts, label, text_streams, update
 
 from klflow_ext import Denoiser, DenoiserConfig, TrainConfig, Trainer, evaluate
 from klflow_ext.muon import multiplies_bfloat16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,18 +40,29 @@ LENGTH, BATCH = 64, 32
 
 def text_streams(arguments):
     """(tokenizer, training, held-out tokens) of TinyStories, or of the standard library, made once."""
-    from tokenizers import Tokenizer
-
     code = arguments.name == "stdlib"
     folder = arguments.runs / f"tokens-{'stdlib-' * code}{arguments.vocab_size}"
+    return token_streams(folder, arguments.vocab_size, (lambda: data.documents(None)) if code else stories)
+
+
+def stories() -> tuple[list[str], list[str]]:
+    """TinyStories, (training, held-out)."""
+    source = Path(os.environ["KLFLOW_DATA"]) / "tinystories"
+    train, held = (
+        [part for part in data.read_text(source / f"tinystories_{name}.txt").split(f"\n{data.END}\n") if part.strip()]
+        for name in ("train", "heldout")
+    )
+    return train, held
+
+
+def token_streams(folder: Path, vocab_size: int, read: Callable[[], tuple[list[str], list[str]]]):
+    """(tokenizer, training, held-out tokens) of the texts (training, held-out) that `read` gives, made once in a folder."""
+    from tokenizers import Tokenizer
+
     if not (folder / "heldout.npy").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        source = Path(os.environ["KLFLOW_DATA"]) / "tinystories"
-        train, held = data.documents(None) if code else (
-            [part for part in data.read_text(source / f"tinystories_{name}.txt").split(f"\n{data.END}\n") if part.strip()]
-            for name in ("train", "heldout")
-        )  # fmt: skip
-        tokenizer = data.train_tokenizer(train, arguments.vocab_size)
+        train, held = read()
+        tokenizer = data.train_tokenizer(train, vocab_size)
         write_file(folder / "tokenizer.json", lambda p: tokenizer.save(str(p)))
         for name, texts in (("train", train), ("heldout", held)):
             stream = data.encode(tokenizer, texts)

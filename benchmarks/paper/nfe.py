@@ -1,0 +1,120 @@
+"""Quality over network passes (NFE): the paper's three schemes against discrete flow matching and a model that writes left to right.
+
+Held-out likelihood comes first: it cannot be improved by repeating oneself. Then bits per byte under the judge, each beside the
+entropy of the tokens. All methods have the same network, text, steps and optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from matched import RESULTS, Bench, cell, figure, markdown, mean_over_seeds, of, run, values
+
+TITLE = "Quality over network passes"
+METHODS = {  # name: (method of benchmarks/method, scheme)
+    "KL, basic": ("simplex uniform", "basic"),
+    "KL, sampling": ("simplex uniform", "sampling"),
+    "KL, hybrid": ("simplex uniform", "hybrid"),
+    "KL, posterior input, sampling": ("posterior", "sampling"),
+    "KL, posterior input, hybrid": ("posterior", "hybrid"),
+    "mask DFM": ("mask", "basic"),
+    "uniform DFM": ("uniform", "basic"),
+    "autoregressive": ("autoregressive", None),
+}
+EARLIER = {"simplex": "KL, sampling", "posterior": "KL, posterior input, sampling", "mask": "mask DFM", "autoregressive": "autoregressive"}  # fmt: skip
+
+
+def measure(bench: Bench) -> None:
+    bench.data_row()
+    if bench.arguments.scale == "cpu":
+        earlier(bench)
+    bench.table.expected = len(bench.table.rows) + len(METHODS) * len(bench.scale.nfe) * len(bench.seeds)
+    for seed in bench.seeds:
+        for nfe in bench.scale.nfe:
+            for name, (method, scheme) in METHODS.items():
+                nfe = bench.scale.length if scheme is None else nfe  # left to right there is one way
+
+                def make(method=method, scheme=scheme, nfe=nfe, seed=seed):
+                    sampler, losses = bench.trained(method, seed)
+                    return {**losses, **bench.judged(sampler, seed, nfe, method=scheme, top_k=20)}
+
+                bench.table.row({"method": name, "nfe": nfe, "seed": seed}, make)
+
+
+def earlier(bench: Bench) -> None:
+    """Takes up what benchmarks/method has measured with a wider network and more steps, at top-k 20."""
+    for file in sorted(RESULTS.glob("*-V2048-1075-*.json")):
+        found = json.loads(file.read_text())
+        name = EARLIER.get(found["name"])
+        nats = next((row["nats"] for row in found.get("likelihood", []) if row["steps"] is None), None)
+        for row in found.get("samples", []):
+            if name and row["top_k"] == 20 and row["method"] in ("basic", "sampling"):
+                key = {"earlier": name, "nfe": row["steps"], "seed": found["seed"]}
+                said = {field: row[field] for field in ("bits_per_byte", "entropy", "count")}
+                said |= {"source": file.name, "width": 256, "steps": found["steps"], "top_k": 20}
+                bench.table.row(key, lambda said=said, nats=nats: said if nats is None else {**said, "nats": nats})
+
+
+def table(rows) -> list[str]:
+    counts = sorted({row["key"]["nfe"] for row in rows if "method" in row["key"] and "nfe" in row["key"]})
+    lines = passes_table(rows, "method", counts)
+    earlier_rows = of(rows, seed=0)
+    if values(earlier_rows, "earlier"):
+        lines += [
+            "",
+            "The same of `benchmarks/method`, with a network twice as wide and 1,075 steps, not measured again here:",
+            "",
+        ]
+        lines += passes_table(rows, "earlier", [8, 16, 32, 64])
+    return lines
+
+
+def passes_table(rows, kind: str, counts: list[int]) -> list[str]:
+    titles = ["method", "held-out text, nats per token", *(f"NFE {nfe}" for nfe in counts), "seeds"]
+    lines = [["held-out text itself", "", *[shown(of(rows, method="data"))] * len(counts), ""]]
+    for name in values(rows, kind):
+        found = of(rows, **{kind: name})
+        if name != "data":
+            seeds = len(values(found, "seed"))
+            nats = [row for row in found if "nats" in row]
+            known = {row["key"]["seed"]: row for row in nats}
+            bound = cell(list(known.values()), "nats") + (
+                " (bound)" if nats and not nats[0].get("nats_exact", name == "autoregressive") else ""
+            )
+            lines.append([name, bound if nats else "", *(shown(of(found, nfe=nfe)) for nfe in counts), str(seeds)])
+    return [
+        *markdown(titles, lines),
+        "",
+        "Each cell: bits per byte under the judge (entropy of a sample's tokens, nats).",
+    ]
+
+
+def shown(rows) -> str:
+    entropy = mean_over_seeds(rows, "entropy")
+    bits = mean_over_seeds(rows, "bits_per_byte")
+    if bits is None or entropy is None:
+        return ""
+    spread = f" ± {bits[1]:.2f}" if len(rows) > 1 else ""
+    return f"{bits[0]:.2f}{spread} ({entropy[0]:.2f})"
+
+
+def plot(rows):
+    chart, axes = figure(1, 2, figsize=(11, 4))
+    for i, name in enumerate(name for name in METHODS if of(rows, method=name)):
+        found = of(rows, method=name)
+        counts = sorted(values(found, "nfe"))
+        for axis, field in zip(axes, ("bits_per_byte", "entropy"), strict=True):
+            means = [mean_over_seeds(of(found, nfe=nfe), field)[0] for nfe in counts]
+            axis.plot(counts, means, marker="o", color=f"C{i}", label=name)
+    for axis, field, title in zip(axes, ("bits_per_byte", "entropy"), ("bits per byte under the judge", "entropy of a sample's tokens, nats"), strict=True):  # fmt: skip
+        for row in of(rows, method="data"):
+            axis.axhline(row[field][0], color="black", linestyle=":", label="held-out text")
+        axis.set(xscale="log", xlabel="network passes", ylabel=title)
+    axes[0].legend(fontsize=7)
+    chart.tight_layout()
+    return chart
+
+
+if __name__ == "__main__":
+    run(sys.modules[__name__])

@@ -1,0 +1,93 @@
+"""benchmarks/paper at its smallest scale: every script measures, draws and tabulates, and a second call measures nothing again."""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks" / "paper"))
+import matched  # noqa: E402
+
+SCRIPTS = ("geometry", "nfe", "top_k", "optimizer", "time_insertion", "t_split", "cost")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("paper")
+
+
+def call(name, folder, *more):
+    places = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
+    matched.run(import_module(name), ["--scale", "test", "--device", "cpu", *places, *more])
+    return json.loads((folder / "results" / "test" / f"{name}.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script(name, folder, capsys, monkeypatch):
+    found = call(name, folder)
+    assert found["settings"]["steps"] == 2 and found["judge"] == "eight bits a byte" and found["machine"]["torch"]
+    keys = [json.dumps(row["key"]) for row in found["rows"]]
+    assert len(set(keys)) == len(keys) > 0
+    assert (folder / "results" / "test" / f"{name}.png").stat().st_size > 1000
+    for row in found["rows"]:
+        if "bits_per_byte" in row:
+            assert row["bits_per_byte"] == [8.0, 8.0, 8.0] and row["count"] == 4 and row["length"] == 16
+            low, middle, high = (row["entropy"][i] for i in (1, 0, 2))
+            assert low <= middle <= high
+    table = capsys.readouterr().out.rpartition("s left\n")[2].splitlines()
+    assert table[1].startswith("| ---") and all(
+        line.count("|") == table[0].count("|") for line in table if line[:1] == "|"
+    )
+
+    monkeypatch.setattr(matched.Bench, "trained", lambda *a, **b: pytest.fail("made again"))
+    monkeypatch.setattr(import_module("cost"), "costs", lambda *a: pytest.fail("made again"))
+    assert call(name, folder)["rows"] == found["rows"]
+
+
+def test_rows_of_other_settings_are_refused(tmp_path):
+    table = matched.Table(tmp_path / "a.json", judge="one", machine="here")
+    assert table.row({"x": (1, None)}, lambda: {"y": 2}) == {"key": {"x": [1, None]}, "y": 2}
+    again = matched.Table(tmp_path / "a.json", judge="one", machine="there")
+    assert again.row({"x": (1, None)}, lambda: pytest.fail("made again"))["y"] == 2
+    assert again.row({"x": (2, None)}, lambda: {"y": 3})["y"] == 3
+    assert json.loads((tmp_path / "a.json").read_text())["rows"] == again.rows and len(again.rows) == 2
+    with pytest.raises(ValueError, match="judge: got two, allowed beside the rows of .*a.json is one"):
+        matched.Table(tmp_path / "a.json", judge="two")
+
+
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    arguments = matched.parser_of_scripts().parse_args(
+        ["--scale", "test", "--device", "cpu", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    )
+    bench = matched.Bench("none", arguments)
+    step, fit = matched.Trainer.train_step, matched.Trainer.fit
+    done = []
+
+    def stopping(self):
+        if len(done) == 1:
+            self.save()
+            raise InterruptedError
+        done.append(self.step)
+        return step(self)
+
+    monkeypatch.setattr(matched.Trainer, "train_step", stopping)
+    with pytest.raises(InterruptedError):
+        bench.trained("mask", 0)
+    monkeypatch.setattr(matched.Trainer, "train_step", lambda self: (done.append(self.step), step(self))[1])
+    _, found = bench.trained("mask", 0)
+    assert done == [0, 1]
+    monkeypatch.setattr(matched.Trainer, "fit", lambda *a, **b: pytest.fail("made again"))
+    sampler, again = bench.trained("mask", 0)
+    assert again == found and sampler.model.training is False
+    monkeypatch.setattr(matched.Trainer, "fit", fit)
+    assert bench.trained("mask", 1)[1]["nats"] != found["nats"]
+
+
+def test_cells():
+    rows = [{"key": {"seed": i}, "x": [float(i), 0.0, 9.0], "y": 1.5} for i in (1, 2, 3)]
+    assert matched.cell(rows, "x") == "2.00 ± 1.00" and matched.cell(rows[:1], "x") == "1.00 [0.00, 9.00]"
+    assert matched.cell(rows[:1], "y", 1) == "1.5" and matched.cell(rows, "z") == "" == matched.cell([], "x")
+    assert matched.of(rows, seed=2) == rows[1:2] and matched.values(rows, "seed") == [1, 2, 3]
