@@ -76,6 +76,10 @@ class SampleOptions:
     """Of a network that reads posteriors, the entries of p that each exact basic step adds to the noise, and that a position
     keeps of their sum, in [1, 1024]; None: all, in a state of rows (B, L, V)."""
 
+    corrector: float = 0.0
+    """Of "race", how far each move goes beyond its time before it is noised back to it, as a share of the move, in [0, 1000]: 0 is the
+    exact reverse process as it stands."""
+
     def __post_init__(self) -> None:
         def keep(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
@@ -99,6 +103,7 @@ class SampleOptions:
         keep("top_p", check_scalar("top_p", self.top_p, 0, 1, "a number in (0, 1]", open_low=True))
         if self.t_split is not None:
             keep("t_split", check_scalar("t_split", self.t_split, 0, 1, "None or a number in [0, 1]"))
+        keep("corrector", check_scalar("corrector", self.corrector, 0, 1000, "a number in [0, 1000]"))
         power = check_scalar("grid_power", self.grid_power, 0, math.inf, "a positive number", True, True)
         keep("grid_power", power)
 

@@ -24,23 +24,33 @@ def race_step(path: Path, state: State, prediction: Prediction, move: Move) -> S
 
     From g = e^-s to g' < g, with r = (g - g') / (1 - g), noising is Y = (1 + r) min(Y', Exp(rate r)). So, coordinate by
     coordinate, Y' = Y / (1 + r), plus Exp(1) with probability r / (1 + r); that of k plus Exp(mean 1 / g') with probability
-    r / (g' + r). It holds rows (B, L, V), and is there to test the other schemes by: at equal passes it is no better.
+    r / (g' + r). With a corrector c the move goes on to s' + c (s' - s), and is noised back to s' in the same way: the clocks have
+    the same distribution, and depend less on those before. It holds rows (B, L, V), and is there to test the other schemes by.
     """
     if not isinstance(path, LogitPath) or not path.closed_form:
         raise ValueError(f"method: got 'race' on {path!r}, allowed is a LogitPath with alpha = 1")
     token = move.draw(prediction)
-    clocks = log_gamma(1.0, token.shape, path.vocab_size, move.rng, 0, token.device).exp()
-    g, g_next = (torch.exp(-torch.as_tensor(path.odds(t), dtype=torch.float64)) for t in (move.t, move.t_next))
+    s, s_next = (torch.as_tensor(path.odds(t), dtype=torch.float64) for t in (move.t, move.t_next))
+    beyond = s_next + move.options.corrector * (s_next - s)
+    g, g_next, g_beyond = torch.exp(-s), torch.exp(-s_next), torch.exp(-beyond)
+    clocks = _exponential(move, path.vocab_size, 0)
     chosen = torch.zeros_like(clocks, dtype=torch.bool).scatter_(-1, token[..., None], True)
-    mean = torch.where(chosen, 1 / g_next, 1.0)
     if isinstance(state, RaceState):
-        r = (g - g_next) / (1 - g)
-        wait = torch.log1p(
-            torch.where(chosen, g_next, 1.0) / r
-        )  # Exp(1) is longer with that probability, and then by Exp(1)
-        y = state.y / (1 + r) + mean * (clocks - wait).clamp_min(0)
+        r = (g - g_beyond) / (1 - g)
+        # Exp(1) is longer with the probability of a wait, and then by Exp(1)
+        wait = torch.log1p(torch.where(chosen, g_beyond, 1.0) / r)
+        y = state.y / (1 + r) + torch.where(chosen, 1 / g_beyond, 1.0) * (clocks - wait).clamp_min(0)
     else:
-        y = mean * clocks
+        y = torch.where(chosen, 1 / g_beyond, 1.0) * clocks
+    if move.options.corrector:
+        r = (g_next - g_beyond) / (1 - g_next)
+        y = (1 + r) * torch.minimum(y, _exponential(move, path.vocab_size, 1) / r)
     x = ((1 - move.t_next) * y.log()).softmax(-1)
     known = torch.nn.functional.one_hot(move.known, path.vocab_size).to(x.dtype)
     return RaceState(torch.where(move.given[..., None], known, x).float(), y)
+
+
+def _exponential(move: Move, vocab_size: int, number: int) -> Tensor:
+    """(B, L, V) float64 of Exp(1), the noise of this move by its number."""
+    rows = move.given.shape[1]
+    return log_gamma(1.0, move.given.shape, vocab_size, move.rng, number * rows, move.given.device).exp()

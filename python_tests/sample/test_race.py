@@ -44,7 +44,8 @@ def test_many_passes_draw_from_the_joint_distribution():
     assert found[2] > 1.3 * found[8] > 1.5 * found[64] and found[64] < floor + 0.02, (found, floor)
 
 
-def test_a_clock_has_its_distribution_at_every_step():
+@pytest.mark.parametrize("corrector", [0, 0.5, 4])
+def test_a_clock_has_its_distribution_at_every_step(corrector):
     """Given one certain token, y_j is Exp(1) and y_k is Exp(1) / g after any number of steps: means and second moments."""
     path, token = LogitPath(SMALL, t_max=0.6), 1
     states = []
@@ -57,13 +58,36 @@ def test_a_clock_has_its_distribution_at_every_step():
     object.__setattr__(
         sampler.network, "predict", lambda s, t, **k: states.append((s, float(t[0]))) or predict(s, t, **k)
     )
-    sampler.sample((1, 20000), steps=6, method="race", seed=3)
+    sampler.sample((1, 20000), steps=6, method="race", seed=3, corrector=corrector)
     assert len(states) == 6
     for state, t in states[1:]:
         y = state.y[0] / torch.tensor([1.0, math.exp(path.odds(t)), 1.0])
         torch.testing.assert_close(y.mean(0), torch.ones(3).double(), rtol=0, atol=0.04)
         torch.testing.assert_close(y.square().mean(0), torch.full((3,), 2.0).double(), rtol=0, atol=0.2)
         torch.testing.assert_close(state.x.sum(-1), torch.ones(1, 20000))
+
+
+def test_with_a_corrector_clocks_depend_less_on_those_before():
+    """That of the token is fresh after much of it; the others keep what they have at the end of the process."""
+    path, found = LogitPath(SMALL, t_max=0.6), []
+    for corrector in (0, 1, 1000):
+        states = []
+
+        def model(x, t):
+            return torch.full((*x.shape[:2], SMALL), -50.0).index_fill(-1, torch.tensor(1), 50.0)
+
+        sampler = Sampler(model, path)
+        predict = sampler.network.predict
+        object.__setattr__(
+            sampler.network,
+            "predict",
+            lambda s, t, states=states, predict=predict, **k: states.append(s) or predict(s, t, **k),
+        )
+        sampler.sample((1, 20000), steps=12, method="race", seed=3, corrector=corrector)
+        pairs = torch.stack([state.y[0] for state in states[5:7]], 1)  # (positions, 2, V)
+        found.append([torch.corrcoef(pairs[:, :, j].T)[0, 1].item() for j in (0, 1)])
+    (other, own), (other_1, own_1), (other_many, own_many) = found
+    assert other > other_1 + 0.01 > other_many + 0.02 and own > own_1 + 0.01 and abs(own_many) < 0.05, found
 
 
 def test_given_rows_show_their_token_and_others_paths_are_refused():
