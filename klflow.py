@@ -14,6 +14,7 @@ COMMANDS = {  # name: (its class in klflow_ext.cli, what it does)
     "complete": ("generate:Complete", "continue prompts"),
     "infill": ("generate:Infill", "fill the holes of texts"),
     "watch": ("watch:Watch", "watch a text form in the terminal, pass by pass"),
+    "serve": ("serve:Serve", "answer requests for completions over HTTP, asked as OpenAI's API is"),
     "plot": ("plot:Plot", "draw the log of a run as one picture"),
     "eval": ("evaluate:Eval", "held-out loss by time, likelihoods, and a judge of the samples"),
 }
@@ -23,7 +24,7 @@ HELP = """usage: klflow COMMAND [OPTIONS]
 
 {commands}
 
-sample, complete, infill and watch need no run folder: without one they use the model of English stories that comes with the package.
+sample, complete, infill, watch and serve need no run folder: without one they use the model of English stories that comes with the package.
   klflow complete --prompt "Once upon a time"
 
 Exit codes: 0 done, 1 wrong input (a line on stderr says what), 2 wrong usage, 128 + n stopped by signal n.

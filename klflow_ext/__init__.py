@@ -77,6 +77,7 @@ _MODULES = (
     "muon",
     "sharding",
     "hub",
+    "serve",
     "transformer",
 )
 __all__ = [  # a literal, which type checkers read

@@ -18,7 +18,7 @@ FLOORS = [  # each may import what stands before it, and nothing behind
     {"model", "oracle", "data"},
     {"checkpoint"},
     {"sample", "run"},
-    {"hub", "evaluate"},
+    {"hub", "evaluate", "serve"},
     {"train", "transformer"},
     {"cli"},
     {"__main__"},

@@ -31,8 +31,7 @@ def encode_pieces(tokenizer, pieces: list[str]) -> list[list[int]]:
         ValueError: the tokenizer changes the text.
     """
     text = "".join(pieces)
-    bare = _without_prefix_space(tokenizer)
-    for first, other in ((tokenizer, tokenizer), (tokenizer, bare), (bare, bare)):
+    for first, other in _makers(tokenizer):
         makers = [first if i == 0 else other for i in range(len(pieces))]
         try:
             ids = [maker.encode(p, add_special_tokens=False).ids for maker, p in zip(makers, pieces, strict=True)]
@@ -42,6 +41,14 @@ def encode_pieces(tokenizer, pieces: list[str]) -> list[list[int]]:
         if found == text:
             return ids
     raise ValueError(f"text: got {text[:80]!r} between the holes, which this tokenizer gives back as {found[:80]!r}")
+
+
+def _makers(tokenizer):
+    """Who encodes the first piece, and who the others. A copy is made only where it is needed: it takes long."""
+    yield tokenizer, tokenizer
+    bare = _without_prefix_space(tokenizer)
+    yield tokenizer, bare
+    yield bare, bare
 
 
 LONGEST_HOLE = 1_000_000

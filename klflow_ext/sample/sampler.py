@@ -289,6 +289,14 @@ class Sampler:
                     nats[members] = passes.nats.sum(1)
         return Likelihood(nats, counts, exact=True)
 
+    def batch_key(self, given: Tensor, options: SampleOptions | None = None, **changes: Any) -> tuple[int, int]:
+        """Sequences with equal keys make their passes together, if their options are equal too.
+
+        Args:
+            given: (L,) bool, of one sequence. options, changes: as in `infill`.
+        """
+        return _key(way_of(self.path, self._options(options, changes).method), given)
+
     def has_likelihood(self, options: SampleOptions | None = None, **changes: Any) -> bool:
         """Whether `likelihood` and `log_likelihoods` have something to say of this method."""
         resolved = self._options(options, changes)
@@ -349,8 +357,7 @@ class Sampler:
                     f"given: number {i} has shape {tuple(flags.shape)}, allowed is that of its tokens, {tuple(row.shape)}"
                 )
             self._check_tokens(row, flags)
-            free = int((~flags).sum()) if wants_same_free(way) else 0
-            groups.setdefault((len(row), free), []).append(i)
+            groups.setdefault(_key(way, flags), []).append(i)
         found: list[Tensor] = list(tokens)
         passes: list[list[Tensor]] = [[] for _ in tokens]
         nfe = 0
@@ -460,3 +467,8 @@ class Sampler:
 def _is_exact(way: Way, options: ResolvedOptions) -> bool:
     """Whether a way has an exact likelihood with these options."""
     return is_ordered(way) and options.slice_steps == 1
+
+
+def _key(way: Way, given: Tensor) -> tuple[int, int]:
+    """Of a sequence; those with equal ones can go through together."""
+    return len(given), int((~given).sum()) if wants_same_free(way) else 0

@@ -28,7 +28,7 @@ def stopped(number: int, text: str) -> BaseException:
 
 
 class Signals:
-    """Notes, within its block, the first of the signals NAMES. A second one does what it did before: by default, it ends the
+    """Notes, within its block, the first of some signals, of NAMES where none is named. A second one does what it did before: by default, it ends the
     process at once.
 
     A signal that is ignored (nohup, a background job) stays ignored, and one that the program handles itself stays its own.
@@ -40,13 +40,14 @@ class Signals:
 
     TWICE = 1.0  # seconds in which a second SIGHUP is the first: a closing terminal and its shell both send one
 
-    def __init__(self) -> None:
+    def __init__(self, *names: str) -> None:
+        self.names = names or NAMES
         self.number, self.at = 0, 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            for name in NAMES:
+            for name in self.names:
                 number = getattr(signal, name)
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                     self._before[number] = signal.signal(number, self._note)
