@@ -254,31 +254,76 @@ def scaling(arguments, record):
 
 def plot_scaling(results, path):
     names = list(dict.fromkeys(r["op"] for r in results))
-    drawing, axes = figure(1, len(names), figsize=(3.6 * len(names), 3.8), squeeze=False, sharey=True)
-    for axis, name in zip(axes[0], names, strict=True):
+    drawing, axes = figure(2, 3, figsize=(10, 6), sharex=True, sharey=True, layout="constrained")
+    for axis, name in zip(axes.flat, names, strict=False):
         own = [r for r in results if r["op"] == name]
         for sweep in ("rows", "V"):
             for threads in sorted({r["threads"] for r in own}):
                 line = [r for r in own if r["sweep"] == sweep and r["threads"] == threads]
                 label = f"{'rows of V = 50,259' if sweep == 'rows' else '256 rows of V'}, {threads} thread{'s' * (threads > 1)}"
-                axis.plot([r["rows"] * r["vocab"] for r in line], [r["ms"] for r in line], label=label,
-                          marker="o" if sweep == "rows" else "s", linestyle="-" if threads == 1 else "--")  # fmt: skip
-        axis.set(xscale="log", yscale="log", xlabel="rows x V", title=name)
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("ms")
-    axes[0, 0].legend(fontsize=7)
-    drawing.tight_layout()
+                each = [1e6 * r["ms"] / (r["rows"] * r["vocab"]) for r in line]
+                axis.plot([r["rows"] * r["vocab"] for r in line], each, label=label, marker="o" if sweep == "rows" else "s",
+                          linestyle="-" if threads == 1 else "--", color="C0" if sweep == "rows" else "C1")  # fmt: skip
+        axis.set(xscale="log", yscale="log", title=name)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3, which="both")
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    drawing.supxlabel("rows x V")
+    drawing.supylabel("nanoseconds an element")
+    drawing.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower right")
     drawing.savefig(path, dpi=120, format="png")
 
 
 def plot(results, path):
-    drawing, axes = figure(figsize=(9, 0.42 * len(results) + 1.5))
-    labels = [f"{r['op']}  {r['rows']} x {r['vocab']}  {r['dtype']}" for r in results]
-    axes.barh(labels, [r["copies"] for r in results])
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlabel("time, in copies of one (rows x V) tensor")
-    axes.invert_yaxis()
-    drawing.tight_layout()
+    """How many times faster than PyTorch each op is, at the first shape: a panel for each dtype."""
+    rows, vocab = results[0]["rows"], results[0]["vocab"]
+    results = [r for r in results if (r["rows"], r["vocab"]) == (rows, vocab)]
+    dtypes, names = (list(dict.fromkeys(r[key] for r in results)) for key in ("dtype", "op"))
+    drawing, axes = figure(
+        1,
+        len(dtypes),
+        figsize=(5 * len(dtypes), 0.55 * len(names) + 1.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    looks = {"eager": ("#0072B2", ""), "compile": ("#E69F00", "///"), "torch.topk": ("#999999", "...")}
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        ratios = {r["op"]: r["speedup"] for r in results if r["dtype"] == dtype}
+        for peer in dict.fromkeys(p for found in ratios.values() for p in found):
+            colour, hatch = looks.get(peer, (None, "xx"))
+            for i, name in enumerate(names):
+                peers = list(ratios.get(name, {}))
+                if peer in peers:
+                    height = 0.8 / len(peers)
+                    at = i + (peers.index(peer) - (len(peers) - 1) / 2) * height
+                    ratio = ratios[name][peer]
+                    bar = axis.barh(at, ratio - 1, left=1, height=height, color=colour, hatch=hatch, edgecolor="white", label=peer)  # fmt: skip
+                    axis.bar_label(bar, [f"{ratio:.1f}"], padding=2, fontsize=8)
+        axis.axvline(1, color="black", linewidth=1.2)
+        axis.set(
+            xscale="log",
+            title=dtype,
+            xlabel="times faster than PyTorch (1: as fast)",
+            yticks=range(len(names)),
+            yticklabels=names,
+        )
+        axis.xaxis.set_major_formatter("{x:g}")
+        all_ratios = [ratio for found in ratios.values() for ratio in found.values()]
+        axis.set_xlim(0.8 * min(1, *all_ratios), 1.6 * max(1, *all_ratios))
+    axes[0, 0].invert_yaxis()
+    found = {}
+    for axis in axes[0]:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(
+                {"eager": "PyTorch, eager", "compile": "torch.compile", "torch.topk": "torch.topk alone"}.get(
+                    label, label
+                ),
+                handle,
+            )
+    drawing.legend(found.values(), found.keys(), loc="outside lower center", ncols=len(found))
+    drawing.suptitle(f"{rows:,} rows of V = {vocab:,}")
     drawing.savefig(path, dpi=120, format="png")
 
 

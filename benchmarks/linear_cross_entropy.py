@@ -3,7 +3,7 @@
     python benchmarks/linear_cross_entropy.py                      # this machine's default shapes
     python benchmarks/linear_cross_entropy.py --shapes 512x50259x384 --dtypes float32 --json results.json
 
-"extra" is the memory at the peak beyond the inputs and their gradients: resident size on the CPU, allocated on CUDA. "dense"
+"extra" is the memory at the peak beyond the inputs and their gradients: what torch allocates. "dense"
 is cross_entropy(hidden @ weight.T), "torch ..." torch.nn.functional.linear_cross_entropy with these chunks, "products" the three
 matrix products alone, with all logits: the floor. A peer whose first call takes longer than --seconds is not called again.
 """

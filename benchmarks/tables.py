@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from method.runs import grouped, results, sampled_as
+from method.compared import grouped, results, sampled_as
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -2,24 +2,20 @@
 
     python benchmarks/train_step.py                                  # 4 x 128 positions, D = 384, 6 layers; 6 minutes on two cores
     python benchmarks/train_step.py --json step.json --plot step.png
-    python benchmarks/train_step.py --memory --batch 64              # the memory of 8,192 positions (Linux, or CUDA)
+    python benchmarks/train_step.py --memory --batch 64              # the memory of 8,192 positions
 
 Steps: "posterior" and "simplex" are this package's (no tensor of positions x V); "eager" is the paper's step as a user
 would write it in PyTorch (Dirichlet sample, log, lerp, softmax, matmul, cross-entropy); "integer" is the same network
 with ordinary token embeddings and dense logits, what an autoregressive model costs: the floor to aim at. All steps are
 called in turn in one run; each is forward, backward and both optimizers.
 
-Peak memory (--memory) is what the vocabulary's side of a step (input embedding, output layer, loss) holds at its peak above
-parameters, gradients and its (positions x D) in and outputs, each step in a process of its own, as a share of one
-(positions x 50,259) bfloat16 matrix.
+Peak memory (--memory) is what torch allocates for the vocabulary's side of a step (input embedding, output layer, loss) at its
+peak, with the gradients of the two matrices and without its (positions x D) in and outputs. "gradients" is these gradients alone:
+the least there can be.
 """
 
-import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 
 import torch
@@ -101,7 +97,7 @@ def times(arguments, record):
 
 
 def memory_of(kind, vocab, arguments):
-    """Bytes that the vocabulary's side holds at its peak above parameters, gradients and its (positions x D) in and outputs.
+    """(bytes that the vocabulary's side holds at its peak above its (positions x D) in and outputs, those of its gradients).
 
     The transformer is left out (it would hide what is held while it is idle): the embedding is normalised and goes to the head.
     """
@@ -121,50 +117,47 @@ def memory_of(kind, vocab, arguments):
     step.model.zero_grad(set_to_none=True)
     nothing()
     gradients = sum(p.numel() * p.element_size() for p in (step.model.embedding, step.model.head.weight))
-    return peak_bytes(step.backward, device) - gradients - peak_bytes(nothing, device)
+    return peak_bytes(step.backward, device) - peak_bytes(nothing, device), gradients
 
 
 def memories(arguments, record):
-    """One process for each step and V, so that no freed memory of another counts."""
-    positions = arguments.batch * arguments.length
-    matrix = 2 * positions * 50259
-    print(f"{'V':>8} {'step':<11}{'peak MB':>9}  share of ({positions} x 50,259) bfloat16, {matrix / 1e6:.0f} MB")
+    print(f"{'V':>8} {'step':<11}{'peak MB':>9}{'gradients':>11}")
     for vocab in arguments.vocab:
         for kind in arguments.steps:
-            if kind in ("integer", "eager") and 16 * positions * vocab > arguments.most_bytes:
+            if kind in ("integer", "eager") and 16 * arguments.batch * arguments.length * vocab > arguments.most_bytes:
                 continue
-            options = [
-                f"--{name}={getattr(arguments, name)}"
-                for name in ("device", "batch", "length", "width", "layers", "dtype")
-            ]
-            options += [f"--threads={arguments.threads}"] if arguments.threads else []
-            command = [sys.executable, __file__, f"--measure={kind}", f"--vocab={vocab}", *options]
-            # Every large tensor in pages of its own, given back when it is freed: what glibc keeps would not count.
-            own_pages = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
-            done = subprocess.run(command, capture_output=True, text=True, env=own_pages)
-            if done.returncode != 0:
-                print(f"{vocab:>8} {kind:<11} failed: {done.stderr.strip().splitlines()[-1:]}")
+            try:
+                size, gradients = memory_of(kind, vocab, arguments)
+            except RuntimeError as error:  # there is too little memory
+                print(f"{vocab:>8} {kind:<11} failed: {str(error).splitlines()[:1]}")
                 continue
-            size = float(done.stdout.split()[-1])
-            record.add({"vocab": vocab, "step": kind, "peak_bytes": size, "share": size / matrix})
-            print(f"{vocab:>8} {kind:<11}{size / 1e6:>9.0f}{size / matrix:>8.1%}", flush=True)
+            record.add({"vocab": vocab, "step": kind, "peak_bytes": size, "gradient_bytes": gradients})
+            print(f"{vocab:>8} {kind:<11}{size / 1e6:>9.0f}{gradients / 1e6:>11.0f}", flush=True)
 
 
 def plot(results, path):
     panels = [(name, key, label) for name, key, label in (
-        ("times", "ms", "ms a step"), ("memory", "peak_bytes", "peak MB of the vocabulary's side, at least 1")) if results.get(name)]  # fmt: skip
+        ("times", "ms", "ms a step"), ("memory", "peak_bytes", "peak MB of the vocabulary's side of a step")) if results.get(name)]  # fmt: skip
     drawing, axes = figure(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
+    looks = {"posterior": ("#0072B2", "o", "-"), "simplex": ("#CC79A7", "X", "-."), "integer": ("black", "P", ":"), "eager": ("#7f7f7f", "d", "--")}  # fmt: skip
+    names = {"posterior": "this package, posterior input", "simplex": "this package, the paper's input",
+             "integer": "PyTorch, integer tokens (autoregressive)", "eager": "PyTorch, the paper's step"}  # fmt: skip
     for axis, (name, key, label) in zip(axes[0], panels, strict=True):
         for kind in STEPS:
             points = [
-                (r["vocab"], max(r[key] / 1e6, 1) if key == "peak_bytes" else r[key])
+                (r["vocab"], r[key] / 1e6 if key == "peak_bytes" else r[key])
                 for r in results[name]
                 if r["step"] == kind
             ]
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=kind)
+                colour, marker, line = looks[kind]
+                axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, label=names[kind])
         axis.set(xscale="log", yscale="log", xlabel="V", ylabel=label)
-        axis.legend()
+        if name == "memory":
+            sizes = sorted({r["vocab"]: r["gradient_bytes"] / 1e6 for r in results[name]}.items())
+            axis.plot(*zip(*sizes, strict=True), color="black", linewidth=0.8, label="the two gradients alone")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
     drawing.tight_layout()
     drawing.savefig(path, dpi=120, format="png")
 
@@ -187,7 +180,6 @@ def parse_arguments():
     parser.add_argument(
         "--most-bytes", type=float, default=16e9, help="with --memory: dense steps above this are left out"
     )
-    parser.add_argument("--measure", choices=STEPS, help=argparse.SUPPRESS)
     arguments = parse(parser)
     try:
         arguments.vocab = [int(v) for v in arguments.vocab.split(",")]
@@ -202,9 +194,6 @@ def parse_arguments():
 
 def main():
     arguments = parse_arguments()
-    if arguments.measure:
-        print(memory_of(arguments.measure, arguments.vocab[0], arguments))
-        return
     size = {name: getattr(arguments, name) for name in ("batch", "length", "width", "layers", "dtype")}
     name = "memory" if arguments.memory else "times"
     held = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}

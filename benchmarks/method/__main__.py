@@ -7,7 +7,8 @@ python benchmarks/method observe --name slices --seed 0       # held-out text th
 python benchmarks/method fill --name segments --seed 0        # held-out stories from their beginnings, and with holes
 python benchmarks/method grid --name posterior --seed 0       # the times of the sampling scheme by the race bound
 python benchmarks/method sweep --name posterior --seed 0      # t_split, time grid, boosts; with --nfe 16 11 minutes
-python benchmarks/method plot                                 # results/method_loss.png, results/method_frontier.png
+python benchmarks/method text --vocab-size 2048               # bits per byte and entropy of real text, seconds
+python benchmarks/method plot                                 # results/method_{loss,frontier,likelihood}.png
 python benchmarks/method gallery                              # benchmarks/GALLERY.md: uncurated samples
 
 It needs KLFLOW_DATA, a folder with TinyStories text and the stories260K judge. Held-out loss of the paths of one kind
@@ -19,11 +20,12 @@ from pathlib import Path
 
 from compared import METHODS, ROOT
 from observe import observe
-from samples import fill, grid, judge, likelihood, sweep
-from show import gallery, plot
+from pictures import plot
+from samples import fill, grid, judge, likelihood, sweep, text
+from show import gallery
 from train import train
 
-ACTIONS = {f.__name__: f for f in (train, judge, likelihood, observe, fill, grid, sweep, plot, gallery)}
+ACTIONS = {f.__name__: f for f in (train, judge, text, likelihood, observe, fill, grid, sweep, plot, gallery)}
 
 
 def main() -> None:

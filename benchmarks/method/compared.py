@@ -15,6 +15,7 @@ from klflow_ext.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent  # of the benchmarks
 RESULTS = ROOT / "results" / "method"
+TEXT = ROOT / "results" / "method_text.json"  # of real text
 
 # name: (path, what the network is, how it is trained). The paper's own is "simplex uniform". "stdlib" is "segments" on the
 # source of Python's standard library, for a removed line of code.
@@ -36,6 +37,20 @@ METHODS = {
     "autoregressive": (Autoregressive, {"input": "tokens", "causal": True, "time": "none"}, {"time_sampling": "uniform"}),
 }  # fmt: skip
 LENGTH, BATCH = 64, 32
+
+TITLES = {  # what a reader sees, in this order; a run may be sampled by another scheme than its own
+    "autoregressive": "autoregressive",
+    "slices": "KL flow, slices",
+    "mask slices": "mask flow, slices",
+    "segments": "KL flow, segments",
+    "mask, segments": "mask flow, segments",
+    "posterior": "KL flow, posterior input",
+    "posterior, hybrid at half": "KL flow, posterior input, hybrid at half",
+    "simplex": "KL flow, the paper's input",
+    "mask": "mask flow (DFM)",
+}
+# Two streams have twice the rows: a step of theirs is two of one stream's. Steps of theirs: of one stream's, with equal arithmetic.
+HALVES = {537: 1075}
 
 
 def text_streams(arguments):
@@ -101,6 +116,26 @@ def grouped(found: list[dict], key) -> dict[tuple, list[dict]]:
     for r in found:
         groups.setdefault(key(r), []).append(r)
     return groups
+
+
+def beside(r: dict) -> tuple[int, int, str]:
+    """(V, steps, "" or what to add to its name) of the runs that a run stands beside."""
+    if order_of(r["name"]) == "slices" and r["steps"] in HALVES:
+        return r["vocab_size"], HALVES[r["steps"]], ", half the steps"
+    return r["vocab_size"], r["steps"], ""
+
+
+def titled(name: str) -> str:
+    """As a reader sees it."""
+    name, half, _ = name.partition(", half the steps")
+    return TITLES.get(name, name) + half
+
+
+def placed(name: str) -> tuple[int, str]:
+    """Where a name comes in the order of the titles."""
+    names = list(TITLES)
+    bare = name.partition(", half the steps")[0]
+    return (names.index(bare) if bare in names else len(names)), name
 
 
 def order_of(name: str) -> str | None:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from compared import LENGTH, RESULTS, held_texts, label, load_sampler, order_of, text_streams, update
+from compared import LENGTH, RESULTS, TEXT, held_texts, label, load_sampler, order_of, text_streams, update
 
 from klflow_ext import LogitPath, data, evaluate
+from klflow_ext.files import write_file
 
 
 def samples(arguments, sampler, tokenizer, scorer, **options):
@@ -50,6 +51,17 @@ def judge(arguments) -> None:
     file, measured = RESULTS / f"{label(arguments)}.json", {key(row) for row in rows}
     kept = json.loads(file.read_text()).get("samples", []) if file.exists() else []
     update(arguments, samples=[row for row in kept if key(row) not in measured] + rows)
+
+
+def text(arguments) -> None:
+    """Bits per byte and token entropy of held-out text, in pieces as long as the samples; results/method_text.json."""
+    tokenizer, _, held = text_streams(arguments)
+    tokens = held_texts(held, 4 * arguments.count)
+    row = {"count": len(tokens), "bits_per_byte": load_judge().bits_per_byte([tokenizer.decode(t.tolist()) for t in tokens]), "entropy": evaluate.token_entropy(tokens)}  # fmt: skip
+    print(f"V = {arguments.vocab_size}: {row}")
+    found = json.loads(TEXT.read_text()) if TEXT.exists() else {}
+    found[str(arguments.vocab_size)] = row
+    write_file(TEXT, lambda p: p.write_text(json.dumps(found, indent=1) + "\n"))
 
 
 def likelihood(arguments) -> None:

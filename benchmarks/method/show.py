@@ -1,62 +1,10 @@
-"""What a reader sees of the results: plots, and a gallery of samples."""
+"""A gallery of samples."""
 
 from __future__ import annotations
 
-import numpy as np
-from compared import LENGTH, METHODS, ROOT, grouped, results, sampled_as
+from compared import LENGTH, ROOT, results, sampled_as
 
 from klflow_ext.files import write_file
-
-
-def plot(arguments) -> None:
-    """Held-out loss by time and by step, and bits per byte against entropy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    found = results()
-    shown = ("posterior", "simplex", "simplex uniform")
-    runs = grouped([r for r in found if "losses" in r and r["name"] in shown], lambda r: (r["vocab_size"], r["steps"]))
-    figure, axes = pyplot.subplots(len(runs), 2, figsize=(9, 3.4 * len(runs)), squeeze=False)
-    for (by_time, by_step), (vocab, steps) in zip(axes, sorted(runs), strict=True):
-        for color, name in zip(("C0", "C1", "C2"), shown, strict=True):
-            for i, r in enumerate(r for r in runs[vocab, steps] if r["name"] == name):
-                text = name if i == 0 else None
-                by_time.plot(
-                    [float(t) for t in r["losses"]], list(r["losses"].values()), color=color, marker=".", label=text
-                )
-                by_step.plot([c["step"] for c in r["curve"]], [c["loss"] for c in r["curve"]], color=color, label=text)
-        by_time.set(xlabel="t", ylabel="held-out loss, nats", yscale="log", title=f"V = {vocab:,}, {steps:,} steps")
-        by_step.set(xlabel="step", ylabel="mean over t", title="one line a seed")
-        by_time.legend()
-    figure.tight_layout()
-    figure.savefig(ROOT / "results" / "method_loss.png", dpi=110)
-
-    figure, axes = pyplot.subplots(1, 4, figsize=(15, 4), sharey=True)
-    found = [r for r in found if (r["vocab_size"], r["steps"]) == (2048, 1075)]
-    names = [name for name in METHODS if any(r["name"] == name and r.get("samples") for r in found)]
-    colors = {name: f"C{i}" for i, name in enumerate(names)}
-    for axis, nfe in zip(axes, (8, 16, 32, 64), strict=True):
-        for name in [*names, "mask, segments"]:
-            samples = [
-                s for r in found for s in r.get("samples", []) if sampled_as(r["name"], s["method"]) == name
-            ]  # fmt: skip
-            groups = dict(sorted(grouped([s for s in samples if s["steps"] == nfe], lambda s: s["top_k"]).items()))
-            if groups:
-                points = [
-                    (n, *(np.mean([s[k] for s in g]) for k in ("entropy", "bits_per_byte"))) for n, g in groups.items()
-                ]
-                axis.plot([x for _, x, _ in points], [y for _, _, y in points], marker="o", color=colors[name.split(",")[0]],
-                          linestyle="--" if "," in name else "-", label=name)  # fmt: skip
-                for n, x, y in points:
-                    axis.annotate(str(n), (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        axis.set(xlabel="entropy of a sample's tokens, nats", title=f"NFE {nfe}; numbers are top-k")
-    axes[0].set_ylabel("bits per byte under the judge (lower is better)")
-    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
-    axes[0].legend(lines.values(), lines.keys(), fontsize=8)
-    figure.tight_layout()
-    figure.savefig(ROOT / "results" / "method_frontier.png", dpi=110)
 
 
 def gallery(arguments) -> None:

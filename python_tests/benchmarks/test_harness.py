@@ -133,3 +133,16 @@ def test_a_graph_is_recorded_after_a_first_call(monkeypatch):
     assert log == [
         "side waits for current", "call on side", "current waits for side", "call on graph", "replay",
     ]  # fmt: skip
+
+
+def test_peak_memory_counts_each_allocation_and_nothing_else():
+    held = [torch.zeros(1000)]
+
+    def call():
+        a = torch.zeros(5000)  # 20,000 bytes
+        b = a + 1
+        del a
+        held[0] = torch.zeros(10)  # what was held before goes, 40 bytes come
+        return b + 1
+
+    assert harness.peak_bytes(call, torch.device("cpu")) == pytest.approx(40_000, abs=200)
