@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -30,6 +31,7 @@ from harness import machine  # noqa: E402
 from samples import load_judge  # noqa: E402
 
 from klflow_ext import Autoregressive, Denoiser, DenoiserConfig, Sampler, TrainConfig, Trainer, data, evaluate  # noqa: E402
+from klflow_ext.evaluate.conditional import Pair, read_pairs  # noqa: E402
 from klflow_ext.evaluate.text import Interval, distinct, mean_interval, repetition  # noqa: E402
 from klflow_ext.files import read_json, write_file  # noqa: E402
 from klflow_ext.muon import multiplies_bfloat16  # noqa: E402
@@ -118,9 +120,9 @@ def as_json(interval: Interval) -> list[float]:
     return [round(value, 5) for value in interval]
 
 
-def toy_texts(vocab_size: int) -> tuple[list[str], list[str]]:
-    """Sentences of a few words, where only the way of the figures is tried."""
-    texts = [f"the {a} {b} sat on the {c}.\n  x = {a}\n  y = {c}\nand ran to {b}.\nso did {c}.\nall of {a}.\nend\n" * 2
+def toy_texts() -> tuple[list[str], list[str]]:
+    """Small programs, where only the way of the figures is tried."""
+    texts = [f"def {a}(x):\n    {b} = x\n    the = {b}\n    cat = {c}(the)\n    return cat\n\n" * 2
              for a in ("cat", "dog", "hen") for b in ("tom", "amy", "sam") for c in ("mat", "box", "bed")]  # fmt: skip
     return texts[3:], texts[:3]
 
@@ -128,7 +130,7 @@ def toy_texts(vocab_size: int) -> tuple[list[str], list[str]]:
 class Bench:
     """What a script measures with.
 
-    name: of the script and its file. texts: by name, functions that give (training, held-out) texts.
+    name: of the script and its file.
     """
 
     def __init__(self, name: str, arguments: argparse.Namespace):
@@ -152,7 +154,7 @@ class Bench:
     def stream(self, text: str = "tinystories") -> tuple[Any, Any, Any]:
         """(tokenizer, training, held-out tokens)."""
         if self.arguments.scale == "test":
-            text, read = "toy", lambda: toy_texts(self.scale.vocab_size)
+            text, read = "toy", toy_texts
         else:
             read = TEXTS[text]
         return token_streams(
@@ -177,8 +179,9 @@ class Bench:
         """
         scale, (tokenizer, stream, held) = self.scale, self.stream(text)
         make_path, model_options, train_options = METHODS[method]
-        given = {field.name: field.default for field in (*fields(DenoiserConfig), *fields(TrainConfig))}
-        changes = {**(path or {}), **{k: v for k, v in {**(model or {}), **train}.items() if v != given[k]}}
+        usual = {field.name: field.default for field in (*fields(DenoiserConfig), *fields(TrainConfig))}
+        usual |= {"given_share": 0.0, **train_options, **model_options}
+        changes = {**(path or {}), **{k: v for k, v in {**(model or {}), **train}.items() if v != usual[k]}}
         options = {"given_share": 0.0, **train_options, **train}
         label = "-".join([text, method, *(f"{name}={value}" for name, value in changes.items()), f"seed{seed}"])
         label = label.replace(" ", "-")
@@ -216,7 +219,7 @@ class Bench:
             "losses": {f"{t:.4f}": x for t, x in losses.items()},
         }
         if sampler.path.has_likelihood:
-            likelihood = sampler.path.likelihood(sampler.model, texts, strata=16)
+            likelihood = sampler.path.likelihood(sampler.model, texts, strata=min(16, count))
             found |= {
                 "nats": likelihood.per_token,
                 "nats_error": likelihood.standard_error,
@@ -259,9 +262,17 @@ class Bench:
         return self.table.row(key, lambda: self.figures(tokens, [tokenizer.decode(row.tolist()) for row in tokens]))
 
 
+def prompted_stories() -> tuple[list[str], list[str]]:
+    """Prompts and the beginnings of their stories, so short that a sequence mostly shows a prompt with its text."""
+    pairs = read_pairs(Path(os.environ["KLFLOW_DATA"]) / "snakes" / "llm_stories.jsonl.gz")
+    train, held = ([Pair(pair.prompt, pair.text[:160]).document for pair in part] for part in pairs)
+    return train, held
+
+
 TEXTS: dict[str, Callable[[], tuple[list[str], list[str]]]] = {
     "tinystories": stories,
     "stdlib": lambda: data.documents(None),
+    "snakes": prompted_stories,
 }
 
 

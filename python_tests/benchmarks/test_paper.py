@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks" / "paper"))
 import matched  # noqa: E402
+import report  # noqa: E402
 
-SCRIPTS = ("geometry", "nfe", "top_k", "optimizer", "time_insertion", "t_split", "cost")
+from klflow_ext.evaluate import code, conditional  # noqa: E402
+from klflow_ext.evaluate.text import mean_interval  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +28,11 @@ def call(name, folder, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", report.SCRIPTS)
 def test_script(name, folder, capsys, monkeypatch):
+    monkeypatch.setattr(import_module("cost"), "REPEATS", 1)
+    for module in (code, conditional):
+        monkeypatch.setattr(module, "mean_interval", partial(mean_interval, rounds=20))
     found = call(name, folder)
     assert found["settings"]["steps"] == 2 and found["judge"] == "eight bits a byte" and found["machine"]["torch"]
     keys = [json.dumps(row["key"]) for row in found["rows"]]
@@ -37,14 +43,46 @@ def test_script(name, folder, capsys, monkeypatch):
             assert row["bits_per_byte"] == [8.0, 8.0, 8.0] and row["count"] == 4 and row["length"] == 16
             low, middle, high = (row["entropy"][i] for i in (1, 0, 2))
             assert low <= middle <= high
-    table = capsys.readouterr().out.rpartition("s left\n")[2].splitlines()
-    assert table[1].startswith("| ---") and all(
-        line.count("|") == table[0].count("|") for line in table if line[:1] == "|"
-    )
+    table = capsys.readouterr().out.rpartition("s left\n")[2]
+    assert "\n| --- |" in table and "nan" not in table
 
     monkeypatch.setattr(matched.Bench, "trained", lambda *a, **b: pytest.fail("made again"))
     monkeypatch.setattr(import_module("cost"), "costs", lambda *a: pytest.fail("made again"))
     assert call(name, folder)["rows"] == found["rows"]
+
+
+def test_the_report_has_what_the_results_say(tmp_path):
+    """A script whose rows are there is a table, the others say that they are not; the text around the marks stays."""
+    marks = "".join(f"a\n<!-- {name} -->\nold\n<!-- end of {name} -->\nb\n" for name in report.SCRIPTS)
+    settings = {"layers": 1, "width": 2, "vocab_size": 3000, "length": 4, "steps": 5, "batch": 6, "samples": 7}
+    table = matched.Table(
+        tmp_path / "t_split.json",
+        settings=settings,
+        judge="J",
+        precision="P",
+        machine={"device": "D", "threads": 1, "torch": "T"},
+    )
+    for share in (0.0, 1.0):
+        row = {"bits_per_byte": [1 + share, 1.0, 3.0], "entropy": [2.0, 1.0, 3.0]}
+        table.row({"method": "KL", "share": share, "seed": 0}, lambda row=row: row)
+    text = report.filled(marks, tmp_path, tmp_path)
+    assert text.count("Not measured yet.") == len(report.SCRIPTS) - 1 and text.count("a\n<!--") == len(report.SCRIPTS)
+    assert "| 1.00 | 2.00 [1.00, 3.00] | 2.00 [1.00, 3.00] |" in text and "V = 3,000" in text and "old" not in text
+    assert "](t_split.png)" in text and (tmp_path / "t_split.png").exists()
+    assert report.filled(text, tmp_path, tmp_path) == text
+    with pytest.raises(ValueError, match="no marks of geometry"):
+        report.filled("", tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("name", report.SCRIPTS)
+def test_tables_of_the_readme_are_those_of_the_results(name):
+    text = (Path(report.__file__).parent / "README.md").read_text()
+    file = matched.BENCHMARKS / "results" / "paper" / "cpu" / f"{name}.json"
+    shown = text.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- end of {name} -->")[0]
+    expected = (
+        import_module(name).table(json.loads(file.read_text())["rows"]) if file.exists() else ["Not measured yet."]
+    )
+    assert shown.startswith("\n".join(expected) + "\n")
 
 
 def test_rows_of_other_settings_are_refused(tmp_path):
