@@ -22,7 +22,7 @@ from klflow_ext.cli.terminal import choose_device
 from klflow_ext.evaluate import table
 from klflow_ext.evaluate.conditional import measure_conditional, read_pairs
 from klflow_ext.evaluate.text import Corpus, Interval
-from klflow_ext.files import checksum, write_file
+from klflow_ext.files import write_file
 from klflow_ext.path import Likelihood, as_network
 from klflow_ext.run import STORIES, Run, is_saved_model, load_run
 from klflow_ext.sample import Sampler
@@ -108,7 +108,7 @@ def corpus_of(stream: data.Stream) -> Corpus:
 
 @dataclass
 class Eval:
-    """Held-out loss by time of a run; with --likelihood its -log p; with --judge, bits per byte of its samples under a llama2.c
+    """Held-out loss by time of a run; with --likelihood its -log p; with --judge, bits per byte of its samples under another
     model; with --samples, one table of what can be said of its samples, real text first; with
     --infilling, what it puts into the holes of code is worth; with --conditional, what it writes to prompts."""
 
@@ -117,7 +117,7 @@ class Eval:
     likelihood: bool = False
     """-log p of `count` held-out texts, exactly where the method allows it, else as a bound."""
     judge: Path | None = None
-    """Folder with stories260K.bin and tok512.bin."""
+    """Folder of stories260K, of an autoregressive run of this package, or of a causal model of `transformers`."""
     count: int = 32
     length: int = 64
     steps: int = 64
@@ -195,7 +195,7 @@ class Eval:
         model = model.to(device)
         stream, held = texts_for(tokenizer, self.data) if saved else Run(folder).streams(self.data)
         # First, so that a wrong folder fails at once.
-        judge = None if self.judge is None else evaluate.Judge(self.judge)
+        judge = None if self.judge is None else evaluate.open_judge(self.judge, device)
         print_losses(model, path, stream, held, self.length)
         sampler = Sampler(model, path, device, tokenizer=tokenizer)
         if self.likelihood:
@@ -232,7 +232,7 @@ class Eval:
     def own_method(sampler: Sampler) -> str:
         return "left to right" if sampler.path.way is not None else sampler.default_method
 
-    def print_judged(self, sampler: Sampler, tokenizer, stream, held, judge: evaluate.Judge) -> None:
+    def print_judged(self, sampler: Sampler, tokenizer, stream, held, judge: evaluate.Scorer) -> None:
         path = sampler.path
         generator = np.random.default_rng(0)
         real = data.batch(held, self.count, self.length, seed=0, step=0).tolist()
@@ -258,7 +258,7 @@ class Eval:
                 f"  {name:<34} {judge.bits_per_byte(texts):.2f} ({evaluate.token_entropy(sequences):.2f})", flush=True
             )
 
-    def print_table(self, sampler: Sampler, tokenizer, stream, held, judge: evaluate.Judge | None) -> dict[str, Any]:
+    def print_table(self, sampler: Sampler, tokenizer, stream, held, judge: evaluate.Scorer | None) -> dict[str, Any]:
         """Prints it, and gives it with its settings."""
         corpus, shape = corpus_of(stream), (self.samples or 0, self.length)
 
@@ -286,10 +286,7 @@ class Eval:
         print(table.as_table(rows), flush=True)
         return {
             "samples": shape[0], "length": self.length, "steps": self.steps,
-            "judge": None if self.judge is None or judge is None else {
-                "folder": str(self.judge), "sha256": checksum(self.judge / "stories260K.bin"), "context": judge.context,
-                "precision": "float32",
-            },
+            "judge": None if judge is None else judge.describe(),
             "bootstrap": {"level": 0.95, "rounds": 2000, "seed": 0, "over": "texts"},
             "searched_for_copies": {"tokens": len(corpus.text), "of": len(stream)},
             "definitions": table.DEFINITIONS,

@@ -1,7 +1,7 @@
 """How good a model and its text are.
 
 losses.py    held-out loss by time, entropies
-judge.py     bits per byte under an independent judge
+judge.py     bits per byte under an independent judge, and what it sees in a text
 text.py      variety, repetition, what was copied, BLEU, ROUGE-L, intervals
 table.py     all of these for some texts side by side
 code.py      tasks with holes, pass@k and compiles@k
@@ -9,8 +9,11 @@ conditional.py   texts written to prompts, against those that were wanted; rows.
 sandbox.py   a program that nobody has read, run where it costs its own score only; guard.py is what shuts it in
 """
 
-from klflow_ext.evaluate.judge import Judge
+from klflow_ext.evaluate.judge import Judge, Scorer, open_judge
 from klflow_ext.evaluate.losses import loss_by_time, token_entropy, unigram_entropy, unigram_log_prior
 from klflow_ext.evaluate.sandbox import Outcome, run_program
 
-__all__ = ["Judge", "Outcome", "loss_by_time", "run_program", "token_entropy", "unigram_entropy", "unigram_log_prior"]
+__all__ = [
+    "Judge", "Outcome", "Scorer", "loss_by_time", "open_judge", "run_program", "token_entropy", "unigram_entropy",
+    "unigram_log_prior",
+]  # fmt: skip

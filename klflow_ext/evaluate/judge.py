@@ -1,16 +1,26 @@
-"""Bits per byte of text under an independent model."""
+"""Bits per byte of text under an independent model, which reads from left to right."""
 
 from __future__ import annotations
 
 import math
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from klflow_ext.files import checksum
+from klflow_ext.path import Autoregressive, as_network
+from klflow_ext.path.network import Network
+from klflow_ext.run import Run, is_saved_model, load_run
+
+POOLING = "bits of all texts over their UTF-8 bytes; each text from its first token on, by itself, cut at the context"
 
 
 @contextmanager
@@ -23,19 +33,93 @@ def _reading(path: Path) -> Iterator[bytes]:
         raise ValueError(f"judge: {path} cannot be read: {error}") from None
 
 
-class Judge:
-    """A small pretrained Llama in llama2.c's legacy format, which scores text in bits per byte.
+class Look(NamedTuple):
+    """bits: -log2 p of a text. size: its UTF-8 bytes. feature: (D,) float64, the mean of the last hidden states over its tokens."""
+
+    bits: float
+    size: float
+    feature: np.ndarray
+
+
+class Scorer:
+    """A model that says how likely each token of a text is after those before it.
+
+    Attributes:
+        kind: of the model, a word. folder: where it lies. context: how many tokens of a text it reads.
+    """
+
+    kind: ClassVar[str]
+    folder: Path
+    context: int
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, behind one that begins every text."""
+        raise NotImplementedError
+
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(-log p in nats (L - 1,) of each of these tokens (L,) but the first, hidden states (L - 1, D) that say so)."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What stands beside its figures, in the types of JSON: the model, and how it reads."""
+        return {
+            "kind": self.kind, "folder": str(self.folder), "sha256": checksum(self._weights()), "context": self.context,
+            "precision": str(self._precision()).removeprefix("torch."), "pooling": POOLING,
+        }  # fmt: skip
+
+    def _weights(self) -> Path:
+        """The file that has them, or the first of several."""
+        raise NotImplementedError
+
+    def _precision(self) -> torch.dtype:
+        return torch.float32
+
+    @torch.no_grad()
+    def look(self, texts: Sequence[str]) -> list[Look]:
+        """What it makes of each text, cut at the context; of a text that is cut the bytes are counted in proportion."""
+        found = []
+        for text in texts:
+            encoded = self.encode(text)
+            tokens = torch.tensor(encoded[: self.context])
+            nats, hidden = self.read(tokens)
+            feature = hidden.double().sum(0) / max(len(hidden), 1)
+            size = len(text.encode(errors="surrogatepass")) * len(tokens) / len(encoded)
+            found.append(Look(float(nats.double().sum()) / math.log(2), size, feature.cpu().numpy()))
+        return found
+
+    def bits(self, texts: Sequence[str]) -> list[tuple[float, float]]:
+        """(-log2 p, UTF-8 bytes) of each text."""
+        return [(one.bits, one.size) for one in self.look(texts)]
+
+    def bits_per_byte(self, texts: Sequence[str]) -> float:
+        """The bits of all texts over their bytes."""
+        bits, sizes = zip(*self.bits(texts), strict=True)
+        return sum(bits) / sum(sizes)
+
+    def features(self, texts: Sequence[str]) -> np.ndarray:
+        """(N, D) float64: the feature of each text."""
+        return np.stack([one.feature for one in self.look(texts)])
+
+
+class Judge(Scorer):
+    """A small pretrained Llama in llama2.c's legacy format, such as stories260K.
 
     Args: folder with stories260K.bin and tok512.bin.
     Raises:
         ValueError: one is missing or cannot be read; the message names it.
     """
 
+    kind = "llama2.c"
+
     def __init__(self, folder: str | Path):
-        with _reading(Path(folder) / "stories260K.bin") as raw:
+        self.folder = Path(folder)
+        with _reading(self._weights()) as raw:
             self._read_weights(raw)
-        with _reading(Path(folder) / "tok512.bin") as raw:
+        with _reading(self.folder / "tok512.bin") as raw:
             self._read_pieces(raw, len(self.classifier))
+
+    def _weights(self) -> Path:
+        return self.folder / "stories260K.bin"
 
     def _read_weights(self, raw: bytes) -> None:
         dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack_from("<7i", raw)
@@ -78,11 +162,22 @@ class Judge:
             self.scores.append(score)
             at += 8 + size
         self.names = {token: piece for piece, token in self.pieces.items()}
+        self.by_words = not any(b" " in piece[1:] for piece in self.pieces)
+        self.words: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """SentencePiece-style merges by score, bytes where a character has no piece; starts with BOS = 1."""
+        """SentencePiece-style merges by score, bytes where a character has no piece; starts with BOS = 1.
+
+        Words are merged by themselves, each once, where no piece reaches over a space.
+        """
+        parts = re.findall(r" [^ ]*", " " + text) if self.by_words else [" " + text]
+        for part in {*parts} - self.words.keys():
+            self.words[part] = self._merged(part)
+        return [1, *(token for part in parts for token in self.words[part])]
+
+    def _merged(self, text: str) -> list[int]:
         tokens = []
-        for character in " " + text:
+        for character in text:
             piece = self.pieces.get(character.encode())
             tokens += [piece] if piece is not None else [byte + 3 for byte in character.encode()]
         while True:
@@ -92,10 +187,11 @@ class Judge:
                 if merged is not None and (best is None or self.scores[merged] > best[0]):
                     best = (self.scores[merged], i, merged)
             if best is None:
-                return [1, *tokens]
+                return tokens
             tokens[best[1] : best[1] + 2] = [best[2]]
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, label = tokens[:-1], tokens[1:]
         length, size = len(tokens), self.embedding.shape[1] // self.heads
         angles = torch.outer(
             torch.arange(length, dtype=torch.float32),
@@ -119,20 +215,113 @@ class Judge:
             x = x + y[0].transpose(0, 1).reshape(length, -1) @ self.wo[i].T
             h = norm(x, self.norm_mlp[i])
             x = x + (F.silu(h @ self.w1[i].T) * (h @ self.w3[i].T)) @ self.w2[i].T
-        return norm(x, self.norm_final) @ self.classifier.T
+        x = norm(x, self.norm_final)
+        return F.cross_entropy(x @ self.classifier.T, label, reduction="none"), x
 
-    @torch.no_grad()
-    def bits(self, texts) -> list[tuple[float, float]]:
-        """(-log2 p, UTF-8 bytes) of each text, cut at the judge's context; of a text that is cut the bytes in proportion."""
-        found = []
-        for text in texts:
-            encoded = self.encode(text)
-            tokens = torch.tensor(encoded[: self.context])
-            loss = F.cross_entropy(self.logits(tokens[:-1]), tokens[1:], reduction="sum").item()
-            found.append((loss / math.log(2), len(text.encode()) * len(tokens) / len(encoded)))
-        return found
 
-    def bits_per_byte(self, texts) -> float:
-        """The bits of all texts over their bytes."""
-        bits, sizes = zip(*self.bits(texts), strict=True)
-        return sum(bits) / sum(sizes)
+class RunJudge(Scorer):
+    """An Autoregressive run of this package, or such a model saved by `klflow_ext.hub`.
+
+    Raises:
+        ValueError: the folder holds no such model, one without a tokenizer, or one of which only the call is known.
+    """
+
+    kind = "klflow_ext"
+
+    def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
+        self.folder = Path(folder)
+        model, self.path, self.tokenizer = load_run(folder)
+        network = as_network(model, self.path.vocab_size)
+        if not isinstance(self.path, Autoregressive) or not isinstance(network, Network) or self.tokenizer is None:
+            raise ValueError(
+                f"judge: got {folder} with {self.path!r}, allowed is an Autoregressive path with a Network and a tokenizer"
+            )
+        self.network = network.to(device)
+        trained = None if is_saved_model(self.folder) else Run(folder).config()["train"]["length"]
+        self.context = (trained or network.max_length or 1024) + 1  # the start token too
+
+    def encode(self, text: str) -> list[int]:
+        return [self.path.vocab_size, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        label = tokens[None, 1:].to(self._device())
+        if not label.numel():
+            return torch.zeros(0), torch.zeros(0, self.network.head.weight.shape[1])
+        times = torch.zeros(1, device=label.device)
+        prediction = self.network.predict(self.path.noisy(label, times, 0), times)
+        assert prediction.hidden is not None
+        return prediction.cross_entropy(label, reduction="none")[0], prediction.hidden[0]
+
+    def _device(self) -> torch.device:
+        return self.network.head.weight.device
+
+    def _precision(self) -> torch.dtype:
+        return self.network.head.weight.dtype
+
+    def _weights(self) -> Path:
+        return (self.folder if is_saved_model(self.folder) else Run(self.folder).last().folder) / "model.safetensors"
+
+
+class TransformersJudge(Scorer):
+    """A causal model of `transformers` with its tokenizer, of a local folder; nothing is downloaded.
+
+    Raises:
+        ValueError: the folder holds no such model, or its tokenizer has no token to begin a text with (BOS, else EOS).
+        ImportError: transformers is not here.
+    """
+
+    kind = "transformers"
+
+    def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError:
+            raise ImportError("this judge needs the hf extra: pip install 'klflow_ext[hf]'") from None
+        self.folder = Path(folder)
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(device).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (ValueError, OSError, KeyError, RuntimeError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"judge: {folder} cannot be read as a causal model of transformers: {said}") from None
+        start = self.tokenizer.bos_token_id
+        self.start = self.tokenizer.eos_token_id if start is None else start
+        if self.start is None:
+            raise ValueError(f"judge: got {folder} with a tokenizer without BOS and EOS, allowed is one with either")
+        self.context = (
+            self.model.config.to_dict().get("max_position_embeddings")
+            or self.model.config.to_dict().get("n_positions")
+            or 1024
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return [self.start, *self.tokenizer.encode(text, add_special_tokens=False)]
+
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = tokens.to(self.model.device)
+        found = self.model(tokens[None], output_hidden_states=True)
+        nats = F.cross_entropy(found.logits[0, :-1].float(), tokens[1:], reduction="none")
+        return nats, found.hidden_states[-1][0, :-1]
+
+    def _precision(self) -> torch.dtype:
+        return self.model.dtype
+
+    def _weights(self) -> Path:
+        return min(f for kind in ("*.safetensors", "*.bin") for f in self.folder.glob(kind))
+
+
+def open_judge(folder: str | Path, device: str | torch.device = "cpu") -> Scorer:
+    """The judge that a folder holds: stories260K, an Autoregressive run or saved model of this package, or a causal model of
+    `transformers`.
+
+    Raises:
+        ValueError: it holds none of these, or what it holds cannot be read.
+    """
+    folder = Path(folder)
+    if (folder / "stories260K.bin").is_file():
+        return Judge(folder)
+    if is_saved_model(folder) or Run(folder).checkpoints():
+        return RunJudge(folder, device)
+    if (folder / "config.json").is_file():
+        return TransformersJudge(folder, device)
+    raise ValueError(f"judge: {folder} has no stories260K.bin, no run of this package and no model of transformers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from klflow_ext.evaluate.judge import Judge
+from klflow_ext.evaluate.judge import Scorer
 from klflow_ext.evaluate.losses import token_entropy
 from klflow_ext.evaluate.text import (
     Corpus,
@@ -42,7 +42,7 @@ def figures(
     sequences: Sequence[Sequence[int]],
     texts: Sequence[str],
     corpus: Corpus,
-    judge: Judge | None = None,
+    judge: Scorer | None = None,
     *,
     seed: int = 0,
 ) -> Figures:

@@ -231,6 +231,19 @@ def test_table_under_the_judge(klflow, tmp_path, data_folder):
     assert len(found["judge"]["sha256"]) == 64 and found["judge"]["context"] == 512
     real, sampled = (row["bits_per_byte"] for row in found["rows"])
     assert real["low"] <= real["mean"] <= real["high"] < sampled["mean"]
+    tokens = ["--tokenizer", "run/tokenizer.json", *small[:6], "--length", "16"]
+    assert (
+        klflow(
+            "train", "--data", "t.txt", "--out", "ar", "--path", "autoregressive", "--steps", "3", *tokens
+        ).returncode
+        == 0
+    )
+    done = klflow(
+        "eval", "run", "--length", "12", "--steps", "2", "--samples", "4", "--judge", "ar", "--json", "t.json"
+    )
+    assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
+    found = json.loads((tmp_path / "t.json").read_text())["judge"]
+    assert (found["kind"], found["folder"], found["context"], found["precision"]) == ("klflow_ext", "ar", 17, "float32")
     done = klflow("eval", "run", "--length", "12", "--steps", "2", "--count", "2", "--judge", judge)
     assert "real text" in done.stdout and "unigram-sampled" in done.stdout and done.returncode == 0, done.stderr
 
