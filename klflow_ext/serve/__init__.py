@@ -6,6 +6,7 @@
     question.py  Question: the body of a request, checked, as sequences to fill
     batcher.py   Batcher: sequences that wait; one thread runs those together that can be
     answer.py    the text of what came out, cut where it ends
+    events.py    an answer as server-sent events, also pass by pass
     metrics.py   what is counted, as Prometheus reads it
     app.py       the addresses: who asks, waits, gives up or goes away
     server.py    the socket, the signals, and the end

@@ -12,14 +12,15 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from klflow_ext.serve.answer import answer
 from klflow_ext.serve.batcher import Batcher, Done, Job
+from klflow_ext.serve.events import answer_events, error_event, pass_event
 from klflow_ext.serve.metrics import Metrics
-from klflow_ext.serve.question import read_question
+from klflow_ext.serve.question import Question, read_question
 from klflow_ext.serve.refusal import Refusal
 from klflow_ext.serve.served import Served
 
@@ -64,11 +65,10 @@ class App:
             self.batcher.submit([])  # which refuses
         body = await self._body(request)
         question = await run_in_threadpool(read_question, body, self.served)
+        if question.stream:
+            return await self._streamed(request, question, start)
         self.batcher.submit(question.jobs)
-        found = answer(question, await self._wait(request, question.jobs), self.served)
-        usage = found["usage"]
-        self.metrics.answered(time.perf_counter() - start, usage["prompt_tokens"], usage["completion_tokens"])
-        return JSONResponse(found)
+        return JSONResponse(self._answer(question, await self._wait(request, question.jobs), start))
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._about()]})
@@ -116,6 +116,46 @@ class App:
         except asyncio.TimeoutError:
             raise Refusal(408, f"body: it did not arrive in {self.served.limits.timeout:g} s") from None
 
+    def _answer(self, question: Question, found: list[Done], start: float) -> dict[str, Any]:
+        """Of a request that came at `start`; it is counted."""
+        whole = answer(question, found, self.served)
+        usage = whole["usage"]
+        self.metrics.answered(time.perf_counter() - start, usage["prompt_tokens"], usage["completion_tokens"])
+        return whole
+
+    async def _streamed(self, request: Request, question: Question, start: float) -> Response:
+        """Nothing is sent before there is something to send: until then an error has its own status."""
+        loop, passes = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+        if question.passes:
+            for i, job in enumerate(question.jobs):
+                job.watch = lambda found, row, i=i: loop.call_soon_threadsafe(
+                    passes.put_nowait, pass_event(question, self.served, i, found, row)
+                )
+        self.batcher.submit(question.jobs)
+        waiting = asyncio.create_task(self._wait(request, question.jobs))
+        waiting.add_done_callback(_look)
+        waiting.add_done_callback(lambda _: passes.put_nowait(None))
+
+        async def events(first: str | None) -> AsyncIterator[str]:
+            try:
+                event = first
+                while event is not None:
+                    yield event
+                    event = await passes.get()
+                for event in answer_events(question, self._answer(question, waiting.result(), start)):
+                    yield event
+            except Refusal as error:
+                yield error_event(error)
+            except ClientDisconnect:
+                pass
+            finally:
+                waiting.cancel()
+
+        first = await passes.get()
+        if first is None:
+            waiting.result()  # raises what it was refused with
+        return StreamingResponse(events(first), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
     async def _wait(self, request: Request, jobs: list[Job]) -> list[Done]:
         """What comes of jobs that are in the queue.
 
@@ -124,6 +164,7 @@ class App:
             ClientDisconnect: nobody waits for them any more.
         """
         done = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+        done.add_done_callback(_look)
         gone = asyncio.create_task(_disconnected(request))
         either: set[asyncio.Future[Any]] = {done, gone}
         try:
@@ -144,6 +185,12 @@ class App:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _look(ended: asyncio.Future[Any]) -> None:
+    """Looks at an error that nobody may be there to hear of: else asyncio complains."""
+    if not ended.cancelled():
+        ended.exception()
 
 
 # ---- errors

@@ -6,13 +6,14 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from klflow_ext.path import SampleOptions
-from klflow_ext.sample import Samples
+from klflow_ext.sample import Pass, Samples
 from klflow_ext.serve.metrics import Metrics
 from klflow_ext.serve.refusal import Refusal
 from klflow_ext.serve.served import Served
@@ -34,6 +35,7 @@ class Job:
         tokens, given: (L,), as `Sampler.infill` takes them. seed, options: its own.
         score: whether its log-likelihood is asked for.
         key: of `Sampler.batch_key`.
+        watch: called, in the thread that runs the model, with each Pass and the row of this sequence in it; None: nobody.
         future: its Done, or a Refusal.
     """
 
@@ -43,6 +45,7 @@ class Job:
     options: SampleOptions
     score: bool
     key: tuple[int, int]
+    watch: Callable[[Pass, int], object] | None = None
     future: Future[Done] = field(default_factory=Future)
     since: float = 0.0
 
@@ -169,7 +172,14 @@ class Batcher:
         """What comes of them, and the log-likelihoods of those that ask."""
         sampler, options = self.served.sampler, batch[0].options
         rows, flags = [job.tokens for job in batch], [job.given for job in batch]
-        result = sampler.infill(rows, flags, options, seed=[job.seed for job in batch])
+
+        def see(found: Pass) -> None:
+            for row, member in enumerate(found.members):
+                if (watch := batch[member].watch) is not None:
+                    watch(found, row)
+
+        watched = any(job.watch for job in batch)
+        result = sampler.infill(rows, flags, options, seed=[job.seed for job in batch], watch=see if watched else None)
         scores: list[float | None] = [None] * len(batch)
         asked = [i for i, job in enumerate(batch) if job.score]
         if asked and sampler.has_likelihood(options):

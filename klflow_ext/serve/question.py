@@ -20,11 +20,11 @@ SEEDS = 2**53  # below it every reader of JSON keeps an integer as it is
 MOST_STOPS, LONGEST_STOP = 4, 200
 ABSENT: dict[str, tuple[Any, ...]] = {  # OpenAI's fields that are not here, and the values by which they ask for nothing
     "logprobs": (None,), "best_of": (None, 1), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}), "stream": (None, False), "stream_options": (None,),
+    "logit_bias": (None, {}),
 }  # fmt: skip
 FIELDS = (
     "model", "prompt", "suffix", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "echo", "user", "steps",
-    "top_k", "method", "log_likelihood",
+    "top_k", "method", "log_likelihood", "stream", "stream_options", "passes",
 )  # fmt: skip
 
 
@@ -37,6 +37,7 @@ class Question:
         sides: of each, the token ids of its prompt and of its suffix.
         stops: where a text ends. echo: whether the prompt is a part of the text. infills: whether there is a suffix.
         log_likelihood: whether each result has one.
+        stream: whether the answer comes as events; with_usage: one of them says what was counted; passes: so does each pass.
     """
 
     jobs: list[Job]
@@ -45,6 +46,9 @@ class Question:
     echo: bool
     infills: bool
     log_likelihood: bool
+    stream: bool
+    with_usage: bool
+    passes: bool
 
 
 def read_question(body: bytes, served: Served) -> Question:
@@ -92,6 +96,7 @@ class _Reader:
             raise Refusal(404, message, "model", "model_not_found")
         options = self._options()
         n, stops, echo, score = self._int("n", 1), self._stops(), self._flag("echo"), self._flag("log_likelihood")
+        stream, with_usage, passes = self._stream()
         prompts, suffix = self._prompts(), self._text("suffix", self.values.get("suffix"))
         count = n * len(prompts)
         if count > self.limits.max_n:
@@ -100,7 +105,7 @@ class _Reader:
         seeds = self._seeds(count)
         sides = [around for prompt in prompts for around in [self.served.encode(prompt, suffix)] * n]
         jobs = [self._job(around, seed, options, score) for around, seed in zip(sides, seeds, strict=True)]
-        return Question(jobs, sides, stops, echo, suffix is not None, score)
+        return Question(jobs, sides, stops, echo, suffix is not None, score, stream, with_usage, passes)
 
     # ---- fields
 
@@ -149,6 +154,18 @@ class _Reader:
             if not 0 < len(self._text("stop", stop) or "") <= LONGEST_STOP:
                 raise ValueError(f"stop: got {_short(stop)}, allowed is one of 1 to {LONGEST_STOP} characters")
         return stops
+
+    def _stream(self) -> tuple[bool, bool, bool]:
+        """(stream, with_usage, passes)"""
+        stream, passes, options = self._flag("stream"), self._flag("passes"), self.values.get("stream_options", {})
+        if not isinstance(options, dict) or not set(options) <= {"include_usage"}:
+            raise ValueError(f"stream_options: got {_short(options)}, allowed is {{'include_usage': true or false}}")
+        usage = options.get("include_usage", False)
+        check_flag("stream_options", usage)
+        for name, value in (("passes", passes), ("stream_options", usage)):
+            if value and not stream:
+                raise ValueError(f"{name}: got it without stream, allowed is both")
+        return stream, usage, passes
 
     def _seeds(self, count: int) -> list[int]:
         """The seed asked for is that of the first result, and those of the others are made of it. Or each has its own."""

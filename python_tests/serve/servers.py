@@ -85,3 +85,11 @@ def running(sampler, name="tiny", **limits):
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+def held(server):
+    """A request that runs until the gate opens: (thread, list that the answer comes into)."""
+    server.sampler.gate.clear()
+    thread, found = server.in_thread(max_tokens=1, seed=1)
+    until(lambda: server.batcher.running == 1)
+    return thread, found

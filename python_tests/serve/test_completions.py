@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from servers import make_sampler, running, until
+from servers import held, make_sampler, running, until
 
 PROMPTS = ["Once upon a time", "The cat", "", "a dog"]
 
@@ -60,9 +60,7 @@ def test_what_is_of_one_kind_runs_together(server):
          [2]),
     ]  # fmt: skip
     for asked, sizes in kinds:
-        server.sampler.gate.clear()
-        blocker, _ = server.in_thread(max_tokens=1)
-        until(lambda: server.batcher.running)
+        blocker, _ = held(server)
         server.sampler.sizes.clear()
         threads = [server.in_thread(steps=2, **values)[0] for values in asked]
         until(lambda: server.batcher.waiting == 2)
