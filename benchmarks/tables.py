@@ -1,18 +1,22 @@
-"""Writes the README's tables of measurements from benchmarks/results/*.json: between <!-- NAME --> and <!-- end -->.
+"""Writes the tables of README.md and benchmarks/README.md from benchmarks/results: between <!-- NAME --> and <!-- end -->.
 
-python benchmarks/tables.py           # rewrites README.md
-python benchmarks/tables.py --check   # fails where README.md differs from what the results say
+python benchmarks/tables.py           # rewrites both
+python benchmarks/tables.py --check   # fails where they differ from what the results say
 """
 
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
-from method.compared import grouped, results, sampled_as
+from method.compared import beside, grouped, placed, results, sampled_as, titled
+
+from klflow_ext.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
 
 def read(name):
@@ -24,9 +28,9 @@ def table(head, rows):
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def kernels():
-    """Times faster than each peer at 1,024 rows of V = 50,259, and the time in copies of the tensor."""
-    results = [r for r in read("cpu.json")["results"] if (r["rows"], r["vocab"]) == (1024, 50259)]
+def kernel_rows(rows_of, vocab):
+    """Times faster than each peer at so many rows of V, and the time in copies of the tensor."""
+    results = [r for r in read("cpu.json")["results"] if (r["rows"], r["vocab"]) == (rows_of, vocab)]
     rows = []
     for name in dict.fromkeys(r["op"] for r in results):
         wide, narrow = (
@@ -38,95 +42,139 @@ def kernels():
             second = next((p for p in ("compile", "torch.topk") if p in peers), None)
             row += [f"{peers['eager']:.1f}", "" if second is None else f"{peers[second]:.1f}", f"{r['copies']:.1f}"]
         rows.append(row)
-    head = ["1,024 x 50,259", "float32: x eager", "x compile*", "copies", "bfloat16: x eager", "x compile*", "copies"]
+    head = [f"{rows_of:,} x {vocab:,}", "float32: x eager", "x compile*", "copies", "bfloat16: x eager", "x compile*", "copies"]  # fmt: skip
     return table(head, rows)
+
+
+def kernels():
+    shapes = dict.fromkeys((r["rows"], r["vocab"]) for r in read("cpu.json")["results"])
+    return "\n\n".join(kernel_rows(*shape) for shape in shapes)
+
+
+STEPS = {"posterior": "posterior input", "simplex": "the paper's input", "eager": "the paper's step in PyTorch"}
 
 
 def train_step():
-    found = read("cpu_train_step.json")
+    """Time of a step in that of one with integer tokens."""
     rows = []
-    for vocab in dict.fromkeys(r["vocab"] for r in found["times"]):
-        ms = {r["step"]: r["ms"] for r in found["times"] if r["vocab"] == vocab}
-        share = {r["step"]: r["share"] for r in found["memory"] if r["vocab"] == vocab}
-        rows.append([f"{vocab:,}", *(f"{ms[s] / ms['integer']:.2f}" for s in ("posterior", "simplex", "eager")),
-                     *(f"{max(share[s], 0):.0%}" for s in ("posterior", "simplex"))])  # fmt: skip
-    head = ["V", "posterior", "simplex", "eager x_t", "memory: posterior", "simplex"]
-    return table(head, rows)
+    found = read("cpu_train_step.json")["times"]
+    for vocab in dict.fromkeys(r["vocab"] for r in found):
+        ms = {r["step"]: r["ms"] for r in found if r["vocab"] == vocab}
+        rows.append([f"{vocab:,}", *(f"{ms[step] / ms['integer']:.2f}" for step in STEPS)])
+    return table(["V", *STEPS.values()], rows)
 
 
-def method_runs():
-    """(result, ...) of benchmarks/method, by (V, steps, name)."""
-    return grouped(results(), lambda r: (r["vocab_size"], r["steps"], r["name"]))
+def train_memory():
+    """MB at the peak of a step."""
+    rows = []
+    found = read("cpu_train_step.json")["memory"]
+    for vocab in dict.fromkeys(r["vocab"] for r in found):
+        some = {r["step"]: r for r in found if r["vocab"] == vocab}
+        peaks = (f"{some[step]['peak_bytes'] / 1e6:,.0f}" if step in some else "" for step in (*STEPS, "integer"))
+        rows.append([f"{vocab:,}", f"{some['posterior']['gradient_bytes'] / 1e6:,.0f}", *peaks])
+    return table(["V", "gradients alone", *STEPS.values(), "integer tokens"], rows)
+
+
+def mean_of(values):
+    """The mean over seeds, and where there are several the standard deviation."""
+    mean = sum(values) / len(values)
+    return mean, (statistics.stdev(values) if len(values) > 1 else None)
+
+
+def cell(values, digits):
+    if not values:
+        return ""
+    mean, spread = mean_of(values)
+    return f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+
+
+def tabled(found, name_of=lambda r: r["name"]):
+    """[((V, steps), [(name, runs), ...]), ...] in order: a table for each V and number of steps, a row for each name."""
+    places = grouped(found, lambda r: beside(r)[:2])
+    return [
+        (place, sorted(((name, runs) for (name,), runs in grouped(group, lambda r: (name_of(r) + beside(r)[2],)).items()), key=lambda row: placed(row[0])))
+        for place, group in sorted(places.items())
+    ]  # fmt: skip
+
+
+def heading(place):
+    return f"V = {place[0]:,}, {place[1]:,} steps"
 
 
 def method_loss():
     """Held-out loss by time of what reads the logit path, mean over seeds."""
-    tables = []
-    groups = {
-        key: runs for key, runs in method_runs().items() if {"posterior", "simplex", "segments"} & set(key[2].split())
-    }
-    for vocab, steps in sorted({key[:2] for key in groups}):
-        rows = []
-        for (v, s, name), runs in groups.items():
-            runs = [r["losses"] for r in runs if "losses" in r]
-            if (v, s) == (vocab, steps) and runs:
-                times = list(runs[0])
-                means = [sum(r[t] for r in runs) / len(runs) for t in times]
-                rows.append((sum(means) / len(means), [name, str(len(runs)), *(f"{m:.3f}" for m in means)]))
-        cells = [[*row, f"{mean:.3f}"] for mean, row in sorted(rows)]
-        tables.append(table([f"V = {vocab:,}, {steps:,} steps", "seeds", *(f"t = {t}" for t in times), "mean"], cells))
+    kinds, tables = {"posterior", "simplex", "segments", "slices"}, []
+    for place, rows in tabled([r for r in results() if r.get("losses") and r["name"] in kinds]):
+        times = list(rows[0][1][0]["losses"])
+        cells = []
+        for name, runs in rows:
+            columns = [[r["losses"][t] for r in runs] for t in times]
+            means = [sum(r["losses"].values()) / len(times) for r in runs]
+            cells.append([titled(name), str(len(runs)), *(f"{mean_of(c)[0]:.3f}" for c in columns), cell(means, 3)])
+        tables.append(table([heading(place), "seeds", *(f"t = {t}" for t in times), "mean"], cells))
     return "\n\n".join(tables)
+
+
+def sampled():
+    """One result for each scheme that a run was sampled by, at top-k 20."""
+    found = []
+    for r in results():
+        rows = [s for s in r.get("samples", []) if s["top_k"] == 20]
+        for (name,), some in grouped(rows, lambda s, r=r: (sampled_as(r["name"], s["method"]),)).items():
+            found.append({**r, "shown": name, "samples": some})
+    return found
 
 
 def method_samples():
     """Bits per byte (entropy) of samples at top-k 20, mean over seeds: a table for each V and number of steps."""
-    columns = (8, 16, 32, 64, 256)
-    groups: dict[tuple, dict] = {}
-    for (vocab, steps, name), runs in method_runs().items():
-        for s in (s for r in runs for s in r.get("samples", []) if s["top_k"] == 20):
-            groups.setdefault((vocab, steps), {}).setdefault(sampled_as(name, s["method"]), []).append(s)
-    tables = []
-    for (vocab, steps), rows in sorted(groups.items()):
+    columns, tables = (8, 16, 32, 64, 256), []
+    for place, rows in tabled(sampled(), lambda r: r["shown"]):
         cells = []
-        for name, samples in sorted(rows.items()):
-            cells.append([name])
+        for name, runs in rows:
+            cells.append([titled(name), str(len(runs))])
             for nfe in columns:
-                found = [s for s in samples if s["steps"] == nfe]
-                means = [sum(s[k] for s in found) / len(found) for k in ("bits_per_byte", "entropy")] if found else []
-                cells[-1].append("{:.2f} ({:.2f})".format(*means) if found else "")
-        tables.append(table([f"V = {vocab:,}, {steps:,} steps", *(f"NFE {n}" for n in columns)], cells))
+                some = [s for r in runs for s in r["samples"] if s["steps"] == nfe]
+                entropy = f" ({mean_of([s['entropy'] for s in some])[0]:.2f})" if some else ""
+                cells[-1].append(cell([s["bits_per_byte"] for s in some], 2) + entropy)
+        tables.append(table([heading(place), "seeds", *(f"{n} passes" for n in columns)], cells))
     return "\n\n".join(tables)
 
 
 def method_likelihood():
     """Nats per token of held-out text, mean over seeds: exact by passes, and the path's bound."""
-    columns = (4, 8, 16, 32, 64, None)
-    tables = []
-    for (vocab, steps), group in sorted(grouped(results(), lambda r: (r["vocab_size"], r["steps"])).items()):
+    columns, tables = (4, 8, 16, 32, 64, None), []
+    for place, rows in tabled([r for r in results() if "likelihood" in r]):
         cells = []
-        for (name,), runs in sorted(grouped(group, lambda r: (r["name"],)).items()):
-            runs = [{row["steps"]: row for row in r["likelihood"]} for r in runs if "likelihood" in r]
-            if not runs:
-                continue
-            cells.append([name, str(len(runs))])
+        for name, runs in rows:
+            cells.append([titled(name), str(len(runs))])
             for column in columns:
-                found = [r[column] for r in runs if column in r]
-                mean = f"{sum(row['nats'] for row in found) / len(found):.3f}" if found else ""
-                cells[-1].append(mean if not found or found[0]["exact"] else f"<= {mean}")
-        if cells:
-            head = [
-                f"V = {vocab:,}, {steps:,} steps",
-                "seeds",
-                *(f"{n} passes" for n in columns[:-1]),
-                "the path's own",
-            ]
-            tables.append(table(head, cells))
+                found = [row for r in runs for row in r["likelihood"] if row["steps"] == column]
+                bound = "<= " if found and not found[0]["exact"] else ""
+                cells[-1].append(bound + cell([row["nats"] for row in found], 3))
+        head = [heading(place), "seeds", *(f"{n} passes" for n in columns[:-1]), "the path's own"]
+        tables.append(table(head, cells))
     return "\n\n".join(tables)
 
 
+def quality():
+    """The README's: what writes how well in how many passes, at V = 2,048 and equal training steps."""
+    shown = ("autoregressive", "slices", "mask slices", "segments", "posterior", "simplex", "mask")
+    columns = (8, 16, 32, 64)
+    rows = dict(next(rows for place, rows in tabled(sampled(), lambda r: r["shown"]) if place == (2048, 1075)))
+    cells = []
+    for name in shown:
+        cells.append([titled(name), str(len(rows[name]))])
+        for nfe in columns:
+            some = [s["bits_per_byte"] for r in rows[name] for s in r["samples"] if s["steps"] == nfe]
+            cells[-1].append(f"{mean_of(some)[0]:.2f}" if some else "")
+    return table(["bits per byte, lower is better", "seeds", *(f"{n} passes" for n in columns)], cells)
+
+
 TABLES = (
+    ("quality", quality),
     ("kernels", kernels),
     ("train step", train_step),
+    ("train memory", train_memory),
     ("method loss", method_loss),
     ("method samples", method_samples),
     ("method likelihood", method_likelihood),
@@ -137,17 +185,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    text = new = path.read_text()
+    texts = {path: path.read_text() for path in PAGES}
+    new = dict(texts)
     for name, make in TABLES:
-        new, count = re.subn(f"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", new,
-                             flags=re.S)  # fmt: skip
-        assert count == 1, f"README.md has no <!-- {name} --> ... <!-- end -->"
+        lines, found = f"{make()}\n", 0
+        for path in PAGES:
+            new[path], count = re.subn(
+                f"(<!-- {name} -->\n).*?(<!-- end -->)",
+                lambda m, lines=lines: m[1] + lines + m[2],
+                new[path],
+                flags=re.S,
+            )
+            found += count
+        assert found, f"no page has <!-- {name} --> ... <!-- end -->"
     if arguments.check:
+        wrong = [str(path.relative_to(ROOT)) for path in PAGES if new[path] != texts[path]]
         sys.exit(
-            0 if new == text else "README.md: its tables are not those of benchmarks/results; run benchmarks/tables.py"
+            f"{', '.join(wrong)}: tables are not those of benchmarks/results; run benchmarks/tables.py" if wrong else 0
         )
-    path.write_text(new)
+    for path, text in new.items():
+        write_file(path, lambda file, text=text: file.write_text(text))
 
 
 if __name__ == "__main__":

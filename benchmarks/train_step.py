@@ -10,8 +10,7 @@ with ordinary token embeddings and dense logits, what an autoregressive model co
 called in turn in one run; each is forward, backward and both optimizers.
 
 Peak memory (--memory) is what torch allocates for the vocabulary's side of a step (input embedding, output layer, loss) at its
-peak, with the gradients of the two matrices and without its (positions x D) in and outputs. "gradients" is these gradients alone:
-the least there can be.
+peak, with the gradients of the two matrices. "gradients" is these gradients alone: the least there can be.
 """
 
 import json
@@ -97,27 +96,16 @@ def times(arguments, record):
 
 
 def memory_of(kind, vocab, arguments):
-    """(bytes that the vocabulary's side holds at its peak above its (positions x D) in and outputs, those of its gradients).
+    """(bytes that the vocabulary's side holds at its peak, those of its gradients).
 
     The transformer is left out (it would hide what is held while it is idle): the embedding is normalised and goes to the head.
     """
     step = Step(kind, vocab, arguments)
-    device = torch.device(arguments.device)
-    shape = (arguments.batch, arguments.length, arguments.width)
-
-    def norm(h, t):
-        return F.rms_norm(h, h.shape[-1:])
-
-    def nothing():  # the same in and outputs, with no vocabulary between them
-        inputs = torch.zeros(shape, device=device, requires_grad=True)
-        norm(inputs, None).backward(torch.zeros(shape, device=device))
-
-    step.model.hidden = norm
-    step.backward()
+    step.model.hidden = lambda h, t: F.rms_norm(h, h.shape[-1:])
+    step.backward()  # what is made in a first call only is no part of it
     step.model.zero_grad(set_to_none=True)
-    nothing()
     gradients = sum(p.numel() * p.element_size() for p in (step.model.embedding, step.model.head.weight))
-    return peak_bytes(step.backward, device) - peak_bytes(nothing, device), gradients
+    return peak_bytes(step.backward, torch.device(arguments.device)), gradients
 
 
 def memories(arguments, record):
@@ -156,6 +144,9 @@ def plot(results, path):
         if name == "memory":
             sizes = sorted({r["vocab"]: r["gradient_bytes"] / 1e6 for r in results[name]}.items())
             axis.plot(*zip(*sizes, strict=True), color="black", linewidth=0.8, label="the two gradients alone")
+        vocabs = sorted({r["vocab"] for r in results[name]})
+        axis.set_xticks(vocabs, [f"{vocab:,}" for vocab in vocabs])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     drawing.tight_layout()
