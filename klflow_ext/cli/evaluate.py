@@ -6,7 +6,7 @@ import itertools
 import json
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from klflow_ext.cli.infilling import Infilling, Kind
 from klflow_ext.cli.terminal import choose_device
 from klflow_ext.evaluate import table
 from klflow_ext.evaluate.conditional import measure_conditional, read_pairs
-from klflow_ext.evaluate.text import Corpus, Interval
+from klflow_ext.evaluate.text import Corpus, Interval, need_sacrebleu
 from klflow_ext.files import write_file
 from klflow_ext.path import Likelihood, as_network
 from klflow_ext.run import STORIES, Run, is_saved_model, load_run
@@ -97,6 +97,7 @@ def print_conditional(row: dict[str, Any]) -> None:
             print(f"  {title + (', best' if kind == 'best' else ''):<33}" + "  ".join(cells), flush=True)
 
 
+LEAST_OTHERS = 128  # held-out texts that the distance is measured from, where there are as many
 MOST_SEARCHED = 2**24  # training tokens in which copied runs are looked for
 
 
@@ -108,9 +109,9 @@ def corpus_of(stream: data.Stream) -> Corpus:
 
 @dataclass
 class Eval:
-    """Held-out loss by time of a run; with --likelihood its -log p; with --judge, bits per byte of its samples under another
-    model; with --samples, one table of what can be said of its samples, real text first; with
-    --infilling, what it puts into the holes of code is worth; with --conditional, what it writes to prompts."""
+    """Held-out loss by time of a run; with --likelihood its -log p; with --samples or --judge, one table of what can be said
+    of its samples, real text first, with --judge what another model says of them too; with --infilling, what it puts into the
+    holes of code is worth; with --conditional, what it writes to prompts."""
 
     run_folder: tyro.conf.Positional[Path | None] = None
     """A run folder. Or one of save_pretrained, or none for the model that comes with the package: both with --data."""
@@ -122,7 +123,7 @@ class Eval:
     length: int = 64
     steps: int = 64
     samples: int | None = None
-    """How many texts of each row of the table, at least 2; None: no table."""
+    """How many texts of each row of the table, at least 2; None: `count` with --judge, else no table."""
     method: tuple[str, ...] = ()
     """Of the table, one or more ways to sample; none: the run's own."""
     temperature: tuple[float, ...] = (1.0,)
@@ -160,10 +161,15 @@ class Eval:
         for name, least in (("count", 1), ("length", 2), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed is an integer >= {least}")
-        if self.samples is not None and self.samples < 2:
-            raise ValueError(f"samples: got {self.samples}, allowed is an integer >= 2")
-        if self.json is not None and self.samples is None and self.infilling is None and self.conditional is None:
-            raise ValueError(f"json: got {self.json}, allowed is only with --samples, --infilling or --conditional")
+        samples = max(self.count, 2) if self.samples is None and self.judge is not None else self.samples
+        if samples is not None:
+            if samples < 2:
+                raise ValueError(f"samples: got {samples}, allowed is an integer >= 2")
+            need_sacrebleu()
+        if self.json is not None and samples is None and self.infilling is None and self.conditional is None:
+            raise ValueError(
+                f"json: got {self.json}, allowed is only with --samples, --judge, --infilling or --conditional"
+            )
         for name in ("temperature", "top_k"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: got none, allowed are one or more")
@@ -181,7 +187,7 @@ class Eval:
             model, path, tokenizer = load_run(self.run_folder)
             if saved or Run(folder).last().folder.name == checkpoint:
                 break
-        writes = self.samples is not None or holes is not None or pairs is not None
+        writes = samples is not None or holes is not None or pairs is not None
         if writes and tokenizer is None:
             raise ValueError(f"run: {folder} has no tokenizer.json, without which there is no text")
         longest = as_network(model, path.vocab_size).max_length
@@ -203,10 +209,8 @@ class Eval:
                 sampler, tokenizer, data.batch(held, self.count, self.length, seed=12345, step=0).to(device)
             )
         found: dict[str, Any] = {}
-        if self.samples is not None:
-            found |= self.print_table(sampler, tokenizer, stream, held, judge)
-        elif judge is not None:
-            self.print_judged(sampler, tokenizer, stream, held, judge)
+        if samples is not None:
+            found |= self.print_table(samples, sampler, tokenizer, stream, held, judge)
         one: dict[str, Any] = {
             "method": self.method[0] if self.method else None, "steps": self.steps, "temperature": self.temperature[0],
             "top_k": self.top_k[0] or None,
@@ -232,43 +236,26 @@ class Eval:
     def own_method(sampler: Sampler) -> str:
         return "left to right" if sampler.path.way is not None else sampler.default_method
 
-    def print_judged(self, sampler: Sampler, tokenizer, stream, held, judge: evaluate.Scorer) -> None:
-        path = sampler.path
-        generator = np.random.default_rng(0)
-        real = data.batch(held, self.count, self.length, seed=0, step=0).tolist()
-        counts = data.token_counts(stream, path.vocab_size)
-        unigram = generator.choice(path.vocab_size, (self.count, self.length), p=counts / counts.sum())
-        rows: dict[str, Iterable] = {"real text": real, "unigram-sampled": unigram}
-        schemes: dict[str, dict[str, Any]] = {
-            "basic": {"method": "basic"},
-            "sampling, top-k 20": {"method": "sampling", "top_k": 20},
-            "sampling, top-k 1": {"method": "sampling", "top_k": 1},
-            "hybrid, top-k 20": {"method": "hybrid", "top_k": 20},
-        }
-        schemes[f"{sampler.default_method}, top-k 20"] = {"top_k": 20}
-        if path.way is not None:
-            schemes = {"left to right, top-k 20": {"top_k": 20}}
-        for name, options in schemes.items():
-            result = sampler.sample((self.count, self.length), steps=self.steps, **options)
-            rows[f"{name}, NFE {result.nfe}"] = [tokens.tolist() for tokens in result.tokens]
-        print(f"{self.count} texts of {self.length} tokens: bits per byte under the judge (token entropy, nats)")
-        for name, sequences in rows.items():
-            texts = [tokenizer.decode([int(i) for i in tokens]) for tokens in sequences]
-            print(
-                f"  {name:<34} {judge.bits_per_byte(texts):.2f} ({evaluate.token_entropy(sequences):.2f})", flush=True
-            )
-
-    def print_table(self, sampler: Sampler, tokenizer, stream, held, judge: evaluate.Scorer | None) -> dict[str, Any]:
+    def print_table(
+        self, samples: int, sampler: Sampler, tokenizer, stream, held, judge: evaluate.Scorer | None
+    ) -> dict[str, Any]:
         """Prints it, and gives it with its settings."""
-        corpus, shape = corpus_of(stream), (self.samples or 0, self.length)
+        corpus, shape = corpus_of(stream), (samples, self.length)
+        others = min(max(samples, LEAST_OTHERS), len(held) // self.length - samples)  # held-out texts, each once
+        windows = data.batch(held, samples + max(others, 0), self.length, seed=0, step=0).tolist()
+        seen = None
+        if judge is not None and others > 1:
+            seen = judge.features([tokenizer.decode(tokens) for tokens in windows[samples:]])
 
         def measured(sequences: list[list[int]]) -> table.Figures:
             texts = [tokenizer.decode(tokens) for tokens in sequences]
-            return table.figures(sequences, texts, corpus, judge)
+            return table.figures(sequences, texts, corpus, judge, real=seen)
 
-        real = data.batch(held, *shape, seed=0, step=0).tolist()
-        rows = {"held-out text": measured(real)}
-        settings: dict[str, dict[str, Any]] = {"held-out text": {"seed": 0}}
+        real = windows[:samples]
+        generator = np.random.default_rng(0)
+        shuffled = [generator.permutation(tokens).tolist() for tokens in real]
+        rows = {"held-out text": measured(real), "its tokens shuffled": measured(shuffled)}
+        settings: dict[str, dict[str, Any]] = dict.fromkeys(rows, {"seed": 0})
         methods: tuple[str | None, ...] = self.method or (None,)
         for method, temperature, top_k in itertools.product(methods, self.temperature, self.top_k):
             result = sampler.sample(
@@ -282,12 +269,18 @@ class Eval:
                 "method": method or own, "nfe": result.nfe, "temperature": temperature, "top_k": top_k or None,
                 "top_p": 1.0, "seed": self.seed, "seconds": result.seconds,
             }  # fmt: skip
-        print(f"\n{shape[0]} texts of {self.length} tokens each, 95 % bootstrap intervals in brackets:")
+        print(f"\n{samples} texts of {self.length} tokens each, 95 % intervals over texts:")
+        if judge is not None:
+            said = judge.describe()
+            print(
+                f"judge {said['folder']} ({said['kind']}, {said['precision']}, context {said['context']}): {said['pooling']}"
+            )
         print(table.as_table(rows), flush=True)
         return {
-            "samples": shape[0], "length": self.length, "steps": self.steps,
+            "samples": samples, "length": self.length, "steps": self.steps,
             "judge": None if judge is None else judge.describe(),
             "bootstrap": {"level": 0.95, "rounds": 2000, "seed": 0, "over": "texts"},
+            "distance_from": None if seen is None else others,
             "searched_for_copies": {"tokens": len(corpus.text), "of": len(stream)},
             "definitions": table.DEFINITIONS,
             "rows": [{"name": name, **settings[name], **table.as_json(row)} for name, row in rows.items()],

@@ -3,6 +3,7 @@
 losses.py    held-out loss by time, entropies
 judge.py     bits per byte under an independent judge, and what it sees in a text
 text.py      variety, repetition, what was copied, BLEU, ROUGE-L, intervals
+distance.py  how far texts as a whole are from real ones
 table.py     all of these for some texts side by side
 code.py      tasks with holes, pass@k and compiles@k
 conditional.py   texts written to prompts, against those that were wanted; rows.py reads the files of both

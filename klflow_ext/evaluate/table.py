@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from klflow_ext.evaluate.distance import energy_distance
 from klflow_ext.evaluate.judge import Scorer
 from klflow_ext.evaluate.losses import token_entropy
 from klflow_ext.evaluate.text import (
     Corpus,
     Interval,
-    distinct,
+    distinct_interval,
     mean_interval,
-    ngram_entropy,
+    ngram_entropy_interval,
     repetition,
     self_bleu,
 )
 
-Figures = dict[str, Interval | float]
+Figures = dict[str, Interval]
 SELF_BLEU_TEXTS = 200  # its work grows with the square
 COLUMNS = {  # what the table shows, of all that `figures` gives
     "bits_per_byte": "bits per byte",
+    "distance": "distance",
     "token_entropy": "token entropy",
+    "unigram_entropy": "of unigrams",
+    "bigram_entropy": "of bigrams",
     "distinct_2": "distinct-2",
     "self_bleu": "self-BLEU",
     "repetition_4": "repetition",
@@ -29,9 +35,11 @@ COLUMNS = {  # what the table shows, of all that `figures` gives
 }
 DEFINITIONS = {
     "bits_per_byte": "bits of all texts under the judge over their UTF-8 bytes, each text cut at the judge's context",
+    "distance": "energy distance of the judge's features from those of other held-out texts, 0 on the average for held-out text",
     "token_entropy": "mean over texts of the entropy of the text's own tokens, nats",
-    "unigram_entropy": "entropy of the tokens of all texts together, nats; bigram_entropy: of their pairs",
-    "distinct_2": "different pairs of tokens over all pairs, of all texts together",
+    "unigram_entropy": "entropy of the tokens of all texts together, nats; its interval by the jackknife over texts",
+    "bigram_entropy": "that of the pairs of neighbouring tokens, with such an interval",
+    "distinct_2": "different pairs of tokens over all pairs, of all texts together, with such an interval",
     "self_bleu": f"mean BLEU of each text against the others, the first {SELF_BLEU_TEXTS} texts",
     "repetition_4": "mean over texts of the share of 4-grams of tokens that stood in the text before",
     "copied": "mean over texts of the longest run of tokens that stands in the training text, as a share of the text",
@@ -44,18 +52,25 @@ def figures(
     corpus: Corpus,
     judge: Scorer | None = None,
     *,
+    real: np.ndarray | None = None,
     seed: int = 0,
 ) -> Figures:
-    """All of DEFINITIONS of texts and their tokens, means with a 95 % bootstrap interval; without a judge no bits per byte."""
+    """All of DEFINITIONS of texts and their tokens, with 95 % intervals; without a judge no bits per byte.
+
+    real: (M, D) features that the judge sees in other, real texts; None: no distance.
+    """
     found: Figures = {}
     if judge is not None:
-        pairs = judge.bits(texts)
+        looks = judge.look(texts)
         found["bits_per_byte"] = mean_interval(
-            [bits / size if size else 0.0 for bits, size in pairs], [size for _, size in pairs], seed=seed
+            [one.bits / one.size if one.size else 0.0 for one in looks], [one.size for one in looks], seed=seed
         )
+        if real is not None:
+            found["distance"] = energy_distance(np.stack([one.feature for one in looks]), real, seed=seed)
     found["token_entropy"] = mean_interval([token_entropy([tokens]) for tokens in sequences], seed=seed)
-    found["unigram_entropy"], found["bigram_entropy"] = ngram_entropy(sequences, 1), ngram_entropy(sequences, 2)
-    found["distinct_2"] = distinct(sequences, 2)
+    found["unigram_entropy"] = ngram_entropy_interval(sequences, 1)
+    found["bigram_entropy"] = ngram_entropy_interval(sequences, 2)
+    found["distinct_2"] = distinct_interval(sequences, 2)
     found["self_bleu"] = mean_interval(self_bleu(texts[:SELF_BLEU_TEXTS]), seed=seed)
     found["repetition_4"] = mean_interval([repetition(tokens, 4) for tokens in sequences], seed=seed)
     found["copied"] = mean_interval([corpus.copied(tokens) for tokens in sequences], seed=seed)
@@ -63,16 +78,11 @@ def figures(
 
 
 def as_table(rows: Mapping[str, Figures]) -> str:
-    """A line for each, the interval beside bits per byte."""
+    """A line for each: bits per byte with its interval, the others with the half of theirs."""
     shown = {name: title for name, title in COLUMNS.items() if any(name in row for row in rows.values())}
     lines = [["", *shown.values()]]
     for name, row in rows.items():
-        cells = []
-        for column in shown:
-            value = row[column]
-            mean = value.mean if isinstance(value, Interval) else value
-            cells.append(str(value) if column == "bits_per_byte" else f"{mean:.{1 if column == 'self_bleu' else 3}f}")
-        lines.append([name, *cells])
+        lines.append([name, *(_cell(column, row[column]) for column in shown)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
@@ -80,5 +90,12 @@ def as_table(rows: Mapping[str, Figures]) -> str:
     )
 
 
+def _cell(column: str, value: Interval) -> str:
+    digits = 1 if column == "self_bleu" else 3
+    if column == "bits_per_byte":
+        return str(value)
+    return f"{value.mean:.{digits}f} +-{(value.high - value.low) / 2:.{digits}f}"
+
+
 def as_json(row: Figures) -> dict[str, Any]:
-    return {name: value._asdict() if isinstance(value, Interval) else value for name, value in row.items()}
+    return {name: value._asdict() for name, value in row.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -77,6 +78,41 @@ def ngram_entropy(sequences: Iterable[Sequence[int]], n: int = 1) -> float:
     return math.fsum(-c / total * math.log(c / total) for c in counts.values())
 
 
+def distinct_interval(sequences: Sequence[Sequence[int]], n: int = 2, *, level: float = 0.95) -> Interval:
+    """`distinct` with a jackknife interval over sequences: a bootstrap would count a sequence drawn twice as its own repetition."""
+    whole, own = _pooled(sequences, n), [Counter(_ngrams(tokens, n)) for tokens in sequences]
+    rest = [whole.total() - some.total() for some in own]
+    kept = [len(whole) - sum(whole[gram] == count for gram, count in some.items()) for some in own]
+    return _jackknife(len(whole) / whole.total(), [a / b for a, b in zip(kept, rest, strict=True) if b], level)
+
+
+def ngram_entropy_interval(sequences: Sequence[Sequence[int]], n: int = 1, *, level: float = 0.95) -> Interval:
+    """`ngram_entropy` with such an interval. Of few tokens it lies below that of the source, the more so the larger n is: only
+    figures of as many tokens compare."""
+    whole = _pooled(sequences, n)
+    total, logs = whole.total(), {count: count * math.log(count) for count in {*whole.values()}}
+    weight = math.fsum(logs[count] for count in whole.values())
+    left_out = []
+    for some in (Counter(_ngrams(tokens, n)) for tokens in sequences):
+        rest = total - some.total()
+        less = sum(logs[whole[gram]] - _xlogx(whole[gram] - count) for gram, count in some.items())
+        if rest:
+            left_out.append(math.log(rest) - (weight - less) / rest)
+    return _jackknife(math.log(total) - weight / total, left_out, level)
+
+
+def _xlogx(x: int) -> float:
+    return x * math.log(x) if x else 0.0
+
+
+def _jackknife(figure: float, left_out: Sequence[float], level: float) -> Interval:
+    """Of the figures with each sequence left out: the figure and its interval by a normal distribution."""
+    level = check_scalar("level", level, 0, 1, "a number in (0, 1)", open_low=True, open_high=True)
+    error = float(np.std(left_out)) * math.sqrt(max(len(left_out) - 1, 0)) if left_out else 0.0
+    half = NormalDist().inv_cdf((1 + level) / 2) * error
+    return Interval(figure, figure - half, figure + half)
+
+
 def repetition(tokens: Sequence[int], n: int = 4) -> float:
     """The share of a sequence's n-grams that stood in it before; 0 of one that is shorter."""
     grams = _ngrams(tokens, check_int("n", n, 1, 2**31, "an integer >= 1"))
@@ -109,7 +145,8 @@ def _as_text(tokens: np.ndarray) -> str:
     return tokens.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
 
 
-def _sacrebleu():
+def need_sacrebleu():
+    """The library. ValueError where it is not here."""
     try:
         import sacrebleu
     except ImportError:
@@ -121,23 +158,23 @@ def self_bleu(texts: Sequence[str]) -> list[float]:
     """Of each text its BLEU, 0 to 100, against all others: high where they are alike (Zhu et al. 2018)."""
     if len(texts) < 2:
         raise ValueError(f"texts: got {len(texts)}, allowed are 2 or more")
-    metric = _sacrebleu().BLEU(effective_order=True)
+    metric = need_sacrebleu().BLEU(effective_order=True)
     return [metric.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score for i, text in enumerate(texts)]
 
 
 def bleu(found: Sequence[str], wanted: Sequence[str]) -> float:
     """Corpus BLEU, 0 to 100, of one reference each."""
-    return _sacrebleu().corpus_bleu(list(found), [_as_many(found, wanted)]).score
+    return need_sacrebleu().corpus_bleu(list(found), [_as_many(found, wanted)]).score
 
 
 def chrf(found: Sequence[str], wanted: Sequence[str]) -> float:
     """Corpus chrF2, 0 to 100."""
-    return _sacrebleu().corpus_chrf(list(found), [_as_many(found, wanted)]).score
+    return need_sacrebleu().corpus_chrf(list(found), [_as_many(found, wanted)]).score
 
 
 def sentence_scores(found: str, wanted: str) -> dict[str, float]:
     """{"bleu", "chrf", "rouge_l"} of one text, each 0 to 100; BLEU of as many orders as the text has."""
-    metrics = _sacrebleu()
+    metrics = need_sacrebleu()
     return {
         "bleu": metrics.sentence_bleu(found, [wanted], use_effective_order=True).score,
         "chrf": metrics.sentence_chrf(found, [wanted]).score,

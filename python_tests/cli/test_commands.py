@@ -197,7 +197,7 @@ def test_table_of_samples(klflow, tmp_path):
     assert done.returncode == 0 and "held-out loss" in done.stdout, done.stderr
     lines = done.stdout[done.stdout.index("4 texts of 12 tokens") :].splitlines()
     names = [line.split("  ")[0] for line in lines[2:]]
-    assert names == ["held-out text"] + [
+    assert names == ["held-out text", "its tokens shuffled"] + [
         f"sampling, NFE 3, T {t}, top-k {k}" for t in ("0.5", "1") for k in ("1", "all")
     ]
     found = json.loads((tmp_path / "table.json").read_text())
@@ -212,7 +212,10 @@ def test_table_of_samples(klflow, tmp_path):
     assert "segments, NFE 3, T 1, top-k 20" in done.stdout
     for command, message in (
         (["--samples", "1"], "samples: got 1, allowed is an integer >= 2"),
-        (["--json", "x.json"], "json: got x.json, allowed is only with --samples, --infilling or --conditional"),
+        (
+            ["--json", "x.json"],
+            "json: got x.json, allowed is only with --samples, --judge, --infilling or --conditional",
+        ),
     ):
         done = klflow("eval", "run", *command)
         assert done.returncode == 1 and message in done.stderr
@@ -229,8 +232,9 @@ def test_table_under_the_judge(klflow, tmp_path, data_folder):
     assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
     found = json.loads((tmp_path / "t.json").read_text())
     assert len(found["judge"]["sha256"]) == 64 and found["judge"]["context"] == 512
-    real, sampled = (row["bits_per_byte"] for row in found["rows"])
+    real, _, sampled = (row["bits_per_byte"] for row in found["rows"])
     assert real["low"] <= real["mean"] <= real["high"] < sampled["mean"]
+    assert found["rows"][0]["distance"]["mean"] < found["rows"][2]["distance"]["low"] and found["distance_from"] == 31
     tokens = ["--tokenizer", "run/tokenizer.json", *small[:6], "--length", "16"]
     assert (
         klflow(
@@ -245,7 +249,9 @@ def test_table_under_the_judge(klflow, tmp_path, data_folder):
     found = json.loads((tmp_path / "t.json").read_text())["judge"]
     assert (found["kind"], found["folder"], found["context"], found["precision"]) == ("klflow_ext", "ar", 17, "float32")
     done = klflow("eval", "run", "--length", "12", "--steps", "2", "--count", "2", "--judge", judge)
-    assert "real text" in done.stdout and "unigram-sampled" in done.stdout and done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "2 texts of 12 tokens" in done.stdout and "llama2.c, float32" in done.stdout, (
+        done.stderr
+    )
 
 
 def test_infilling(klflow, tmp_path, data_folder):

@@ -25,6 +25,27 @@ def test_ngram_entropy():
     assert text.ngram_entropy([[1, 1, 1, 2]], 2) == pytest.approx(-2 / 3 * math.log(2 / 3) - 1 / 3 * math.log(1 / 3))
 
 
+@pytest.mark.parametrize(
+    "interval, figure", [(text.distinct_interval, text.distinct), (text.ngram_entropy_interval, text.ngram_entropy)]
+)
+@pytest.mark.parametrize("n", [1, 2])
+def test_jackknife_intervals(interval, figure, n):
+    """By leaving out each sequence in turn; they hold the spread of the figure over other sequences of one source."""
+    sequences = [[1, 2, 1, 2], [1, 2, 3], [3, 4, 4, 1, 2], [5]]
+    found = interval(sequences, n)
+    left_out = [figure(sequences[:i] + sequences[i + 1 :], n) for i in range(4)]
+    half = 1.959964 * np.sqrt(3 / 4 * sum((x - np.mean(left_out)) ** 2 for x in left_out))
+    assert found == pytest.approx((figure(sequences, n), figure(sequences, n) - half, figure(sequences, n) + half))
+    assert interval(sequences[:1], n) == pytest.approx((figure(sequences[:1], n),) * 3)
+    generator = np.random.default_rng(0)
+    draws = [generator.zipf(1.5, (40, 12)) for _ in range(60)]
+    spread = np.std([figure(some, n) for some in draws]) * 1.96
+    widths = [(one.high - one.low) / 2 for one in (interval(some, n) for some in draws)]
+    assert 0.8 * spread < np.mean(widths) < 1.6 * spread
+    with pytest.raises(ValueError, match="sequences: got none of 3 tokens"):
+        interval([[1, 2]], 3)
+
+
 def test_repetition():
     assert text.repetition([1, 2, 1, 2, 1, 2], 2) == pytest.approx(3 / 5)
     assert text.repetition(range(9)) == 0 and text.repetition([1], 4) == 0
