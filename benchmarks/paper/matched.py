@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +50,8 @@ class Scale:
     batch: int
     """Sequences of a step."""
     steps: int
+    lr: float
+    """Highest learning rate."""
     seeds: int
     """Runs of each method."""
     samples: int
@@ -64,9 +66,9 @@ class Scale:
 
 
 SCALES = {
-    "cpu": Scale(2048, 4, 4, 128, 64, 32, 300, 3, 64, (8, 32, 128, 512), 32),
-    "gpu": Scale(8192, 6, 6, 384, 256, 64, 3000, 3, 512, (8, 16, 32, 64, 128, 256, 512), 64),
-    "test": Scale(300, 1, 1, 16, 16, 4, 2, 1, 4, (2, 3), 2, "eight bits a byte", 20),
+    "cpu": Scale(512, 4, 4, 128, 64, 16, 400, 1e-2, 3, 64, (8, 32, 128, 512), 32),
+    "gpu": Scale(8192, 6, 6, 384, 256, 64, 3000, 3e-3, 3, 512, (8, 16, 32, 64, 128, 256, 512), 64),
+    "test": Scale(300, 1, 1, 16, 16, 4, 2, 1e-2, 1, 4, (2, 3), 2, "eight bits a byte", 20),
 }
 
 
@@ -77,14 +79,20 @@ class NoJudge:
         return [(8.0 * len(text.encode()), float(len(text.encode()))) for text in texts]
 
 
+class Enough(Exception):
+    """As many rows are measured as were asked for."""
+
+
 class Table:
     """The rows of a script, in a JSON file.
 
     file: where they are, or will be. about: what holds for all of them; rows of other settings are not taken up.
+    most: how many rows are measured before it is Enough; None: all.
     expected: how many rows there will be, for the time left.
     """
 
-    def __init__(self, file: Path, **about: Any):
+    def __init__(self, file: Path, most: int | None = None, **about: Any):
+        self.most = most
         about = json.loads(json.dumps(about))
         self.file, self.found = file, {**about, "rows": []}
         self.expected, self._first, self._measured = 0, time.monotonic(), 0
@@ -106,6 +114,8 @@ class Table:
         for row in self.rows:
             if row["key"] == key:
                 return row
+        if self._measured == self.most:
+            raise Enough
         row = {"key": key, **json.loads(json.dumps(make()))}
         self.rows.append(row)
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +151,7 @@ class Bench:
         folder = arguments.results / arguments.scale
         self.table = Table(
             folder / f"{name}.json",
+            arguments.most,
             scale=arguments.scale,
             settings=asdict(self.scale),
             judge=self.scale.judge,
@@ -180,9 +191,9 @@ class Bench:
         scale, (tokenizer, stream, held) = self.scale, self.stream(text)
         make_path, model_options, train_options = METHODS[method]
         usual = {field.name: field.default for field in (*fields(DenoiserConfig), *fields(TrainConfig))}
-        usual |= {"given_share": 0.0, **train_options, **model_options}
+        usual |= {"lr": scale.lr, "given_share": 0.0, **train_options, **model_options}
         changes = {**(path or {}), **{k: v for k, v in {**(model or {}), **train}.items() if v != usual[k]}}
-        options = {"given_share": 0.0, **train_options, **train}
+        options = {"lr": scale.lr, "given_share": 0.0, **train_options, **train}
         label = "-".join([text, method, *(f"{name}={value}" for name, value in changes.items()), f"seed{seed}"])
         label = label.replace(" ", "-")
         made = make_path(scale.vocab_size, **(path or {}))
@@ -321,6 +332,7 @@ def parser_of_scripts(doc: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="which runs of each method; all of the scale where not given"
     )
+    parser.add_argument("--most", type=int, help="how many rows to measure now; all that are missing where not given")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument(
@@ -341,7 +353,8 @@ def run(script: ModuleType, argv: list[str] | None = None) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     bench = Bench(Path(str(script.__file__)).stem, arguments)
-    script.measure(bench)
+    with suppress(Enough):
+        script.measure(bench)
     draw(script, bench.table.rows, bench.table.file.with_suffix(".png"))
     print("\n".join(script.table(bench.table.rows)))
 

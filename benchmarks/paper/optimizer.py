@@ -11,7 +11,7 @@ import sys
 from matched import Bench, cell, figure, markdown, mean_over_seeds, of, run, values
 
 TITLE = "Muon against AdamW"
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-2, 3e-3, 3e-2, 1e-3)  # the middle first
 
 
 def measure(bench: Bench) -> None:

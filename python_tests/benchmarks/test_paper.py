@@ -94,6 +94,10 @@ def test_rows_of_other_settings_are_refused(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text())["rows"] == again.rows and len(again.rows) == 2
     with pytest.raises(ValueError, match="judge: got two, allowed beside the rows of .*a.json is one"):
         matched.Table(tmp_path / "a.json", judge="two")
+    short = matched.Table(tmp_path / "a.json", most=1, judge="one")
+    assert short.row({"x": (1, None)}, dict)["y"] == 2 and short.row({"x": 3}, dict) == {"key": {"x": 3}}
+    with pytest.raises(matched.Enough):
+        short.row({"x": 4}, dict)
 
 
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
