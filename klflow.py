@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ COMMANDS = {  # name: (its class in klflow_ext.cli, what it does)
     "serve": ("serve:Serve", "answer requests for completions over HTTP, asked as OpenAI's API is"),
     "plot": ("plot:Plot", "draw the log of a run as one picture"),
     "eval": ("evaluate:Eval", "held-out loss by time, likelihoods, and a judge of the samples"),
+    "completion": ("completion:Completion", "print a script by which bash or zsh completes all this"),
 }
 HELP = """usage: klflow COMMAND [OPTIONS]
        klflow COMMAND --help
@@ -24,6 +26,7 @@ HELP = """usage: klflow COMMAND [OPTIONS]
 
 {commands}
 
+Every command takes --quiet (results, warnings and errors alone) and --verbose. Results go to stdout, all else to stderr.
 sample, complete, infill, watch and serve need no run folder: without one they use the model of English stories that comes with the package.
   klflow complete --prompt "Once upon a time"
 
@@ -37,14 +40,25 @@ def version() -> str:
     return text.partition('\n__version__ = "')[2].partition('"')[0]
 
 
+def help_of(name: str) -> str | None:
+    """That of a command, written before; None where this terminal is too narrow for it."""
+    file = Path(__file__).with_name("klflow_ext") / "cli" / "help" / f"{name}.txt"
+    wide = shutil.get_terminal_size().columns >= 80
+    return file.read_text("ascii") if wide and file.is_file() else None
+
+
 def answer(words: list[str]) -> int | None:
-    """Answers what no command is needed for, and returns the exit code; None: words[0] is a command."""
+    """Answers what no command has to run for, and returns the exit code; None: words[0] is a command that must."""
     if words and words[0] in COMMANDS:
-        return None
+        text = help_of(words[0]) if {"--help", "-h"} & set(words[1:]) else None
+        if text is None:
+            return None
+        print(text, end="")
+        return 0
     if words and words[0] == "--version":
         print(f"klflow {version()}")
         return 0
-    lines = "\n".join(f"  {name:<10}{line}" for name, (_, line) in COMMANDS.items())
+    lines = "\n".join(f"  {name:<12}{line}" for name, (_, line) in COMMANDS.items())
     if words and words[0] in ("--help", "-h"):
         print(HELP.format(commands=lines), end="")
         return 0
@@ -58,9 +72,9 @@ def answer(words: list[str]) -> int | None:
 def main() -> None:
     code = answer(sys.argv[1:])
     if code is None:
-        from klflow_ext.cli import main as run
+        from klflow_ext.cli import run
 
-        run()
+        code = run(sys.argv[1:])
     sys.exit(code)
 
 

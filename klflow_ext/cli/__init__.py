@@ -5,48 +5,67 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from importlib import import_module
+import traceback
+from typing import TYPE_CHECKING
 
-import klflow
-from klflow_ext.cli.info import print_info
-from klflow_ext.cli.terminal import printable
+from klflow import main
+from klflow_ext.cli.about import print_info
+from klflow_ext.cli.terminal import VERBOSE, note, printable, speak, spoken
 
-__all__ = ["main", "printable"]
+if TYPE_CHECKING:
+    from klflow_ext.cli.command import Command
+
+__all__ = ["main", "printable", "run"]
 
 
-def main() -> None:
-    words = sys.argv[1:]
-    code = klflow.answer(words)
-    if code is not None:
-        sys.exit(code)
+def run(words: list[str]) -> int | str | None:
+    """Runs a command, whose name is words[0]; returns what `sys.exit` takes."""
     try:
-        import tyro
+        import tyro  # noqa: F401
     except ImportError:
         if words == ["info"]:
             print_info()
-            sys.exit()
-        sys.exit("klflow: this command needs the train extra: pip install 'klflow_ext[train]' (klflow info does not)")
-    from klflow_ext.cli.options import with_config
+            return 0
+        return "klflow: this command needs the train extra: pip install 'klflow_ext[train]' (klflow info does not)"
     from klflow_ext.train import Stopped
 
     for stream in (sys.stdout, sys.stderr):  # a console that is not UTF-8 shows escapes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    module, name = klflow.COMMANDS[words[0]][0].split(":")
+    speak(1)
     try:
-        words = with_config(words)
-        command = getattr(import_module(f"klflow_ext.cli.{module}"), name)
-        tyro.cli(command, prog=f"klflow {words[0]}", args=words[1:]).run()
+        command = parsed(words)
+        speak(command.voice.level)
+        command.run()
         sys.stdout.flush()
     except BrokenPipeError:  # who reads has gone, as head does; what is left would fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
+        return 128 + signal.SIGPIPE
     except (ValueError, TypeError, ImportError, OSError) as error:
-        sys.exit(f"klflow: {error}")
+        return said(str(error))
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise  # a mistake of the package
-        sys.exit(f"klflow: not enough memory: {(str(error).splitlines() or [''])[0]}")
+        return said(f"not enough memory: {(str(error).splitlines() or [''])[0]}")
     except (KeyboardInterrupt, Stopped) as stop:
         print(f"klflow: stopped{'; ' * bool(str(stop))}{stop}", file=sys.stderr)
-        sys.exit(stop.code if isinstance(stop, Stopped) else 128 + signal.SIGINT)
+        return stop.code if isinstance(stop, Stopped) else 128 + signal.SIGINT
+    return 0
+
+
+def parsed(words: list[str]) -> Command:
+    """The command that the words say, with its options."""
+    import tyro
+
+    from klflow_ext.cli.command import command_of
+    from klflow_ext.cli.options import with_config
+
+    words = with_config(words)
+    return tyro.cli(command_of(words[0]), prog=f"klflow {words[0]}", args=words[1:])
+
+
+def said(error: str) -> str:
+    """The line of an error that is being handled."""
+    if spoken() >= VERBOSE:
+        note(traceback.format_exc().rstrip())
+    return f"klflow: {printable(error)}"

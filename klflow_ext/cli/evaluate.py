@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ import tyro
 
 import klflow_ext
 from klflow_ext import data, evaluate
+from klflow_ext.cli.command import Command
 from klflow_ext.cli.infilling import Infilling, Kind
-from klflow_ext.cli.terminal import choose_device
+from klflow_ext.cli.terminal import choose_device, shows_progress
 from klflow_ext.evaluate import table
 from klflow_ext.evaluate.conditional import measure_conditional, read_pairs
 from klflow_ext.evaluate.text import Corpus, Interval, need_sacrebleu
@@ -71,7 +71,7 @@ def print_likelihoods(sampler: Sampler, tokenizer, tokens: torch.Tensor) -> None
             line += f", {found.bits_per_byte(size):.3f} bits per byte"
         print(line + ("" if found.exact else " (upper bound)"), flush=True)
 
-    path, progress = sampler.path, sys.stdout.isatty()
+    path, progress = sampler.path, shows_progress()
     if path.way is None:
         for steps in sorted({min(n, length) for n in (4, 8, 16, 32, length)}):
             show(
@@ -108,7 +108,7 @@ def corpus_of(stream: data.Stream) -> Corpus:
 
 
 @dataclass
-class Eval:
+class Eval(Command):
     """Held-out loss by time of a run; with --likelihood its -log p; with --samples or --judge, one table of what can be said
     of its samples, real text first, with --judge what another model says of them too; with --infilling, what it puts into the
     holes of code is worth; with --conditional, what it writes to prompts."""
@@ -170,6 +170,8 @@ class Eval:
             raise ValueError(
                 f"json: got {self.json}, allowed is only with --samples, --judge, --infilling or --conditional"
             )
+        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
+            raise ValueError(f"json: got {self.json}, allowed is a file in a folder that is there")
         for name in ("temperature", "top_k"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: got none, allowed are one or more")
@@ -220,7 +222,7 @@ class Eval:
         if pairs is not None:
             found["conditional"] = measure_conditional(
                 pairs, sampler, count=self.prompts, new_tokens=self.new_tokens, window=window, seed=self.seed,
-                tries=5 if self.tries is None else self.tries, progress=sys.stderr.isatty(), **one,
+                tries=5 if self.tries is None else self.tries, progress=shows_progress(), **one,
             )  # fmt: skip
             print_conditional(found["conditional"])
         if self.json is not None:
@@ -260,7 +262,7 @@ class Eval:
         for method, temperature, top_k in itertools.product(methods, self.temperature, self.top_k):
             result = sampler.sample(
                 shape, steps=self.steps, method=method, temperature=temperature, top_k=top_k or None, seed=self.seed,
-                progress=sys.stderr.isatty(),
+                progress=shows_progress(),
             )  # fmt: skip
             own = self.own_method(sampler)
             name = f"{method or own}, NFE {result.nfe}, T {temperature:g}, top-k {top_k or 'all'}"

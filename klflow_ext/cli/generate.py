@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 import tyro
 
+from klflow_ext.cli.command import Command
 from klflow_ext.cli.prompts import given_texts
 from klflow_ext.cli.results import print_results
 from klflow_ext.cli.show import Show
-from klflow_ext.cli.terminal import choose_device
+from klflow_ext.cli.terminal import VERBOSE, choose_device, note, shows_progress
 from klflow_ext.path import SampleOptions
 from klflow_ext.run import load_run
 from klflow_ext.sample import Sampler, Samples
@@ -32,7 +32,7 @@ class Options(SampleOptions):
 
 
 @dataclass
-class Generation:
+class Generation(Command):
     """How to generate."""
 
     run_folder: tyro.conf.Positional[Path | None] = None
@@ -59,7 +59,13 @@ class Generation:
             raise ValueError(f"run: {self.run_folder} has no tokenizer.json, without which there is no text")
         device = choose_device(self.device)
         sampler = Sampler(model.to(device), path, device, tokenizer=tokenizer)
-        options = {"options": self.options, "seed": self.seeds or self.seed, "progress": sys.stderr.isatty()}
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        note(
+            f"model: {self.run_folder or 'the stories of the package'}, {size:.1f} M parameters on {device}; {path!r}",
+            VERBOSE,
+        )
+        note(f"method: {self.options.method or sampler.default_method}; {self.options}", VERBOSE)
+        options = {"options": self.options, "seed": self.seeds or self.seed, "progress": shows_progress()}
         with self.show.start(tokenizer, path.vocab_size) as showing:
             result = make(sampler, options | showing.options)
         method = self.options.method or sampler.default_method

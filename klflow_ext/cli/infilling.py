@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from klflow_ext.cli.terminal import shows_progress
 from klflow_ext.evaluate import code
 from klflow_ext.evaluate.infilling import infill_tasks
 from klflow_ext.sample import Sampler
@@ -57,7 +57,7 @@ class Infilling:
         rows = []
         for share, tasks in self.chosen().items():
             row = infill_tasks(
-                tasks, sampler, window=window, tries=self.tries, seed=seed, progress=sys.stderr.isatty(), **options
+                tasks, sampler, window=window, tries=self.tries, seed=seed, progress=shows_progress(), **options
             )
             empty = code.summary(code.scores(tasks, [[[""] * len(task.removed)] for task in tasks]))
             what = self.kind if share is None else f"{self.kind} with {share:.0%} of the lines removed"

@@ -1,36 +1,15 @@
-"""klflow info: what was built, what runs here, and why something does not. Needs no extra."""
+"""klflow info."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from klflow_ext import __version__, build_info
-
-
-def print_info() -> None:
-    info = build_info()
-    runs_cuda = torch.cuda.is_available() and info["cuda"]
-    print(f"klflow_ext       {__version__}, built against torch {info['torch_headers']} with g++ {info['compiler']}")
-    print(f"torch            {torch.__version__} (any torch >= {info['torch_minimum']} will do)")
-    built = f"{info['cuda_arch']} (nvcc {info['nvcc']})" if info["cuda"] else f"none: {info['cuda_reason']}"
-    print(f"CUDA kernels     {built}")
-    if runs_cuda:
-        device = f"{torch.cuda.get_device_name()}"
-    elif not torch.cuda.is_available():
-        device = "none seen by torch: every op runs on the CPU"
-    else:
-        device = f"{torch.cuda.get_device_name()}, but no CUDA kernels were built: use CPU tensors"
-    print(f"CUDA device      {device}")
-    if info["cuda"]:
-        print(f"torch's stream   {info['cuda_stream'] or 'not found: this torch has no CUDA'}")
-    why = f" ({info['cpu_capability_reason']})" if info["cpu_capability_reason"] else ""
-    print(f"CPU kernels      {info['cpu_capability']}{why}, {torch.get_num_threads()} threads")
+from klflow_ext.cli.about import print_info
+from klflow_ext.cli.command import Command
 
 
 @dataclass
-class Info:
+class Info(Command):
     """Print torch, the compiled CUDA architectures, the CPU instruction set in use, and what falls back and why."""
 
     def run(self):

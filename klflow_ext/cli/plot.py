@@ -9,6 +9,8 @@ from typing import Any
 
 import tyro
 
+from klflow_ext.cli.command import Command
+from klflow_ext.cli.terminal import note
 from klflow_ext.files import write_file
 from klflow_ext.run import Run
 
@@ -23,7 +25,7 @@ SHORTEST = 5  # points of a curve that is drawn smoothed too
 
 
 @dataclass
-class Plot:
+class Plot(Command):
     """Draw the log of a run as one PNG: loss, held-out loss, norm of the gradient, learning rate, tokens per second."""
 
     run_folder: tyro.conf.Positional[Path]
@@ -37,7 +39,7 @@ class Plot:
         figure, missing = draw(Run(self.run_folder).read_log(), self.run_folder.resolve().name)
         write_file(out, lambda new: figure.savefig(new, format="png", dpi=120))
         if missing:
-            print(f"left out, as the log does not hold it: {', '.join(missing)}")
+            note(f"left out, as the log does not hold it: {', '.join(missing)}")
         print(f"picture: {out}")
 
 

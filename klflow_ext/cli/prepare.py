@@ -9,12 +9,14 @@ from pathlib import Path
 
 import tyro
 
+from klflow_ext.cli.command import Command
+from klflow_ext.cli.terminal import USUAL, note, spoken
 from klflow_ext.data import TokenFolder
 from klflow_ext.train import prepare_tokens
 
 
 @dataclass
-class Prepare:
+class Prepare(Command):
     """Encode texts into a token folder to train on, in flat memory. Killed, it leaves nothing in the folder's place."""
 
     data: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -57,7 +59,7 @@ class Prepare:
             heldout=self.heldout,
             seed=self.seed,
             overwrite=self.overwrite,
-            progress=True,
-            report=lambda line: print(line, flush=True),
+            progress=spoken() >= USUAL,
+            report=note,
         )
         print(f"token folder: {self.out}  (next: klflow train --data {self.out})")

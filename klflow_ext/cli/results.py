@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from klflow_ext.cli.terminal import printable
+from klflow_ext.cli.terminal import QUIET, note, printable
 from klflow_ext.path import SampleOptions
 from klflow_ext.sample import Sampler, Samples
 
@@ -37,7 +37,7 @@ def print_results(
         elif not shown:
             print(printable(text) + "\n   .")
     sys.stdout.flush()
-    print(f"{result.nfe} passes, {result.seconds:.1f} s", file=sys.stderr)
+    note(f"{result.nfe} passes, {result.seconds:.1f} s")
 
 
 def log_likelihoods(sampler: Sampler, result: Samples, options: SampleOptions, method: str) -> list[float | None]:
@@ -45,5 +45,5 @@ def log_likelihoods(sampler: Sampler, result: Samples, options: SampleOptions, m
     if sampler.has_likelihood(options):
         return sampler.log_likelihoods(result, options)
     more = f" with slice_steps={options.slice_steps}" if options.slice_steps > 1 else ""
-    print(f"log_likelihood: {method}{more} has no exact one, so it is null", file=sys.stderr)
+    note(f"log_likelihood: {method}{more} has no exact one, so it is null", QUIET)
     return [None] * len(result.tokens)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
-from klflow_ext.cli.terminal import choose_device
+from klflow_ext.cli.command import Command
+from klflow_ext.cli.terminal import choose_device, note
 from klflow_ext.run import load_run
 from klflow_ext.sample import Sampler
 from klflow_ext.serve import Limits
@@ -16,7 +16,7 @@ from klflow_ext.train.signals import Signals, stopped
 
 
 @dataclass
-class Serve:
+class Serve(Command):
     """Answer requests for completions over HTTP, asked as OpenAI's /v1/completions is.
 
     POST /v1/completions takes model, prompt (a string, token ids, or a list of these), suffix (then the answer stands between both),
@@ -51,7 +51,7 @@ class Serve:
             name = self.name or ("stories" if self.run_folder is None else self.run_folder.resolve().name)
             server = Server(App(Served(sampler, name, self.limits)))
             if not signals.number:
-                print(f"klflow: {name} answers at {address(socket)}/v1/completions", file=sys.stderr, flush=True)
+                note(f"klflow: {name} answers at {address(socket)}/v1/completions")
                 server.run([socket])
         if signals.number:
             raise stopped(signals.number, "what ran is answered")

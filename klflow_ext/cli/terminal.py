@@ -10,6 +10,30 @@ import torch
 
 from klflow_ext.checks import check_device
 
+QUIET, USUAL, VERBOSE = 0, 1, 2
+_level = USUAL
+
+
+def speak(level: int) -> None:
+    """How much is said from now on: QUIET, USUAL or VERBOSE."""
+    global _level
+    _level = level
+
+
+def spoken() -> int:
+    return _level
+
+
+def note(line: str, level: int = USUAL) -> None:
+    """A line on stderr, where so much is said."""
+    if _level >= level:
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+def shows_progress() -> bool:
+    """Whether a line on stderr tells how far the work is: in a terminal, and not where only results are wanted."""
+    return _level >= USUAL and sys.stderr.isatty()
+
 
 def printable(text: str) -> str:
     """Text for a terminal: control characters but line ends and tabs as escapes, so that they do nothing."""
@@ -40,7 +64,7 @@ def choose_device(name: str | None) -> torch.device:
                 check_device(torch.device("cuda"))
                 name = "cuda"
             except ValueError as error:
-                print(f"the CPU is used, not the GPU: {error}", file=sys.stderr)
+                note(f"the CPU is used, not the GPU: {error}", QUIET)
     try:
         device = torch.device(name)
         if (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import sys
 from contextlib import ExitStack
@@ -13,8 +14,9 @@ from typing import Annotated
 import torch
 import tyro
 
+from klflow_ext.cli.command import Command
 from klflow_ext.cli.evaluate import print_losses
-from klflow_ext.cli.terminal import choose_device, printable
+from klflow_ext.cli.terminal import QUIET, USUAL, VERBOSE, choose_device, note, printable, spoken
 from klflow_ext.data import removed_lines
 from klflow_ext.run import Run
 from klflow_ext.sample import Sampler
@@ -26,13 +28,15 @@ ENDLESS, FEW = 1_000_000, 100  # steps that are meant as no limit; steps that ar
 
 
 def say(line: str) -> None:
-    """A line of the first of several processes."""
+    """A line of the first of several processes; one that warns is said in any case."""
     if is_first():
-        print(line, flush=True)
+        note(line, QUIET if line.startswith("warning: ") else USUAL)
 
 
 def say_estimate(trainer: Trainer) -> None:
     """How long the run will take and what it holds, from a step that is measured and thrown away."""
+    if is_first():
+        note(f"training: {trainer.config}", VERBOSE)
     c, second = trainer.config, trainer.time_step()
     left = c.steps - trainer.step
     seconds = left * second
@@ -64,7 +68,7 @@ class Training(TrainConfig):
 
 
 @dataclass
-class Settings:
+class Settings(Command):
     """Text, model and training, shared by demo and train."""
 
     data: tuple[str, ...] = ()
@@ -111,7 +115,7 @@ class Demo(Settings):
         prepared = self.prepare()
         trainer, tokenizer = prepared.trainer, prepared.tokenizer
         say_estimate(trainer)
-        trainer.fit()
+        trainer.fit(progress=spoken() >= USUAL)
         model, path = trainer.averaged_model().eval(), trainer.path
         leave_processes()
         if trainer.rank:
@@ -160,11 +164,15 @@ class Train(Settings):
     RESUMED = ("resume", "more_steps", "more_seconds", "device", "data", "show_every")  # what may stand beside --resume
 
     def run(self):
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if self.show_every < 0 or (self.show_every and processes > 1):
+            allowed = "an integer >= 0, and 0 with several processes, whose weights may lie apart"
+            raise ValueError(f"show_every: got {self.show_every}, allowed is {allowed}")
         with ExitStack() as owned:
             owned.enter_context(noticing_loss(lambda: "start it again with --resume"))
             trainer, held = self.begin(owned)
             say_estimate(trainer)
-            trainer.fit(callback=self.show(trainer) if self.show_every else None)
+            trainer.fit(spoken() >= USUAL, callback=self.show(trainer) if self.show_every else None)
             model = trainer.averaged_model().eval()
             leave_processes()
         if trainer.rank == 0:
@@ -172,11 +180,7 @@ class Train(Settings):
             print(f"run folder: {trainer.run.folder}")
 
     def show(self, trainer: Trainer):
-        """A callback that prints a text of the model now and then. Of one process: the weights of several may lie apart."""
-        if self.show_every < 0 or trainer.processes > 1:
-            raise ValueError(
-                f"show_every: got {self.show_every}, allowed is an integer >= 0, and 0 with several processes"
-            )
+        """A callback that prints a text of the model now and then."""
         tokenizer = trainer.tokenizer or (None if trainer.run is None else trainer.run.tokenizer())
         if tokenizer is None:
             raise ValueError(f"show_every: got {self.show_every}, allowed is 0 for a run without a tokenizer")

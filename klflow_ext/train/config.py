@@ -115,7 +115,8 @@ class TrainConfig:
             check_field(name, getattr(self, name), least)
         for name in ("warmup", "decay", "given_share", "flow_share", "evidence_share", "middle_share"):
             check_scalar(name, getattr(self, name), 0, 1, "a number in [0, 1]")
-        for name in ("lr", "clip", "checkpoint_seconds"):
+        check_scalar("lr", self.lr, 0, math.inf, "a positive number", open_low=True, open_high=True)
+        for name in ("clip", "checkpoint_seconds"):
             check_scalar(name, getattr(self, name), 0, math.inf, "a positive number", open_low=True)
         check_scalar("timeout", self.timeout, 0, MOST_SECONDS, f"a number in (0, {MOST_SECONDS:g}]", open_low=True)
         check_field("seed", self.seed, 0, "an integer in [0, 2^63)")
@@ -127,6 +128,10 @@ class TrainConfig:
         if self.batch_size * self.length > MOST_TOKENS:
             raise ValueError(
                 f"batch_size: got {self.batch_size} sequences of {self.length} tokens, allowed are {MOST_TOKENS} tokens in all"
+            )
+        if self.heldout_count * self.length > MOST_TOKENS:
+            raise ValueError(
+                f"heldout_count: got {self.heldout_count} sequences of {self.length} tokens, allowed are {MOST_TOKENS} tokens"
             )
         if self.batch_size % self.accumulate:
             raise ValueError(

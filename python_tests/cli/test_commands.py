@@ -35,7 +35,7 @@ def test_info_needs_no_extra(klflow, monkeypatch):
 @pytest.mark.parametrize("source", ["bound by the loader", ""])
 def test_info_tells_where_the_stream_function_is(klflow, monkeypatch, source):
     built = {**build_info(), "cuda": True, "nvcc": "13.0", "cuda_arch": "sm_90+PTX", "cuda_stream": source}
-    monkeypatch.setattr("klflow_ext.cli.info.build_info", lambda: built)
+    monkeypatch.setattr("klflow_ext.cli.about.build_info", lambda: built)
     lines = klflow("info").stdout.splitlines()
     assert "CUDA kernels     sm_90+PTX (nvcc 13.0)" in lines
     assert f"torch's stream   {source or 'not found: this torch has no CUDA'}" in lines
@@ -50,7 +50,7 @@ def test_command_line(klflow, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "unigram entropy" in done.stdout
     done = klflow("train", "--resume", str(run), "--more-steps", "2")
-    assert done.returncode == 0 and "from step 3" in done.stdout, done.stderr
+    assert done.returncode == 0 and "from step 3" in done.stderr, done.stderr
     for command in (
         ["sample", str(run), "--steps", "3", "--length", "8", "--count", "2"],
         ["complete", str(run), "--steps", "3", "--length", "8", "--prompt", "one two"],
@@ -158,7 +158,7 @@ def test_command_line_of_token_folders(klflow, tmp_path):
             "\n<|endoftext|>\n".join(f"one {word} {i} four\n" * 20 for i in range(100))
         )
     done = klflow("prepare", "a.txt", "*.tx?", "--out", "both", "--vocab-size", "300", "--heldout", "0.2")
-    assert done.returncode == 0 and "in 2 files" in done.stdout and "next: klflow train --data both" in done.stdout
+    assert done.returncode == 0 and "in 2 files" in done.stderr and "next: klflow train --data both" in done.stdout
     for name in ("a", "b"):
         done = klflow("prepare", f"{name}.txt", "--out", name, "--tokenizer", "both/tokenizer.json", "--heldout", "0.2")
         assert done.returncode == 0, done.stderr

@@ -1,15 +1,17 @@
 """What the command says without torch, its exit codes, and that its table is whole."""
 
 import os
+import re
 import subprocess
 import sys
 import time
-from importlib import import_module
 
 import pytest
 
 import klflow as command
 from klflow_ext import __version__
+from klflow_ext.cli.command import Command, command_of
+from klflow_ext.cli.help import helps
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; sys.argv[1:] = {}; import klflow; klflow.main()"
 
@@ -27,7 +29,11 @@ def test_answers_without_torch():
         done = said(*words)
         assert done.returncode == 0 and "Exit codes: 0 done, 1 wrong input" in done.stdout
         for name, (_, line) in command.COMMANDS.items():
-            assert f"\n  {name:<10}{line}\n" in done.stdout
+            assert f"\n  {name:<12}{line}\n" in done.stdout
+    done = said("train", "--help")
+    assert (
+        done.returncode == 0 and done.stdout.startswith("usage: klflow train") and "--optimizer {muon," in done.stdout
+    )
     done = said()
     assert done.returncode == 2 and not done.stdout and "usage: klflow" in done.stderr
     done = said("fly")
@@ -39,17 +45,77 @@ def test_answers_at_once():
     took = []
     for _ in range(3):
         start = time.perf_counter()
-        subprocess.run([sys.executable, command.__file__, "--help"], check=True, capture_output=True)
+        subprocess.run([sys.executable, command.__file__, "train", "--help"], check=True, capture_output=True)
         took.append(time.perf_counter() - start)
     assert min(took) < 0.5
 
 
-@pytest.mark.parametrize("name", command.COMMANDS)
-def test_the_table_is_whole(klflow, name):
-    module, kind = command.COMMANDS[name][0].split(":")
-    assert callable(getattr(import_module(f"klflow_ext.cli.{module}"), kind).run)
-    done = klflow(name, "--help")
-    assert done.returncode == 0 and f"usage: klflow {name}" in done.stdout
+def test_every_command_has_its_help_as_it_is_now():
+    """Word for word, whatever tyro draws around it; all of them take --quiet and --verbose."""
+    told = helps()
+    assert list(told) == list(command.COMMANDS)
+    for name, text in told.items():
+        assert issubclass(command_of(name), Command) and command_of(name).run is not Command.run
+        assert f"usage: klflow {name} [-h]" in text and "-q, --quiet" in text and "-v, --verbose" in text
+        words = re.findall(r"[\w-]{2,}", command.help_of(name) or "")
+        assert [w for w in words if set(w) != {"-"}] == [
+            w for w in re.findall(r"[\w-]{2,}", text) if set(w) != {"-"}
+        ], f"the help of klflow {name} is not what it was: python -m klflow_ext.cli.help writes it anew"
+
+
+def test_a_narrow_terminal_has_its_help_made_for_it(klflow, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert command.answer(["plot", "--help"]) is None
+    done = klflow("plot", "--help")
+    assert done.returncode == 0 and "usage: klflow plot" in done.stdout
+    assert max(map(len, done.stdout.split("positional")[1].splitlines())) <= 60
+
+
+def test_bash_completes(klflow, tmp_path):
+    done = klflow("completion", "bash")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "klflow.bash").write_text(done.stdout)
+    script = """source klflow.bash; how=$(complete -p klflow); how=${how#*-F }; how=${how%% *}
+        for words in "klflow com" "klflow train --optimizer " "klflow sample --jso"; do
+            IFS=' ' read -ra COMP_WORDS <<< "$words"; [[ $words = *" " ]] && COMP_WORDS+=("")
+            COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=(); $how; echo ${COMPREPLY[@]}
+        done"""
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert [sorted(line.split()) for line in done.stdout.splitlines()] == [
+        ["complete", "completion"], ["adamw", "muon"], ["--jsonl"],
+    ], done.stderr  # fmt: skip
+    assert klflow("completion", "zsh").stdout.startswith("#compdef klflow")
+
+
+def test_quiet_and_verbose(klflow, stories):
+    usual = klflow("sample", "--count", "1", "--steps", "2", "--length", "6")
+    assert usual.returncode == 0 and usual.stderr.startswith("2 passes, ") and usual.stderr.count("\n") == 1
+    quiet = klflow("sample", "--count", "1", "--steps", "2", "--length", "6", "-q")
+    assert quiet.stdout == usual.stdout and not quiet.stderr
+    verbose = klflow("sample", "--count", "1", "--steps", "2", "--length", "6", "--verbose")
+    assert verbose.stdout == usual.stdout and "M parameters on cpu; LogitPath(" in verbose.stderr
+    assert "method: segments; Options(" in verbose.stderr
+    wrong = klflow("sample", "nowhere")
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
+    wrong = klflow("sample", "nowhere", "-v")
+    assert wrong.returncode == 1 and "Traceback" in wrong.stderr and wrong.stderr.endswith("it has no checkpoint")
+    wrong = klflow("sample", "-q", "-v")
+    assert wrong.returncode == 1 and "quiet: got it beside verbose, allowed is one of the two" in wrong.stderr
+
+
+def test_nothing_reaches_the_terminal_but_text(klflow, stories, monkeypatch):
+    """Neither from a model, whose every token here is an escape, nor from what a user typed."""
+    monkeypatch.setattr(
+        "klflow_ext.sample.Samples.texts", property(lambda self: ["\x1b[2Jred\x9b1m\u202e\n"] * len(self.tokens))
+    )
+    for words in (["sample"], ["complete", "--prompt", "Once"], ["infill", "--text", "a {?2} b"]):
+        done = klflow(*words, "--steps", "2")
+        assert done.returncode == 0 and "\\x1b[2Jred\\x9b1m\\u202e" in done.stdout, done.stderr
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", done.stdout + done.stderr)
+    done = klflow("sample", "\x1b[2J")
+    assert (
+        done.returncode == 1 and "klflow: run: \\x1b[2J is no run folder" in done.stderr and "\x1b" not in done.stderr
+    )
 
 
 @pytest.mark.slow

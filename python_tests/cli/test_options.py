@@ -48,8 +48,8 @@ def test_training_by_files(klflow, tmp_path, text):
         "train", "--data", text, "--out", str(first), "--config", str(file), "--steps", "4", "--show-every", "4"
     )
     assert done.returncode == 0, done.stderr
-    assert "4 steps of " in done.stdout and "held-out loss" in done.stdout and "--- step 4: " in done.stdout
-    assert "warning: in fewer than 100 steps" in done.stdout
+    assert "4 steps of " in done.stderr and "held-out loss" in done.stdout and "--- step 4: " in done.stdout
+    assert "warning: in fewer than 100 steps" in done.stderr
     config = Run(first).config()
     assert (config["train"]["steps"], config["train"]["optimizer"], config["path"]["t_max"]) == (4, "adamw", 0.5)
     given = next(first.glob("checkpoint-*")) / "config.json"

@@ -1,0 +1,3 @@
+from klflow_ext.cli.help import write
+
+write()
