@@ -254,8 +254,8 @@ def test_refused_and_fallen_back_by_name(klflow, tmp_path):
     lock.release()
     (Run(run).last().folder / "training.safetensors").write_bytes(b"torn")
     done = klflow("train", "--resume", str(run), "--more-steps", "4")
-    assert done.returncode == 0 and "from step 0\n" in done.stdout, done.stderr
-    said = [line for line in done.stdout.splitlines() if "going back" in line]
+    assert done.returncode == 0 and "from step 0\n" in done.stderr, done.stderr
+    said = [line for line in done.stderr.splitlines() if "going back" in line]
     assert (
         len(said) == 1
         and said[0].endswith("going back to checkpoint-0001-step-0")
@@ -284,7 +284,7 @@ def test_a_run_is_finished_and_lengthened_by_name(tmp_path):
     step = saved(run)["step"]
     shorten(run, step + 2)
     done = command("train", "--resume", str(run), env=one)
-    assert done.returncode == 0 and f"from step {step}" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"from step {step}" in done.stderr, done.stderr
     assert saved(run)["step"] == step + 2
     done = command("train", "--resume", str(run), env=one)
     assert done.returncode == 1 and f"is finished, at step {step + 2}" in done.stderr

@@ -48,7 +48,14 @@ class Prepare(Command):
             print(f"{self.verify} is whole: fingerprint {folder.fingerprint}")
             return
         # As an exception, by which what was written is taken away.
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        try:
+            self.prepare()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        print(f"token folder: {self.out}  (next: klflow train --data {self.out})")
+
+    def prepare(self) -> None:
         prepare_tokens(
             self.data,
             self.out,
@@ -62,4 +69,3 @@ class Prepare(Command):
             progress=spoken() >= USUAL,
             report=note,
         )
-        print(f"token folder: {self.out}  (next: klflow train --data {self.out})")

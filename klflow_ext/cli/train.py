@@ -232,7 +232,7 @@ class Train(Settings):
     def go_on(self, folder: Path, owned: ExitStack):
         """(trainer, held-out tokens); the folder is this process's own until `owned` ends."""
         run, device = Run(folder), choose_device(self.device)
-        checkpoint = run.last_good(say)
+        checkpoint = run.last_good(lambda line: say(f"warning: {line}"))
         config = TrainConfig.of(checkpoint)
         if join_processes(device, config.timeout)[0] == 0:
             owned.enter_context(run.owned())

@@ -165,7 +165,7 @@ def test_command_line_of_token_folders(klflow, tmp_path):
     assert "a is whole: fingerprint" in klflow("prepare", "--verify", "a").stdout
     small = ["--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--length", "16", "--steps", "2", "--out", "run"]
     done = klflow("train", "--data", "a=0.7", "b=0.3", "--shuffle", "documents", *small)
-    assert done.returncode == 0 and "a: 70.0% of the sequences" in done.stdout, done.stderr
+    assert done.returncode == 0 and "a: 70.0% of the sequences" in done.stderr, done.stderr
     (tmp_path / "b").rename(tmp_path / "c")
     done = klflow("train", "--resume", "run", "--more-steps", "1")
     assert done.returncode == 1 and "where no token folder is; --data says where it is now" in done.stderr

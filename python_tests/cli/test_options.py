@@ -67,5 +67,5 @@ def test_a_clock_that_ends_too_early_is_warned_of(klflow, tmp_path, text):
     done = klflow(
         "train", "--data", text, "--out", str(tmp_path / "run"), *small, "--steps", "500000", "--seconds", "0.5"
     )
-    assert done.returncode == 0 and "so --seconds 0.5 ends the run at about step " in done.stdout, done.stderr
+    assert done.returncode == 0 and "so --seconds 0.5 ends the run at about step " in done.stderr, done.stderr
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) < 10000
