@@ -127,7 +127,7 @@ def sampled():
 
 def method_samples():
     """Bits per byte (entropy) of samples at top-k 20, mean over seeds: a table for each V and number of steps."""
-    columns, tables = (8, 16, 32, 64, 256), []
+    columns, tables, text = (8, 16, 32, 64, 256), [], read("method_text.json")
     for place, rows in tabled(sampled(), lambda r: r["shown"]):
         cells = []
         for name, runs in rows:
@@ -136,7 +136,8 @@ def method_samples():
                 some = [s for r in runs for s in r["samples"] if s["steps"] == nfe]
                 entropy = f" ({mean_of([s['entropy'] for s in some])[0]:.2f})" if some else ""
                 cells[-1].append(cell([s["bits_per_byte"] for s in some], 2) + entropy)
-        tables.append(table([heading(place), "seeds", *(f"{n} passes" for n in columns)], cells))
+        real = "; real text {bits_per_byte:.2f} ({entropy:.2f})".format(**text[str(place[0])])
+        tables.append(table([heading(place) + real, "seeds", *(f"{n} passes" for n in columns)], cells))
     return "\n\n".join(tables)
 
 
