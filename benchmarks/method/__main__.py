@@ -6,6 +6,7 @@ python benchmarks/method likelihood --name slices --seed 0    # nats per token o
 python benchmarks/method observe --name slices --seed 0       # held-out text through a channel that confuses it, minutes
 python benchmarks/method fill --name segments --seed 0        # held-out stories from their beginnings, and with holes
 python benchmarks/method grid --name posterior --seed 0       # the times of the sampling scheme by the race bound
+python benchmarks/method race --name posterior --seed 0       # the exact reverse process, with a corrector, beside it
 python benchmarks/method sweep --name posterior --seed 0      # t_split, time grid, boosts; with --nfe 16 11 minutes
 python benchmarks/method text --vocab-size 2048               # bits per byte and entropy of real text, seconds
 python benchmarks/method plot                                 # results/method_{loss,frontier,likelihood}.png
@@ -21,11 +22,11 @@ from pathlib import Path
 from compared import METHODS, ROOT
 from observe import observe
 from pictures import plot
-from samples import fill, grid, judge, likelihood, sweep, text
+from samples import fill, grid, judge, likelihood, race, sweep, text
 from show import gallery
 from train import train
 
-ACTIONS = {f.__name__: f for f in (train, judge, text, likelihood, observe, fill, grid, sweep, plot, gallery)}
+ACTIONS = {f.__name__: f for f in (train, judge, text, likelihood, observe, fill, grid, race, sweep, plot, gallery)}
 
 
 def main() -> None:

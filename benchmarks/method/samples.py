@@ -138,6 +138,21 @@ def grid(arguments) -> None:
     update(arguments, grid=rows)
 
 
+def race(arguments) -> None:
+    """The exact reverse process at each NFE, without and with a corrector, beside the sampling scheme."""
+    scorer, rows = load_judge(), []
+    sampler, tokenizer = load_sampler(arguments)
+    for steps in arguments.nfe:
+        for method, corrector in (("sampling", 0.0), ("race", 0.0), ("race", 0.5), ("race", 2.0)):
+            row, _ = samples(
+                arguments, sampler, tokenizer, scorer, steps=steps, method=method, top_k=20, corrector=corrector
+            )
+            kept = ("method", "corrector", "steps", "bits_per_byte", "entropy", "seconds", "count")
+            rows.append({key: row[key] for key in kept})
+            print(f"{label(arguments)}: {rows[-1]}", flush=True)
+    update(arguments, race=rows)
+
+
 def sweep(arguments) -> None:
     """Where hybrid turns to sampling and how the times are spaced; and what of the basic scheme's sum has to be kept."""
     scorer, rows, kept = load_judge(), [], []

@@ -67,7 +67,9 @@ def draw_slices(passes: Passes, options: ResolvedOptions, places: Tensor, counts
         for j, t in enumerate(grid):
             number = i * steps + j
             shown = torch.zeros_like(query, dtype=torch.bool)
-            time = torch.full((len(places),), t, dtype=torch.float32, device=places.device)
+            time = torch.full(
+                (), t, dtype=torch.float32, device=places.device
+            )  # a number would be copied to the device
             state = path.renoise(drawn, time, passes.rng(number), shown)
             streams = Streams(found.gather(1, clean), torch.cat([clean, query], 1), None)
             evidence = passes.observed(query)

@@ -46,8 +46,8 @@ class NetworkChoice:
     """What the network reads: on the logit path posterior, or the paper's simplex."""
     time: Time | None = None
     """How the network is told the time."""
-    slices: bool = False
-    """Train on two streams, for method="slices". A step has twice the rows."""
+    slices: bool = True
+    """On the paths logit and mask, train on two streams, for method="slices". A step has twice the rows."""
 
     def make(self, vocab_size: int, length: int) -> tuple[NoisePath, DenoiserConfig]:
         """(path, shape) for V tokens and sequences of `length`. Paths of tokens read tokens; the baselines on the simplex x_t.
@@ -62,15 +62,15 @@ class NetworkChoice:
             if (self.input == "tokens") != (path.reads == "tokens"):
                 raise ValueError(f"input: got {self.input!r}, allowed on path {self.path} is {reads!r}")
             reads = self.input
-        causal = path.way == "left_to_right"
+        causal, slices = path.way == "left_to_right", self.slices and self.path in ("logit", "mask")
         shape = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd")}
         config = DenoiserConfig.preset(
             self.preset,
             vocab_size,
             input=reads,
-            time=self.time or ("none" if causal or self.slices else "token"),
+            time=self.time or ("none" if causal or slices else "token"),
             causal=causal,
-            slices=self.slices,
+            slices=slices,
             max_length=max(DenoiserConfig.PRESETS[self.preset][3], length),
             **{name: value for name, value in shape.items() if value is not None},
         )
