@@ -118,7 +118,8 @@ def test_command_line_of_the_baselines(klflow, tmp_path, path):
     assert done.returncode == 0, done.stderr
     exact = [line for line in done.stdout.splitlines() if line.endswith(" bits per byte")]
     bounds = [line for line in done.stdout.splitlines() if line.endswith(" bits per byte (upper bound)")]
-    assert [line.split()[0] for line in exact] == (["left"] if path == "autoregressive" else ["segments,"] * 3)
+    order = {"autoregressive": ["left"], "mask": ["slices,"] * 3}.get(path, ["segments,"] * 3)
+    assert [line.split()[0] for line in exact] == order
     assert [line.split()[0] for line in bounds] == (["masks,"] if path == "mask" else [])
 
 
@@ -127,7 +128,7 @@ def test_command_line_of_slices(klflow, tmp_path):
     (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(f"one two three {i} four\n" * 20 for i in range(60)))
     run = tmp_path / "run"
     small = ["--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--vocab-size", "300", "--length", "16"]
-    done = klflow("train", "--slices", "--data", str(tmp_path / "t.txt"), "--out", str(run), "--steps", "3", *small)
+    done = klflow("train", "--data", str(tmp_path / "t.txt"), "--out", str(run), "--steps", "3", *small)
     assert done.returncode == 0, done.stderr
     assert klflow("train", "--resume", str(run), "--more-steps", "1").returncode == 0
     for command in (
@@ -142,9 +143,7 @@ def test_command_line_of_slices(klflow, tmp_path):
     assert done.returncode == 0, done.stderr
     names = [line.split("  ")[1].strip() for line in done.stdout.splitlines() if "bits per byte" in line]
     assert names == ["slices, 4 passes", "slices, 8 passes", "slices, 16 passes", "all at once, race of the noise"]
-    done = klflow(
-        "train", "--slices", "--time", "token", "--data", str(tmp_path / "t.txt"), "--out", str(tmp_path / "b"), *small
-    )
+    done = klflow("train", "--time", "token", "--data", str(tmp_path / "t.txt"), "--out", str(tmp_path / "b"), *small)
     assert (
         done.returncode != 0
         and "time: got 'token', allowed is 'none', 'add' or 'adaln' where slices is True" in done.stderr
@@ -209,7 +208,7 @@ def test_table_of_samples(klflow, tmp_path):
     assert row["token_entropy"]["low"] <= row["token_entropy"]["mean"] <= row["token_entropy"]["high"]
     assert found["rows"][0]["copied"]["mean"] > row["copied"]["mean"]
     done = klflow("eval", "run", *short, "--samples", "2")
-    assert "segments, NFE 3, T 1, top-k 20" in done.stdout
+    assert "slices, NFE 3, T 1, top-k 20" in done.stdout
     for command, message in (
         (["--samples", "1"], "samples: got 1, allowed is an integer >= 2"),
         (
