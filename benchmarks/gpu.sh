@@ -177,12 +177,11 @@ if wants train; then
   size="$on $(sizes "--batch-size 2 --length 16 --n-layer 1 --n-head 1 --n-embd 16 --vocab-size 300 --steps 2" \
     "--batch-size 256 --length 64 --dtype bfloat16")"
   step fit 150 $py -m klflow_ext train --out "$work/fit" $size $(sizes "" "--steps 1000000 --seconds 60") &&
-    step sampling 60 $py benchmarks/sampling.py "$work/fit" $on --json "$out/cuda_sampling.json" \
-      $(sizes "--batches 1 --length 4 --steps 2 --calls 1 --dtypes float32" "")
-  step fit_slices 100 $py -m klflow_ext train --slices --out "$work/fit_slices" $size $(sizes "" "--steps 1000000 --seconds 40") &&
-    step sampling_slices 60 $py benchmarks/sampling.py "$work/fit_slices" $on --method slices --json "$out/cuda_sampling_slices.json" \
-      $(sizes "--batches 1 --length 4 --steps 2 --calls 1 --dtypes float32" "")
+    for method in sampling slices; do
+      step $method 60 $py benchmarks/sampling.py "$work/fit" $on --method $method --json "$out/cuda_$method.json" \
+        $(sizes "--batches 1 --length 4 --steps 2 --calls 1 --dtypes float32" "")
+    done
   [ $mode = dry ] || step fit_compiled 120 $py -m klflow_ext train --out "$work/fit_compiled" $size --steps 1000000 --seconds 40 --compile
-  for run in fit fit_slices fit_compiled; do cp "$work/$run/log.jsonl" "$out/$run.jsonl" 2>/dev/null; done
+  for run in fit fit_compiled; do cp "$work/$run/log.jsonl" "$out/$run.jsonl" 2>/dev/null; done
 fi
 exit $failed
