@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import platform
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 
@@ -18,10 +16,11 @@ import klflow_ext
 from klflow_ext import data, evaluate
 from klflow_ext.cli.command import Command
 from klflow_ext.cli.infilling import Infilling, Kind
+from klflow_ext.cli.plot import check_picture, figure_class, write_picture
+from klflow_ext.cli.samples import draw, own_method, print_table
 from klflow_ext.cli.terminal import choose_device, shows_progress
-from klflow_ext.evaluate import table
 from klflow_ext.evaluate.conditional import measure_conditional, read_pairs
-from klflow_ext.evaluate.text import Corpus, Interval, need_sacrebleu
+from klflow_ext.evaluate.text import Interval, need_sacrebleu
 from klflow_ext.files import write_file
 from klflow_ext.path import Likelihood, as_network
 from klflow_ext.run import STORIES, Run, is_saved_model, load_run
@@ -97,16 +96,6 @@ def print_conditional(row: dict[str, Any]) -> None:
             print(f"  {title + (', best' if kind == 'best' else ''):<33}" + "  ".join(cells), flush=True)
 
 
-LEAST_OTHERS = 128  # held-out texts that the distance is measured from, where there are as many
-MOST_SEARCHED = 2**24  # training tokens in which copied runs are looked for
-
-
-def corpus_of(stream: data.Stream) -> Corpus:
-    """The first tokens of the training text, of a mixture those of each source."""
-    streams = stream.streams if isinstance(stream, data.Mixture) else [stream]
-    return Corpus(np.concatenate([np.asarray(one[0 : MOST_SEARCHED // len(streams)]) for one in streams]))
-
-
 @dataclass
 class Eval(Command):
     """Held-out loss by time of a run; with --likelihood its -log p; with --samples or --judge, one table of what can be said
@@ -151,6 +140,8 @@ class Eval(Command):
     """Of infilling and conditional, the tokens that the run sees at once; None: as many as it was trained on."""
     seed: int = 0
     """Of the samples of the table, of infilling and of conditional."""
+    plot: Path | None = None
+    """A PNG of the table under the judge: bits per byte over entropy, for all temperatures and top-k, the data marked."""
     json: Path | None = None
     """A file for the table, infilling and conditional, with all settings and intervals."""
     data: tuple[str, ...] = ()
@@ -172,6 +163,11 @@ class Eval(Command):
             )
         if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
             raise ValueError(f"json: got {self.json}, allowed is a file in a folder that is there")
+        if self.plot is not None:
+            if self.judge is None:
+                raise ValueError(f"plot: got {self.plot}, allowed is only with --judge")
+            check_picture("plot", self.plot)
+            figure_class()
         for name in ("temperature", "top_k"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: got none, allowed are one or more")
@@ -212,7 +208,14 @@ class Eval(Command):
             )
         found: dict[str, Any] = {}
         if samples is not None:
-            found |= self.print_table(samples, sampler, tokenizer, stream, held, judge)
+            found |= print_table(
+                sampler, stream, held, judge, samples=samples, length=self.length, steps=self.steps,
+                methods=self.method or (None,), temperatures=self.temperature, top_ks=self.top_k, seed=self.seed,
+            )  # fmt: skip
+        if self.plot is not None:
+            name = folder.name if saved else folder.resolve().name
+            write_picture(draw(found, f"{name}: bits per byte against entropy"), self.plot)
+            print(f"picture: {self.plot}")
         one: dict[str, Any] = {
             "method": self.method[0] if self.method else None, "steps": self.steps, "temperature": self.temperature[0],
             "top_k": self.top_k[0] or None,
@@ -230,60 +233,6 @@ class Eval(Command):
                 "version": klflow_ext.__version__, "torch": torch.__version__, "python": platform.python_version(),
                 "run": folder.name if saved else str(folder), "checkpoint": checkpoint, "path": repr(path), "device": str(device),
                 "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
-                "default_method": self.own_method(sampler),
+                "default_method": own_method(sampler),
             }  # fmt: skip
             write_file(self.json, lambda file: file.write_text(json.dumps(found, indent=2) + "\n", "utf-8"))
-
-    @staticmethod
-    def own_method(sampler: Sampler) -> str:
-        return "left to right" if sampler.path.way is not None else sampler.default_method
-
-    def print_table(
-        self, samples: int, sampler: Sampler, tokenizer, stream, held, judge: evaluate.Scorer | None
-    ) -> dict[str, Any]:
-        """Prints it, and gives it with its settings."""
-        corpus, shape = corpus_of(stream), (samples, self.length)
-        others = min(max(samples, LEAST_OTHERS), len(held) // self.length - samples)  # held-out texts, each once
-        windows = data.batch(held, samples + max(others, 0), self.length, seed=0, step=0).tolist()
-        seen = None
-        if judge is not None and others > 1:
-            seen = judge.features([tokenizer.decode(tokens) for tokens in windows[samples:]])
-
-        def measured(sequences: list[list[int]]) -> table.Figures:
-            texts = [tokenizer.decode(tokens) for tokens in sequences]
-            return table.figures(sequences, texts, corpus, judge, real=seen)
-
-        real = windows[:samples]
-        generator = np.random.default_rng(0)
-        shuffled = [generator.permutation(tokens).tolist() for tokens in real]
-        rows = {"held-out text": measured(real), "its tokens shuffled": measured(shuffled)}
-        settings: dict[str, dict[str, Any]] = dict.fromkeys(rows, {"seed": 0})
-        methods: tuple[str | None, ...] = self.method or (None,)
-        for method, temperature, top_k in itertools.product(methods, self.temperature, self.top_k):
-            result = sampler.sample(
-                shape, steps=self.steps, method=method, temperature=temperature, top_k=top_k or None, seed=self.seed,
-                progress=shows_progress(),
-            )  # fmt: skip
-            own = self.own_method(sampler)
-            name = f"{method or own}, NFE {result.nfe}, T {temperature:g}, top-k {top_k or 'all'}"
-            rows[name] = measured([tokens.tolist() for tokens in result.tokens])
-            settings[name] = {
-                "method": method or own, "nfe": result.nfe, "temperature": temperature, "top_k": top_k or None,
-                "top_p": 1.0, "seed": self.seed, "seconds": result.seconds,
-            }  # fmt: skip
-        print(f"\n{samples} texts of {self.length} tokens each, 95 % intervals over texts:")
-        if judge is not None:
-            said = judge.describe()
-            print(
-                f"judge {said['folder']} ({said['kind']}, {said['precision']}, context {said['context']}): {said['pooling']}"
-            )
-        print(table.as_table(rows), flush=True)
-        return {
-            "samples": samples, "length": self.length, "steps": self.steps,
-            "judge": None if judge is None else judge.describe(),
-            "bootstrap": {"level": 0.95, "rounds": 2000, "seed": 0, "over": "texts"},
-            "distance_from": None if seen is None else others,
-            "searched_for_copies": {"tokens": len(corpus.text), "of": len(stream)},
-            "definitions": table.DEFINITIONS,
-            "rows": [{"name": name, **settings[name], **table.as_json(row)} for name, row in rows.items()],
-        }  # fmt: skip

@@ -34,13 +34,31 @@ class Plot(Command):
 
     def run(self):
         out = Path(f"{self.run_folder.resolve().name}.png") if self.out is None else self.out
-        if out.suffix.lower() != ".png" or out.is_dir() or not out.parent.is_dir():
-            raise ValueError(f"out: got {out}, allowed is a file that ends with .png, in a folder that is there")
+        check_picture("out", out)
         figure, missing = draw(Run(self.run_folder).read_log(), self.run_folder.resolve().name)
-        write_file(out, lambda new: figure.savefig(new, format="png", dpi=120))
+        write_picture(figure, out)
         if missing:
             note(f"left out, as the log does not hold it: {', '.join(missing)}")
         print(f"picture: {out}")
+
+
+def check_picture(name: str, out: Path) -> None:
+    """ValueError where no PNG can be written; name: of the argument."""
+    if out.suffix.lower() != ".png" or out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"{name}: got {out}, allowed is a file that ends with .png, in a folder that is there")
+
+
+def write_picture(figure: Any, out: Path) -> None:
+    write_file(out, lambda new: figure.savefig(new, format="png", dpi=120))
+
+
+def figure_class() -> Any:
+    """matplotlib's Figure. ImportError where it is not here."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("a picture needs the plot extra: pip install 'klflow_ext[plot]'") from None
+    return Figure
 
 
 def curves(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -65,11 +83,9 @@ def draw(records: list[dict[str, Any]], title: str) -> tuple[Any, list[str]]:
     Raises:
         ValueError: it holds none. ImportError: matplotlib is not here.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise ImportError("this command needs the plot extra: pip install 'klflow_ext[plot]'") from None
+    make = figure_class()
+    from matplotlib.ticker import MaxNLocator
+
     names = [name for _, labels in PANELS.values() for name in labels]
     held = [name for name in names if curves(records, name)[0]]
     if not held:
@@ -77,7 +93,7 @@ def draw(records: list[dict[str, Any]], title: str) -> tuple[Any, list[str]]:
     panels = {name: panel for name, panel in PANELS.items() if set(panel[1]) & set(held)}
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(6 * columns, 3.4 * rows), layout="constrained")
+    figure = make(figsize=(6 * columns, 3.4 * rows), layout="constrained")
     figure.suptitle(title)
     for place, (heading, (axis, labels)) in enumerate(panels.items(), 1):
         panel = figure.add_subplot(rows, columns, place)

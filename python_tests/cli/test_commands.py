@@ -210,6 +210,8 @@ def test_table_of_samples(klflow, tmp_path):
     done = klflow("eval", "run", *short, "--samples", "2")
     assert "slices, NFE 3, T 1, top-k 20" in done.stdout
     for command, message in (
+        (["--samples", "2", "--plot", "x.png"], "plot: got x.png, allowed is only with --judge"),
+        (["--judge", "j", "--plot", "x.pdf"], "plot: got x.pdf, allowed is a file that ends with .png"),
         (["--samples", "1"], "samples: got 1, allowed is an integer >= 2"),
         (
             ["--json", "x.json"],
@@ -226,9 +228,11 @@ def test_table_under_the_judge(klflow, tmp_path, data_folder):
     assert klflow("train", "--data", "t.txt", "--out", "run", "--steps", "3", *small).returncode == 0
     judge = str(data_folder / "stories260K")
     done = klflow(
-        "eval", "run", "--length", "12", "--steps", "2", "--samples", "4", "--judge", judge, "--json", "t.json"
-    )
+        "eval", "run", "--length", "12", "--steps", "2", "--samples", "4", "--judge", judge, "--json", "t.json",
+        "--plot", "t.png",
+    )  # fmt: skip
     assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG") and "picture: t.png" in done.stdout
     found = json.loads((tmp_path / "t.json").read_text())
     assert len(found["judge"]["sha256"]) == 64 and found["judge"]["context"] == 512
     real, _, sampled = (row["bits_per_byte"] for row in found["rows"])
