@@ -16,7 +16,8 @@ def answer(question: Question, found: list[Done], served: Served) -> dict[str, A
     choices = []
     prompt_tokens = completion_tokens = 0
     for i, (job, (before, after), done) in enumerate(zip(question.jobs, question.sides, found, strict=True)):
-        drawn = done.tokens[len(before) : len(done.tokens) - len(after)]
+        hole = slice(len(before), len(done.tokens) - len(after))
+        drawn = done.tokens[hole]
         text, ended = _text(question, served, before, drawn, after)
         choice = {
             "index": i, "text": text, "finish_reason": "stop" if ended else "length", "logprobs": None, "seed": job.seed,
@@ -24,6 +25,8 @@ def answer(question: Question, found: list[Done], served: Served) -> dict[str, A
         }  # fmt: skip
         if question.log_likelihood:
             choice["log_likelihood"] = done.log_likelihood
+        if question.confidence:
+            choice["confidence"] = None if done.confidence is None else done.confidence[hole]
         choices.append(choice)
         prompt_tokens += len(before) + len(after)
         completion_tokens += len(drawn)

@@ -21,10 +21,16 @@ from klflow_ext.serve.served import Served
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a sequence: its token ids, and its log-likelihood in nats per generated token where one was asked for and is."""
+    """What came of a sequence.
+
+    Attributes:
+        tokens: its ids. log_likelihood: in nats per generated token, where it was asked for and the method has one.
+        confidence: the probability of each token, where it was asked for.
+    """
 
     tokens: list[int]
-    log_likelihood: float | None
+    log_likelihood: float | None = None
+    confidence: list[float] | None = None
 
 
 @dataclass(eq=False)
@@ -33,7 +39,7 @@ class Job:
 
     Attributes:
         tokens, given: (L,), as `Sampler.infill` takes them. seed, options: its own.
-        score: whether its log-likelihood is asked for.
+        score, look: whether its log-likelihood, and its confidence, are asked for.
         key: of `Sampler.batch_key`.
         watch: called, in the thread that runs the model, with each Pass and the row of this sequence in it; None: nobody.
         future: its Done, or a Refusal.
@@ -44,6 +50,7 @@ class Job:
     seed: int
     options: SampleOptions
     score: bool
+    look: bool
     key: tuple[int, int]
     watch: Callable[[Pass, int], object] | None = None
     future: Future[Done] = field(default_factory=Future)
@@ -135,7 +142,7 @@ class Batcher:
         while batch := self._next():
             start = time.perf_counter()
             try:
-                result, scores = self._fill(batch)
+                found, passes = self._fill(batch)
             except Exception as error:  # one batch is lost, not the server
                 traceback.print_exc(file=sys.stderr)
                 self.running = 0
@@ -143,9 +150,9 @@ class Batcher:
                     job.future.set_exception(failure(error))
                 continue
             self.running = 0
-            self.metrics.batch(len(batch), time.perf_counter() - start, result.nfe)
-            for job, tokens, score in zip(batch, result.tokens, scores, strict=True):
-                job.future.set_result(Done(tokens.tolist(), score))
+            self.metrics.batch(len(batch), time.perf_counter() - start, passes)
+            for job, done in zip(batch, found, strict=True):
+                job.future.set_result(done)
 
     def _next(self) -> list[Job]:
         """The jobs to run now; none after `close`."""
@@ -168,25 +175,34 @@ class Batcher:
                     return batch
         return []
 
-    def _fill(self, batch: list[Job]) -> tuple[Samples, list[float | None]]:
-        """What comes of them, and the log-likelihoods of those that ask."""
+    def _fill(self, batch: list[Job]) -> tuple[list[Done], int]:
+        """(what comes of each, passes made)."""
         sampler, options = self.served.sampler, batch[0].options
         rows, flags = [job.tokens for job in batch], [job.given for job in batch]
+        confidences: list[list[float] | None] = [None] * len(batch)
 
         def see(found: Pass) -> None:
             for row, member in enumerate(found.members):
+                if batch[member].look:
+                    confidences[member] = found.confidence[row].tolist()
                 if (watch := batch[member].watch) is not None:
                     watch(found, row)
 
-        watched = any(job.watch for job in batch)
-        result = sampler.infill(rows, flags, options, seed=[job.seed for job in batch], watch=see if watched else None)
+        watch = see if any(job.look or job.watch for job in batch) else None
+        result = sampler.infill(rows, flags, options, seed=[job.seed for job in batch], watch=watch)
+        scores = self._scores(batch, result)
+        tokens = (row.tolist() for row in result.tokens)
+        return [Done(*of) for of in zip(tokens, scores, confidences, strict=True)], result.nfe
+
+    def _scores(self, batch: list[Job], result: Samples) -> list[float | None]:
+        """The log-likelihoods of those that ask."""
         scores: list[float | None] = [None] * len(batch)
         asked = [i for i, job in enumerate(batch) if job.score]
-        if asked and sampler.has_likelihood(options):
+        if asked and self.served.sampler.has_likelihood(batch[0].options):
             some = replace(result, tokens=[result.tokens[i] for i in asked], given=[result.given[i] for i in asked])
-            for i, score in zip(asked, sampler.log_likelihoods(some, options), strict=True):
+            for i, score in zip(asked, self.served.sampler.log_likelihoods(some, batch[0].options), strict=True):
                 scores[i] = score
-        return result, scores
+        return scores
 
 
 def stopping() -> Refusal:

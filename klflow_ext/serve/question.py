@@ -24,7 +24,7 @@ ABSENT: dict[str, tuple[Any, ...]] = {  # OpenAI's fields that are not here, and
 }  # fmt: skip
 FIELDS = (
     "model", "prompt", "suffix", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "echo", "user", "steps",
-    "top_k", "method", "log_likelihood", "stream", "stream_options", "passes",
+    "top_k", "method", "log_likelihood", "confidence", "stream", "stream_options", "passes",
 )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ class Question:
         jobs: a sequence for each result, n for each prompt, side by side.
         sides: of each, the token ids of its prompt and of its suffix.
         stops: where a text ends. echo: whether the prompt is a part of the text. infills: whether there is a suffix.
-        log_likelihood: whether each result has one.
+        log_likelihood, confidence: whether each result has them.
         stream: whether the answer comes as events; with_usage: one of them says what was counted; passes: so does each pass.
     """
 
@@ -46,6 +46,7 @@ class Question:
     echo: bool
     infills: bool
     log_likelihood: bool
+    confidence: bool
     stream: bool
     with_usage: bool
     passes: bool
@@ -94,8 +95,8 @@ class _Reader:
         if model != self.served.name:
             message = f"model: got {_short(model)}, allowed is {self.served.name!r}"
             raise Refusal(404, message, "model", "model_not_found")
-        options = self._options()
-        n, stops, echo, score = self._int("n", 1), self._stops(), self._flag("echo"), self._flag("log_likelihood")
+        options, stops, echo = self._options(), self._stops(), self._flag("echo")
+        n, score, look = self._int("n", 1), self._flag("log_likelihood"), self._flag("confidence")
         stream, with_usage, passes = self._stream()
         prompts, suffix = self._prompts(), self._text("suffix", self.values.get("suffix"))
         count = n * len(prompts)
@@ -104,8 +105,23 @@ class _Reader:
             raise Refusal(422, f"n: got {what}, allowed are {self.limits.max_n} results of a request", "n")
         seeds = self._seeds(count)
         sides = [around for prompt in prompts for around in [self.served.encode(prompt, suffix)] * n]
-        jobs = [self._job(around, seed, options, score) for around, seed in zip(sides, seeds, strict=True)]
-        return Question(jobs, sides, stops, echo, suffix is not None, score, stream, with_usage, passes)
+        jobs = []
+        for around, seed in zip(sides, seeds, strict=True):
+            tokens, given = self._row(around)
+            key = self.served.sampler.batch_key(given, options)
+            jobs.append(Job(tokens, given, seed, options, score=score, look=look, key=key))
+        return Question(
+            jobs,
+            sides,
+            stops,
+            echo=echo,
+            infills=suffix is not None,
+            log_likelihood=score,
+            confidence=look,
+            stream=stream,
+            with_usage=with_usage,
+            passes=passes,
+        )
 
     # ---- fields
 
@@ -202,7 +218,8 @@ class _Reader:
 
     # ---- sequences
 
-    def _job(self, sides: Sides, seed: int, options: SampleOptions, score: bool) -> Job:
+    def _row(self, sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens, given) of a sequence with room for the result between its sides."""
         before, after = sides
         around = len(before) + len(after)
         room = self.served.max_length - around
@@ -218,4 +235,4 @@ class _Reader:
         tokens = torch.tensor([*before, *[0] * hole, *after])
         given = torch.ones(len(tokens), dtype=torch.bool)
         given[len(before) : len(before) + hole] = False
-        return Job(tokens, given, seed, options, score, self.served.sampler.batch_key(given, options))
+        return tokens, given

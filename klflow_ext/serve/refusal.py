@@ -9,6 +9,7 @@ CODES = {
     404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "request_too_large", 429: "queue_full",
     500: "server_error", 503: "stopping", 504: "timeout",
 }  # fmt: skip
+LONGEST = 500  # characters of what the client is told: an error may quote all that it sent
 
 
 class Refusal(Exception):
@@ -27,7 +28,7 @@ class Refusal(Exception):
     def of(cls, error: Exception, status: int = 400) -> Refusal:
         """Of an error of this package's checks, whose message begins with the name of what is wrong."""
         name, colon, _ = str(error).partition(":")
-        return cls(status, str(error), name if colon and name.isidentifier() else None)
+        return cls(status, str(error)[:LONGEST], name if colon and name.isidentifier() else None)
 
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")

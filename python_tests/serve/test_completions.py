@@ -137,6 +137,16 @@ def test_log_likelihood(server):
     assert choice["log_likelihood"] is None
 
 
+@pytest.mark.parametrize("method", ["slices", "hybrid"])
+def test_confidence(server, method):
+    values = {"prompt": "The", "suffix": " cat", "max_tokens": 5, "seed": 2, "steps": 3, "method": method, "n": 2}
+    found, passes = server.choices(**values, confidence=True), []
+    server.sampler.infill(["The{?5} cat"], seed=[2], steps=3, method=method, watch=passes.append)
+    size = len(server.sampler.tokenizer.encode("The").ids)
+    assert found[0]["confidence"] == pytest.approx(passes[-1].confidence[0, size : size + 5].tolist(), rel=1e-5)
+    assert [{k: v for k, v in choice.items() if k != "confidence"} for choice in found] == server.choices(**values)
+
+
 def test_lengths(server):
     assert len(server.choices(prompt="The", steps=1)[0]["tokens"]) == 40  # max_tokens
     assert len(server.choices(prompt=[5] * 60, steps=1)[0]["tokens"]) == 4  # the model's max_length is 64
