@@ -10,6 +10,7 @@ seed of its own. Every number of clients asks the same requests: all must be ans
 """
 
 import asyncio
+import os
 import random
 import statistics
 import subprocess
@@ -93,7 +94,7 @@ def counted(url):
 
 def main():
     arguments = parse_arguments()
-    about = machine(arguments.device)
+    about = machine(arguments.device, cores=os.cpu_count(), load_before=round(os.getloadavg()[0], 1))
     names = ("requests", "new_tokens", "steps", "max_batch")
     settings = {name: getattr(arguments, name) for name in names}
     record = Record(arguments.json, "rows", machine=about, settings=settings, prompts=PROMPTS)
