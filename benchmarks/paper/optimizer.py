@@ -14,45 +14,47 @@ TITLE = "Muon against AdamW"
 RATES = (1e-2, 3e-3, 3e-2, 1e-3)  # the middle first
 
 
+OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
+INPUTS = {"simplex": "simplex uniform", "posterior": "posterior"}
+
+
 def measure(bench: Bench) -> None:
-    bench.table.expected = len(bench.seeds) * 2 * len(RATES)
+    bench.table.expected = len(bench.seeds) * len(INPUTS) * len(OPTIMIZERS) * len(RATES)
     for seed in bench.seeds:
-        for rate in RATES:
-            for optimizer in ("muon", "adamw"):
+        for input, method in INPUTS.items():
+            for rate in RATES:
+                for optimizer in OPTIMIZERS:
 
-                def make(rate=rate, optimizer=optimizer, seed=seed):
-                    return bench.trained("simplex uniform", seed, optimizer=optimizer, lr=rate)[1]
+                    def make(method=method, rate=rate, optimizer=optimizer, seed=seed):
+                        return bench.trained(method, seed, optimizer=optimizer, lr=rate)[1]
 
-                bench.table.row({"optimizer": optimizer, "lr": rate, "seed": seed}, make)
+                    bench.table.row({"input": input, "optimizer": optimizer, "lr": rate, "seed": seed}, make)
 
 
 def table(rows) -> list[str]:
+    inputs = values(rows, "input")
     lines = [
-        [f"{rate:g}", *(cell(of(rows, lr=rate, optimizer=name), field, 3) for field in ("loss", "nats") for name in ("muon", "adamw"))]
+        [f"{rate:g}", *(cell(of(rows, input=input, lr=rate, optimizer=name), "loss", 3) for input in inputs for name in OPTIMIZERS)]
         for rate in sorted(values(rows, "lr"))
     ]  # fmt: skip
-    titles = [
-        "learning rate",
-        "Muon: held-out loss, mean over t",
-        "AdamW: the same",
-        "Muon: bound, nats per token",
-        "AdamW: the same",
-    ]
-    return [
-        *markdown(titles, lines),
-        "",
-        f"Seeds: {len(values(rows, 'seed'))}. Loss is in nats per token, lower is better.",
-    ]
+    titles = ["learning rate", *(f"{title}, {input} input" for input in inputs for title in OPTIMIZERS.values())]
+    note = (
+        f"Each cell: held-out loss in nats per token, mean over t; lower is better. Seeds: {len(values(rows, 'seed'))}."
+    )
+    return [*markdown(titles, lines), "", note]
 
 
 def plot(rows):
     chart, axis = figure(figsize=(5, 4))
-    for name, title in (("muon", "Muon"), ("adamw", "AdamW")):
-        rates = sorted(values(of(rows, optimizer=name), "lr"))
-        means = [mean_over_seeds(of(rows, optimizer=name, lr=rate), "loss")[0] for rate in rates]
-        axis.plot(rates, means, marker="o", label=title)
+    for input, style in zip(INPUTS, ("-", "--"), strict=True):
+        for i, (name, title) in enumerate(OPTIMIZERS.items()):
+            found = of(rows, input=input, optimizer=name)
+            rates = sorted(values(found, "lr"))
+            means = [mean_over_seeds(of(found, lr=rate), "loss")[0] for rate in rates]
+            if means:
+                axis.plot(rates, means, style, marker="o", color=f"C{i}", label=f"{title}, {input} input")
     axis.set(xscale="log", xlabel="learning rate", ylabel="held-out loss, nats per token, mean over t")
-    axis.legend()
+    axis.legend(fontsize=7)
     chart.tight_layout()
     return chart
 
