@@ -54,7 +54,7 @@ def measure(bench: Bench) -> None:
 
 
 def sampler_of(bench: Bench, name: str, seed: int):
-    return bench.trained(METHODS[name][0], seed, "stdlib", given_share=0.6)[0]
+    return bench.trained(METHODS[name][0], seed, "stdlib", given_share=0.6, steps=bench.scale.short_steps)[0]
 
 
 def tokens(bench: Bench, name: str, share: float, seed: int) -> dict:

@@ -44,7 +44,7 @@ def measure(bench: Bench) -> None:
 def scores(bench: Bench, name: str, pairs: list[Pair], seed: int) -> dict:
     method, scheme = METHODS[name]
     options = {} if scheme is None else {"given_share": 0.6}
-    sampler, losses = bench.trained(method, seed, "snakes", **options)
+    sampler, losses = bench.trained(method, seed, "snakes", steps=bench.scale.short_steps, **options)
     asked = {"steps": bench.scale.passes, "method": scheme, "top_k": 20}
     count, new = bench.scale.samples // 2, bench.scale.length // 2
     with bench.autocast():

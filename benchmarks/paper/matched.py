@@ -50,6 +50,8 @@ class Scale:
     batch: int
     """Sequences of a step."""
     steps: int
+    short_steps: int
+    """Of tables in which a loss says enough, or which have runs of their own."""
     lr: float
     """Highest learning rate."""
     seeds: int
@@ -66,9 +68,9 @@ class Scale:
 
 
 SCALES = {
-    "cpu": Scale(512, 4, 4, 128, 64, 16, 400, 1e-2, 3, 64, (8, 32, 128, 512), 32),
-    "gpu": Scale(8192, 6, 6, 384, 256, 64, 3000, 3e-3, 3, 512, (8, 16, 32, 64, 128, 256, 512), 64),
-    "test": Scale(300, 1, 1, 16, 16, 4, 2, 1e-2, 1, 4, (2, 3), 2, "eight bits a byte", 20),
+    "cpu": Scale(512, 4, 4, 128, 64, 16, 600, 250, 1e-2, 3, 64, (8, 32, 128, 512), 32),
+    "gpu": Scale(8192, 6, 6, 384, 256, 64, 3000, 3000, 3e-3, 3, 512, (8, 16, 32, 64, 128, 256, 512), 64),
+    "test": Scale(300, 1, 1, 16, 16, 4, 2, 2, 1e-2, 1, 4, (2, 3), 2, "eight bits a byte", 20),
 }
 
 
@@ -191,9 +193,9 @@ class Bench:
         scale, (tokenizer, stream, held) = self.scale, self.stream(text)
         make_path, model_options, train_options = METHODS[method]
         usual = {field.name: field.default for field in (*fields(DenoiserConfig), *fields(TrainConfig))}
-        usual |= {"lr": scale.lr, "given_share": 0.0, **train_options, **model_options}
+        usual |= {"steps": scale.steps, "lr": scale.lr, "given_share": 0.0, **train_options, **model_options}
         changes = {**(path or {}), **{k: v for k, v in {**(model or {}), **train}.items() if v != usual[k]}}
-        options = {"lr": scale.lr, "given_share": 0.0, **train_options, **train}
+        options = {"steps": scale.steps, "lr": scale.lr, "given_share": 0.0, **train_options, **train}
         label = "-".join([text, method, *(f"{name}={value}" for name, value in changes.items()), f"seed{seed}"])
         label = label.replace(" ", "-")
         made = make_path(scale.vocab_size, **(path or {}))
@@ -202,21 +204,20 @@ class Bench:
             scale.vocab_size, scale.layers, scale.heads, scale.width, scale.length, **{**model_options, **(model or {})}
         )
         network = Denoiser(shape, made, evaluate.unigram_log_prior(stream, scale.vocab_size)).to(self.device)
-        config = TrainConfig(
-            steps=scale.steps, batch_size=scale.batch, length=scale.length, seed=seed, dtype=self.dtype, **options
-        )
+        config = TrainConfig(batch_size=scale.batch, length=scale.length, seed=seed, dtype=self.dtype, **options)
         out = self.arguments.runs / self.arguments.scale / label
         trainer = Trainer(network, made, stream, config, out, tokenizer=tokenizer)
         if trainer.run is not None and trainer.run.checkpoints():
             trainer.load()
         if trainer.progress() < 1:
-            print(f"{label}: step {trainer.step} of {scale.steps}", flush=True)
+            print(f"{label}: step {trainer.step} of {config.steps}", flush=True)
             trainer.fit(progress=sys.stderr.isatty())
         sampler = Sampler(network.eval(), made, self.device, tokenizer=tokenizer)
         note = out / "losses.json"  # beside the run, whose other files it leaves alone
         if not note.exists():
             found = self._losses(sampler, held)
             found |= {"parameters": sum(p.numel() for p in network.parameters()), "train_seconds": trainer.seconds}
+            found |= {"steps": config.steps}
             write_file(note, lambda p: p.write_text(json.dumps(found, indent=1) + "\n"))
         return sampler, read_json(note)
 

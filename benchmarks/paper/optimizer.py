@@ -26,7 +26,9 @@ def measure(bench: Bench) -> None:
                 for optimizer in OPTIMIZERS:
 
                     def make(method=method, rate=rate, optimizer=optimizer, seed=seed):
-                        return bench.trained(method, seed, optimizer=optimizer, lr=rate)[1]
+                        return bench.trained(method, seed, optimizer=optimizer, lr=rate, steps=bench.scale.short_steps)[
+                            1
+                        ]
 
                     bench.table.row({"input": input, "optimizer": optimizer, "lr": rate, "seed": seed}, make)
 

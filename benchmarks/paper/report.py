@@ -30,7 +30,13 @@ def section(name: str, results: Path, beside: Path) -> str:
     settings, machine = found["settings"], found["machine"]
     lines = [*script.table(found["rows"]), ""]
     lines += [f"![{script.TITLE}]({os.path.relpath(file.with_suffix('.png'), beside)})", ""]
-    shape = "{layers} layers of width {width}, V = {vocab_size:,}, {length} positions, {steps:,} steps of {batch} sequences".format(**settings)  # fmt: skip
+    steps = (
+        " and ".join(
+            f"{n:,}" for n in sorted({row["steps"] for row in found["rows"] if "steps" in row and "source" not in row})
+        )
+        or f"{settings['steps']:,}"
+    )
+    shape = "{layers} layers of width {width}, V = {vocab_size:,}, {length} positions, {steps} steps of {batch} sequences".format(**{**settings, "steps": steps})  # fmt: skip
     lines.append(
         f"Settings: {shape}; {settings['samples']} samples each, judge {found['judge']}, {found['precision']}; {machine['device']}, "
         f"threads: {machine['threads']}, torch {machine['torch']}. All figures: [{file.name}]({os.path.relpath(file, beside)})."

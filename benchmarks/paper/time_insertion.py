@@ -18,7 +18,7 @@ def measure(bench: Bench) -> None:
             for time in TIMES:
 
                 def make(method=method, time=time, seed=seed):
-                    sampler, losses = bench.trained(method, seed, model={"time": time})
+                    sampler, losses = bench.trained(method, seed, model={"time": time}, steps=bench.scale.short_steps)
                     return {**losses, **bench.judged(sampler, seed, bench.scale.passes, method="sampling", top_k=20)}
 
                 bench.table.row({"input": input, "time": time, "seed": seed}, make)
