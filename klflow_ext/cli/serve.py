@@ -20,8 +20,9 @@ class Serve(Command):
     """Answer requests for completions over HTTP, asked as OpenAI's /v1/completions is.
 
     POST /v1/completions takes model, prompt (a string, token ids, or a list of these), suffix (then the answer stands between both),
-    max_tokens, temperature, top_p, n, seed, stop, echo, stream, and of its own steps, top_k, method, log_likelihood, confidence and, with stream, passes: an event for each. GET /v1/models,
-    /health and /metrics. There is no password: whoever reaches the port may ask.
+    max_tokens, temperature, top_p, n, seed, stop, echo, stream; and of its own steps, top_k, method, log_likelihood, confidence and,
+    with stream, passes: an event for each. GET /v1/models, /health and /metrics. There is no password: whoever reaches the port may
+    ask.
     """
 
     run_folder: tyro.conf.Positional[Path | None] = None

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from klflow_ext.serve.answer import answer
-from klflow_ext.serve.batcher import Batcher, Done, Job
+from klflow_ext.serve.batcher import Batcher, Done, Job, stopping
 from klflow_ext.serve.events import answer_events, error_event, pass_event
 from klflow_ext.serve.metrics import Metrics
 from klflow_ext.serve.question import Question, read_question
@@ -62,7 +62,7 @@ class App:
     async def completions(self, request: Request) -> Response:
         start = time.perf_counter()
         if self.batcher.closed:
-            self.batcher.submit([])  # which refuses
+            raise stopping()
         body = await self._body(request)
         question = await run_in_threadpool(read_question, body, self.served)
         if question.stream:
