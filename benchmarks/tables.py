@@ -75,6 +75,16 @@ def train_memory():
     return table(["V", "gradients alone", *STEPS.values(), "integer tokens"], rows)
 
 
+def serve():
+    rows = [
+        [f"{r['clients']}", f"{r['requests_per_second']:.1f}", f"{r['tokens_per_second']:.0f}", f"{r['median_seconds']:.2f}",
+         f"{r['p99_seconds']:.2f}", f"{r['mean_batch']:.1f}", f"{r['lost']}", f"{r['other_tokens']}"]
+        for r in read("cpu_serve.json")["rows"]
+    ]  # fmt: skip
+    head = ["clients", "requests a second", "tokens a second", "latency, median, s", "99th percentile, s", "ran together", "lost", "with other tokens"]  # fmt: skip
+    return table(head, rows)
+
+
 def mean_of(values):
     """The mean over seeds, and where there are several the standard deviation."""
     mean = sum(values) / len(values)
@@ -176,6 +186,7 @@ TABLES = (
     ("kernels", kernels),
     ("train step", train_step),
     ("train memory", train_memory),
+    ("serve", serve),
     ("method loss", method_loss),
     ("method samples", method_samples),
     ("method likelihood", method_likelihood),

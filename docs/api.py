@@ -8,7 +8,20 @@ import pdoc
 
 import klflow_ext
 
-MODULES = ("path", "model", "sample", "train", "data", "evaluate", "run", "hub", "transformer", "reference", "oracle")
+MODULES = (
+    "path",
+    "model",
+    "sample",
+    "train",
+    "data",
+    "evaluate",
+    "run",
+    "hub",
+    "transformer",
+    "serve",
+    "reference",
+    "oracle",
+)
 
 
 def main(folder: Path) -> None:
