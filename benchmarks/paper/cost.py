@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from matched import METHODS, Bench, cell, figure, markdown, of, run, values
+from matched import METHODS, Bench, cell, figure, markdown, of, order_of, run, values
 
 from klflow_ext import Autoregressive, Denoiser, DenoiserConfig, Sampler, TrainConfig, Trainer, evaluate
 
@@ -23,7 +23,16 @@ SHOWN = {
     "linear": "linear",
     "mask DFM": "mask",
     "uniform DFM": "uniform",
+    "KL, segments": "segments",
+    "KL, slices": "slices",
+    "mask, slices": "mask slices",
     "autoregressive": "autoregressive",
+}
+COLUMNS = {
+    "basic": "basic",
+    "sampling": "sampling",
+    "order": "segments or slices",
+    "order_longest": "the same, a pass a token",
 }
 REPEATS = 5
 
@@ -47,15 +56,18 @@ def costs(bench: Bench, method: str) -> dict:
     found = seconds_of("train_token", trainer.train_step, tokens, bench)
     sampler = Sampler(network.eval(), path, bench.device)
     count = min(scale.samples, 64)
-    for scheme in ("basic",) if isinstance(path, Autoregressive) else ("basic", "sampling"):
+    left_to_right, order = isinstance(path, Autoregressive), order_of(method)
+    # the schemes by which all positions move cost the same in every pass
+    schemes = {"basic": 4, "sampling": 4} if order is None else {"order": scale.passes, "order_longest": scale.length}
+    for name, steps in {"basic": scale.length}.items() if left_to_right else schemes.items():
 
-        def sample(scheme=scheme):
-            passes = {} if isinstance(path, Autoregressive) else {"steps": 4, "method": scheme}
+        def sample(name=name, steps=steps):
+            passes = {} if left_to_right else {"steps": steps, "method": order or name}
             with bench.autocast():
                 sampler.sample((count, scale.length), top_k=20, **passes)
 
-        passes = 1 if isinstance(path, Autoregressive) else 4 / scale.passes
-        found |= seconds_of(f"sample_{scheme}", sample, count * passes, bench)
+        share = 1 if left_to_right or order else steps / scale.passes
+        found |= seconds_of(f"sample_{name}", sample, count * share, bench)
     return found | {
         "repeats": REPEATS,
         "batch": scale.batch,
@@ -86,14 +98,14 @@ def table(rows) -> list[str]:
     lines = []
     for name in values(rows, "method"):
         scaled = [{**row, "train": 1e6 * row[f"train_token{suffix}"],
-                   **{f"ms_{s}": 1e3 * row[f"sample_{s}{suffix}"] for s in ("basic", "sampling") if f"sample_{s}" in row}}
+                   **{f"ms_{s}": 1e3 * row[f"sample_{s}{suffix}"] for s in COLUMNS if f"sample_{s}" in row}}
                   for row in of(rows, method=name)]  # fmt: skip
-        lines.append([name, *(cell(scaled, field, 0) for field in ("train", "ms_basic", "ms_sampling"))])
+        lines.append([name, *(cell(scaled, field, 0) for field in ("train", *(f"ms_{s}" for s in COLUMNS)))])
     what = "processor " if suffix else ""
     passes = rows[0]["passes"] if rows else 0
-    titles = ["method", f"training, {what}µs a token", f"basic, {what}ms a sample of {passes} passes", f"sampling, {what}ms a sample of {passes} passes"]  # fmt: skip
+    titles = ["method", f"training, {what}µs a token", *(f"{title}, {what}ms a sample" for title in COLUMNS.values())]
     length = rows[0]["length"] if rows else 0
-    note = f"A sample has {length} tokens. Left to right it has {length} passes of one position, with cached keys and values."
+    note = f"A sample has {length} tokens, and {passes} passes where nothing else is said. Left to right it has {length} passes of one position, with cached keys and values."
     return [*markdown(titles, lines), "", note]
 
 
@@ -103,11 +115,11 @@ def plot(rows):
     chart, axes = figure(1, 2, figsize=(11, 3.5))
     axes[0].barh(names, [1e6 * of(rows, method=name)[0][f"train_token{suffix}"] for name in names])
     axes[0].set(xlabel="µs a training token")
-    for shift, scheme in ((-0.2, "basic"), (0.2, "sampling")):
+    for shift, scheme in zip((-0.3, -0.1, 0.1, 0.3), COLUMNS, strict=True):
         shown = [
             (i + shift, of(rows, method=name)[0].get(f"sample_{scheme}{suffix}", 0.0)) for i, name in enumerate(names)
         ]
-        axes[1].barh([y for y, _ in shown], [1e3 * x for _, x in shown], 0.38, label=scheme)
+        axes[1].barh([y for y, _ in shown], [1e3 * x for _, x in shown], 0.19, label=COLUMNS[scheme])
     axes[1].set_yticks(range(len(names)), names)
     axes[1].set(xlabel="ms a sample")
     axes[1].legend()

@@ -26,6 +26,7 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "method")]
 
 from compared import METHODS, stories, token_streams  # noqa: E402
 from compared import RESULTS as RESULTS  # noqa: E402
+from compared import order_of as order_of  # noqa: E402
 from harness import figure as figure  # noqa: E402  (the scripts' own)
 from harness import machine  # noqa: E402
 from samples import load_judge  # noqa: E402

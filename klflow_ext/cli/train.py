@@ -107,9 +107,9 @@ class Settings(Command):
 
 @dataclass
 class Demo(Settings):
-    """Train a small denoiser on real text (350 steps, about three minutes), show its loss by time, sample, and fill a removed line."""
+    """Train a small denoiser on real text (250 steps, about five minutes), show its loss by time, sample, and fill a removed line."""
 
-    train: tyro.conf.OmitArgPrefixes[Training] = field(default_factory=lambda: Training(steps=350))
+    train: tyro.conf.OmitArgPrefixes[Training] = field(default_factory=lambda: Training(steps=250))
 
     def run(self):
         prepared = self.prepare()
