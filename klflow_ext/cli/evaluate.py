@@ -17,7 +17,7 @@ from klflow_ext import data, evaluate
 from klflow_ext.cli.command import Command
 from klflow_ext.cli.infilling import Infilling, Kind
 from klflow_ext.cli.plot import check_picture, figure_class, write_picture
-from klflow_ext.cli.samples import draw, own_method, print_table
+from klflow_ext.cli.samples import draw, own_method, precision_of, print_table
 from klflow_ext.cli.terminal import choose_device, shows_progress
 from klflow_ext.evaluate.conditional import measure_conditional, read_pairs
 from klflow_ext.evaluate.text import Interval, need_sacrebleu
@@ -232,7 +232,7 @@ class Eval(Command):
             found |= {
                 "version": klflow_ext.__version__, "torch": torch.__version__, "python": platform.python_version(),
                 "run": folder.name if saved else str(folder), "checkpoint": checkpoint, "path": repr(path), "device": str(device),
-                "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
+                "precision": precision_of(sampler),
                 "default_method": own_method(sampler),
             }  # fmt: skip
             write_file(self.json, lambda file: file.write_text(json.dumps(found, indent=2) + "\n", "utf-8"))

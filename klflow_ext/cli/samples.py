@@ -32,6 +32,11 @@ def own_method(sampler: Sampler) -> str:
     return "left to right" if sampler.path.way is not None else sampler.default_method
 
 
+def precision_of(sampler: Sampler) -> str:
+    module = sampler.network.module
+    return "unknown" if module is None else str(next(module.parameters()).dtype).removeprefix("torch.")
+
+
 def print_table(
     sampler: Sampler,
     stream: data.Stream,
@@ -75,7 +80,9 @@ def print_table(
             "seconds": result.seconds,
         }  # fmt: skip
     said = None if judge is None else judge.describe()
-    print(f"\n{samples} texts of {length} tokens each, 95 % intervals over texts:")
+    print(
+        f"\n{samples} texts of {length} tokens each, samples of a {precision_of(sampler)} model, 95 % intervals over texts:"
+    )
     if said is not None:
         print(f"judge {judge_name(said)}: {said['pooling']}")
     print(table.as_table(rows), flush=True)

@@ -20,7 +20,8 @@ INFILLING = {
     "single-line": "HumanEval-SingleLineInfilling.jsonl.gz",
     "random-span": "HumanEval-RandomSpanInfillingLight.jsonl.gz",
 }
-FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")  # of a task of HumanEval
+HUMANEVAL = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), str)
+MBPP = {"task_id": int, "text": str, "code": str, "test_setup_code": str, "test_list": list}
 SHARES = tuple(i / 10 for i in range(1, 11))  # of the lines that are removed, as the curves over it are drawn
 COMPILED_AT_ONCE = 256  # programs, by one process of the sandbox
 
@@ -73,7 +74,7 @@ def infilling_tasks(folder: str | Path, kind: str = "single-line") -> list[Task]
             (row["canonical_solution"],),
             f"{row['test']}\ncheck({row['entry_point']})",
         )
-        for row in read_rows("tasks", Path(folder) / INFILLING[kind], FIELDS + ("suffix",))
+        for row in read_rows("tasks", Path(folder) / INFILLING[kind], {**HUMANEVAL, "suffix": str})
     ]
 
 
@@ -119,7 +120,7 @@ def mbpp_tasks(path: str | Path, share: float = 0.1, seed: int = 0) -> list[Task
             seed,
             "\n".join([_unix(row["test_setup_code"]), *row["test_list"]]),
         )
-        for row in read_rows("tasks", path, ("task_id", "text", "code", "test_setup_code", "test_list"))
+        for row in read_rows("tasks", path, MBPP)
     ]
 
 
@@ -135,7 +136,7 @@ def humaneval_tasks(path: str | Path, share: float, seed: int = 0) -> list[Task]
             seed,
             f"{row['test']}\ncheck({row['entry_point']})",
         )
-        for row in read_rows("tasks", path, FIELDS)
+        for row in read_rows("tasks", path, HUMANEVAL)
     ]
 
 

@@ -47,8 +47,8 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], list[Pair]]:
         ValueError: the file cannot be read, or one of the two is empty.
     """
     split: tuple[list[Pair], list[Pair]] = ([], [])
-    for row in read_rows("conditional", path, ("prompt", "text")):
-        pair = Pair(str(row["prompt"]), str(row["text"]))
+    for row in read_rows("conditional", path, {"prompt": str, "text": str}):
+        pair = Pair(row["prompt"], row["text"])
         split[zlib.crc32(pair.prompt.encode()) % HELD_OUT == 0].append(pair)
     if not all(split):
         raise ValueError(

@@ -20,6 +20,7 @@ from klflow_ext.path import Autoregressive, as_network
 from klflow_ext.path.network import Network
 from klflow_ext.run import Run, is_saved_model, load_run
 
+MOST_WORDS = 2**18  # whose pieces a judge keeps
 POOLING = "bits of all texts over their UTF-8 bytes; each text from its first token on, by itself, cut at the context"
 
 
@@ -171,6 +172,8 @@ class Judge(Scorer):
         Words are merged by themselves, each once, where no piece reaches over a space.
         """
         parts = re.findall(r" [^ ]*", " " + text) if self.by_words else [" " + text]
+        if len(self.words) > MOST_WORDS:
+            self.words.clear()
         for part in {*parts} - self.words.keys():
             self.words[part] = self._merged(part)
         return [1, *(token for part in parts for token in self.words[part])]

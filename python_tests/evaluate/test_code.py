@@ -1,6 +1,7 @@
 """Tasks with holes, and the measures of what is put into them."""
 
 import itertools
+import json
 import os
 
 import pytest
@@ -196,6 +197,10 @@ def test_files_that_cannot_be_read(tmp_path):
         code.infilling_tasks(tmp_path)
     (tmp_path / "m.jsonl").write_text("{")
     with pytest.raises(ValueError, match="m.jsonl cannot be read"):
+        code.mbpp_tasks(tmp_path / "m.jsonl")
+    row = {"task_id": 1, "text": "", "code": "a", "test_setup_code": "", "test_list": ["a", 2]}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"tasks: .* line 1: got .*, allowed is an object with .*test_list \(list\)"):
         code.mbpp_tasks(tmp_path / "m.jsonl")
     with pytest.raises(ValueError, match="share: got 0"):
         code.mbpp_tasks(tmp_path / "m.jsonl", 0)

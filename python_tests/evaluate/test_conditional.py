@@ -99,9 +99,10 @@ def test_pairs_of_a_file(tmp_path, data_folder):
         ('{"prompt": "a", "text": "b"}\n', "with 1 prompts and 0 held out"),
         (
             '{"prompt": "a", "text": "b"}\n{"prompt": "a"}\n',
-            'line 2: got \'{"prompt": "a"}.*allowed is an object with prompt, text',
+            'line 2: got \'{"prompt": "a"}.*allowed is an object with prompt .str., text',
         ),
         ("[]", "line 1: got"),
+        ('{"prompt": 1, "text": "b"}', "line 1: got"),
         ("{", "line 1"),
     ):
         (tmp_path / "p.jsonl").write_text(content)
