@@ -9,6 +9,7 @@ from compared import ROOT, TEXT, beside, grouped, placed, results, sampled_as, t
 
 V, STEPS = 2048, 1075  # of the runs that are drawn
 SHORT = (8192, 540)  # V and steps of the others
+TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # of losses
 
 # Told apart without colour: marker and line. Colours are those of Okabe and Ito.
 STYLES = {
@@ -76,8 +77,8 @@ def loss(found: list[dict]):
         by_step.set(
             xlabel="training step", ylabel="mean over six times, nats per token", title="the mean, as it trains"
         )
-        by_time.yaxis.set_major_formatter("{x:g}")
-        by_time.yaxis.set_minor_formatter("")
+        by_time.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        by_time.set_yticks([], minor=True)
         by_time.legend(fontsize=8)
     return figure
 
