@@ -11,6 +11,7 @@ COMMANDS = {  # name: (its class in klflow_ext.cli, what it does)
     "demo": ("train:Demo", "train a small model on real text in a few minutes, and sample from it"),
     "prepare": ("prepare:Prepare", "encode texts into a token folder to train on"),
     "train": ("train:Train", "train on a text or token folders, or go on with a run"),
+    "adapt": ("adapt:Adapt", "adapt a language model of transformers to flow matching"),
     "sample": ("generate:Sample", "generate texts from nothing"),
     "complete": ("generate:Complete", "continue prompts"),
     "infill": ("generate:Infill", "fill the holes of texts"),

@@ -28,8 +28,7 @@ except ImportError as error:
 class TransformerDenoiser(Reader):
     """A masked or causal language model of `transformers` as a Network: BERT, ModernBERT, GPT-2, Llama, Qwen and their kin.
 
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = TransformerDenoiser(AutoModelForMaskedLM.from_pretrained(name), tokenizer=tokenizer)
+        model = TransformerDenoiser.of(name)  # or TransformerDenoiser(AutoModelForMaskedLM.from_pretrained(name), tokenizer=...)
         Trainer(model, model.path, tokens, TrainConfig(lr=1e-4, length=128)).fit()
         Sampler(model, model.path).sample((4, 128))
 
@@ -102,6 +101,41 @@ class TransformerDenoiser(Reader):
                     setattr(config, name, value)
             transformer.set_submodule(where, output)
             raise
+
+    @classmethod
+    def of(
+        cls, name: str | Folder, *, causal: bool = False, beta: float = 0.01, t_max: float | None = None, **options: Any
+    ) -> TransformerDenoiser:
+        """That of a model of `transformers` by its folder, or by its name, of which the Hub's cache has the files: nothing is
+        downloaded. Its tokenizer comes with it.
+
+        Args:
+            name: as its `from_pretrained` takes it.
+            beta, t_max: of its LogitPath.
+            causal, options: as those of a TransformerDenoiser.
+
+        Raises:
+            ValueError, TypeError: it cannot be read, or be adapted; the message names it.
+        """
+        what: dict[str, Any] = {"pretrained_model_name_or_path": str(name), "local_files_only": True}
+        what["trust_remote_code"] = False
+        try:
+            config = transformers.AutoConfig.from_pretrained(**what)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**what)
+            decoder = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ())
+            kind = transformers.AutoModelForCausalLM if decoder else transformers.AutoModelForMaskedLM
+            transformer = kind.from_pretrained(**what, dtype=torch.float32)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"transformer: {name} cannot be read ({said}), allowed is the folder of a masked or causal language model, or its "
+                "name, once `hf download` has fetched it"
+            ) from error
+        path = LogitPath(vocab_size_of(_backend(tokenizer)), beta, t_max)
+        model = cls(transformer, path, tokenizer, causal=causal, **options)
+        model.tokenizer.no_truncation()  # either would change what is trained on
+        model.tokenizer.no_padding()
+        return model
 
     # ---- the protocol
 

@@ -52,9 +52,7 @@ def texts_for(tokenizer: Any, names: Sequence[str]) -> tuple[data.Stream, data.S
             raise ValueError(f"data: got {len(paths)} files, allowed are one file of texts or token folders")
         texts, held_texts = data.documents(paths[0])
         return data.encode(tokenizer, texts), data.encode(tokenizer, held_texts)
-    for path in paths:
-        if data.TokenFolder(path).tokenizer().to_str() != tokenizer.to_str():
-            raise ValueError(f"data: {path} has another tokenizer, allowed is that of the model")
+    data.same_tokenizer(paths, tokenizer)
     return data.open_streams(paths, weights)
 
 

@@ -18,7 +18,7 @@ def with_config(words: list[str]) -> list[str]:
     Raises:
         ValueError: the file cannot be read, or holds something else than options.
     """
-    if not words or words[0] not in ("train", "demo"):
+    if not words or words[0] not in ("train", "demo", "adapt"):
         return words
     for i, word in enumerate(words):
         if word == CONFIG and i + 1 < len(words):

@@ -9,7 +9,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -17,7 +17,7 @@ import tyro
 from klflow_ext.cli.command import Command
 from klflow_ext.cli.evaluate import print_losses
 from klflow_ext.cli.terminal import QUIET, USUAL, VERBOSE, choose_device, note, printable, spoken
-from klflow_ext.data import removed_lines
+from klflow_ext.data import Stream, removed_lines
 from klflow_ext.run import Run
 from klflow_ext.sample import Sampler
 from klflow_ext.train import NetworkChoice, Prepared, TrainConfig, Trainer, join_processes, leave_processes, prepare
@@ -57,7 +57,7 @@ def say_estimate(trainer: Trainer) -> None:
 
 
 @dataclass(frozen=True)
-class Training(TrainConfig):
+class Plan(TrainConfig):
     """How to train."""
 
     max_seconds: Annotated[float | None, tyro.conf.arg(name="seconds")] = None
@@ -68,8 +68,8 @@ class Training(TrainConfig):
 
 
 @dataclass
-class Settings(Command):
-    """Text, model and training, shared by demo and train."""
+class Training(Command):
+    """Text and training, shared by demo, train and adapt."""
 
     data: tuple[str, ...] = ()
     """A file of texts (UTF-8, JSONL or Parquet, also .gz and .zst) that memory holds, or token folders (klflow prepare), of
@@ -78,18 +78,63 @@ class Settings(Command):
     """Run folder to write."""
     overwrite: bool = False
     """Replace a run that is there."""
+    train: tyro.conf.OmitArgPrefixes[Plan] = field(default_factory=Plan)
+    config: Path | None = None
+    """A JSON file of options by their names, {"steps": 2000, "lr": 0.001}, or the config.json of a run's checkpoint. Options on the
+    command line are stronger."""
+    device: str | None = None
+    """cuda where torch sees a GPU and the kernels were built for it, else cpu."""
+
+    show_every: int = 0
+    """Steps between texts that the model writes as it learns, which are printed; 0: none."""
+
+    def check(self) -> None:
+        """ValueError, before any work, for an option that cannot be."""
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if self.show_every < 0 or (self.show_every and processes > 1):
+            allowed = "an integer >= 0, and 0 with several processes, whose weights may lie apart"
+            raise ValueError(f"show_every: got {self.show_every}, allowed is {allowed}")
+
+    def fit(self, trainer: Trainer) -> Any:
+        """Says how long it takes, and trains; the model that the run gives, in evaluation mode."""
+        say_estimate(trainer)
+        trainer.fit(spoken() >= USUAL, self.show(trainer) if self.show_every else None)
+        model = trainer.averaged_model().eval()
+        leave_processes()
+        return model
+
+    def show(self, trainer: Trainer):
+        """A callback that prints a text of the model now and then."""
+        tokenizer = trainer.tokenizer or (None if trainer.run is None else trainer.run.tokenizer())
+        if tokenizer is None:
+            raise ValueError(f"show_every: got {self.show_every}, allowed is 0 for a run without a tokenizer")
+
+        def callback(record):
+            if record["step"] % self.show_every == 0:
+                sampler = Sampler(trainer.averaged_model(), trainer.path, trainer.device)
+                length = min(64, trainer.config.length)
+                tokens = sampler.sample((1, length), steps=min(32, length), seed=trainer.config.seed).tokens[0]
+                print(f"\n--- step {record['step']}: {printable(tokenizer.decode(tokens.tolist()))}", flush=True)
+
+        return callback
+
+    def report(self, trainer: Trainer, model: Any, heldout: Stream) -> None:
+        """What the run is worth, and where it is."""
+        if trainer.rank == 0:
+            print_losses(model, trainer.path, trainer.stream, heldout, trainer.config.length)
+            print(f"run folder: {self.out if trainer.run is None else trainer.run.folder}")
+
+
+@dataclass
+class Settings(Training):
+    """Text, model and training, shared by demo and train."""
+
     tokenizer: str | None = None
     """A tokenizers file (tokenizer.json), a folder that has one, or the name of a model whose files the Hub's cache has, instead of one
     trained here."""
     vocab_size: int = 2048
     """Of the tokenizer that is trained here."""
     network: tyro.conf.OmitArgPrefixes[NetworkChoice] = field(default_factory=NetworkChoice)
-    train: tyro.conf.OmitArgPrefixes[Training] = field(default_factory=Training)
-    config: Path | None = None
-    """A JSON file of options by their names, {"steps": 2000, "lr": 0.001}, or the config.json of a run's checkpoint. Options on the
-    command line are stronger."""
-    device: str | None = None
-    """cuda where torch sees a GPU and the kernels were built for it, else cpu."""
 
     def prepare(self) -> Prepared:
         return prepare(
@@ -109,15 +154,13 @@ class Settings(Command):
 class Demo(Settings):
     """Train a small denoiser on real text (250 steps, about five minutes), show its loss by time, sample, and fill a removed line."""
 
-    train: tyro.conf.OmitArgPrefixes[Training] = field(default_factory=lambda: Training(steps=250))
+    train: tyro.conf.OmitArgPrefixes[Plan] = field(default_factory=lambda: Plan(steps=250))
 
     def run(self):
+        self.check()
         prepared = self.prepare()
         trainer, tokenizer = prepared.trainer, prepared.tokenizer
-        say_estimate(trainer)
-        trainer.fit(progress=spoken() >= USUAL)
-        model, path = trainer.averaged_model().eval(), trainer.path
-        leave_processes()
+        model, path = self.fit(trainer), trainer.path
         if trainer.rank:
             return
         length, seed = self.train.length, self.train.seed
@@ -158,41 +201,24 @@ class Train(Settings):
     """With --resume: steps that are added to the run."""
     more_seconds: float = 0.0
     """With --resume: seconds that are added to it."""
-    show_every: int = 0
-    """Steps between texts that the model writes as it learns, which are printed; 0: none."""
-
-    RESUMED = ("resume", "more_steps", "more_seconds", "device", "data", "show_every")  # what may stand beside --resume
+    RESUMED = (
+        "resume",
+        "more_steps",
+        "more_seconds",
+        "device",
+        "data",
+        "show_every",
+        "quiet",
+        "verbose",
+    )  # may stand beside --resume
 
     def run(self):
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        if self.show_every < 0 or (self.show_every and processes > 1):
-            allowed = "an integer >= 0, and 0 with several processes, whose weights may lie apart"
-            raise ValueError(f"show_every: got {self.show_every}, allowed is {allowed}")
+        self.check()
         with ExitStack() as owned:
             owned.enter_context(noticing_loss(lambda: "start it again with --resume"))
             trainer, held = self.begin(owned)
-            say_estimate(trainer)
-            trainer.fit(spoken() >= USUAL, callback=self.show(trainer) if self.show_every else None)
-            model = trainer.averaged_model().eval()
-            leave_processes()
-        if trainer.rank == 0:
-            print_losses(model, trainer.path, trainer.stream, held, trainer.config.length)
-            print(f"run folder: {trainer.run.folder}")
-
-    def show(self, trainer: Trainer):
-        """A callback that prints a text of the model now and then."""
-        tokenizer = trainer.tokenizer or (None if trainer.run is None else trainer.run.tokenizer())
-        if tokenizer is None:
-            raise ValueError(f"show_every: got {self.show_every}, allowed is 0 for a run without a tokenizer")
-
-        def callback(record):
-            if record["step"] % self.show_every == 0:
-                sampler = Sampler(trainer.averaged_model(), trainer.path, trainer.device)
-                length = min(64, trainer.config.length)
-                tokens = sampler.sample((1, length), steps=min(32, length), seed=trainer.config.seed).tokens[0]
-                print(f"\n--- step {record['step']}: {printable(tokenizer.decode(tokens.tolist()))}", flush=True)
-
-        return callback
+            model = self.fit(trainer)
+        self.report(trainer, model, held)
 
     def begin(self, owned: ExitStack):
         if self.resume is not None:

@@ -19,15 +19,16 @@ from klflow_ext.data.sources import (
     order_of,
     parse_sources,
     reference,
+    same_tokenizer,
     token_counts,
 )
 from klflow_ext.data.text import documents, read_text, removed_lines, standard_library
-from klflow_ext.data.tokenizer import encode, encode_parts, load_tokenizer, train_tokenizer, vocab_size_of
+from klflow_ext.data.tokenizer import encode, encode_parts, end_of, load_tokenizer, train_tokenizer, vocab_size_of
 from klflow_ext.data.tokens import TokenFolder, Tokens
 
 __all__ = [
     "END", "LONGEST_HOLE", "PIECE", "Mixture", "Part", "Shuffle", "Stream", "TextFile", "TokenFolder", "Tokens", "batch",
-    "documents", "encode", "encode_parts", "encode_pieces", "find_files", "from_reference", "is_token_folder", "load_tokenizer",
+    "documents", "encode", "encode_parts", "encode_pieces", "end_of", "find_files", "from_reference", "is_token_folder", "load_tokenizer",
     "open_streams", "order_of", "parse_holes", "parse_sources", "read_text", "reference", "removed_lines", "standard_library",
-    "token_counts", "train_tokenizer", "vocab_size_of",
+    "same_tokenizer", "token_counts", "train_tokenizer", "vocab_size_of",
 ]  # fmt: skip

@@ -82,6 +82,13 @@ def batch(stream: Stream, batch_size: int, length: int, seed: int, step: int) ->
     return torch.from_numpy(order_of(stream, length, seed).take(numbers))
 
 
+def same_tokenizer(folders: Sequence[Path], tokenizer: Any) -> None:
+    """ValueError where a token folder was made with another tokenizer than the one that a model has."""
+    for folder in folders:
+        if TokenFolder(folder).tokenizer().to_str() != tokenizer.to_str():
+            raise ValueError(f"data: {folder} has another tokenizer, allowed is that of the model")
+
+
 def token_counts(stream: Stream, vocab_size: int) -> np.ndarray:
     """(V,) how often each token occurs; of a mixture by its weights, of the sum of all tokens."""
     if isinstance(stream, Mixture):

@@ -10,6 +10,7 @@ import numpy as np
 from klflow_ext.data.pieces import END, Part, parts
 
 BATCH = 1 << 20  # characters that are encoded at once
+ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")  # which end a text, in the tokenizers of one model or another
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
@@ -32,7 +33,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
 
 
 def load_tokenizer(path: str | Path):
-    """A `tokenizers` file, which gets <|endoftext|> as one more token where it lacks it.
+    """A `tokenizers` file, which gets <|endoftext|> as one more token where it has none that ends a text (`end_of`).
 
     path: the file (tokenizer.json), a folder that has one, or the name of a model on the Hub whose files its cache has.
     """
@@ -45,7 +46,7 @@ def load_tokenizer(path: str | Path):
         raise ValueError(f"tokenizer: {path} cannot be read: {error}") from None
     tokenizer.no_truncation()  # either would change what is trained on
     tokenizer.no_padding()
-    if tokenizer.token_to_id(END) is None:
+    if end_of(tokenizer) is None:
         tokenizer.add_special_tokens([END])
     vocab_size_of(tokenizer)
     return tokenizer
@@ -68,6 +69,11 @@ def _tokenizer_file(path: str | Path) -> Path:
     return file
 
 
+def end_of(tokenizer) -> int | None:
+    """The id of the token that ends a text, the first of ENDS that the tokenizer has; None where it has none of them."""
+    return next((i for i in map(tokenizer.token_to_id, ENDS) if i is not None), None)
+
+
 def vocab_size_of(tokenizer) -> int:
     """V: one more than the largest id, which is more than the number of tokens where ids have gaps."""
     vocab_size, tokens = max(tokenizer.get_vocab().values()) + 1, tokenizer.get_vocab_size()
@@ -77,7 +83,14 @@ def vocab_size_of(tokenizer) -> int:
 
 
 def encode_parts(tokenizer, texts: Iterable[Part]) -> Iterator[tuple[np.ndarray, bool]]:
-    """(int32 tokens, whether the document ends) of each part; <|endoftext|> follows a document. Memory is flat."""
+    """(int32 tokens, whether the document ends) of each part; a document is followed by the token that ends it (`end_of`). Memory is
+    flat.
+
+    Raises:
+        ValueError: the tokenizer has no such token, or cannot encode a text.
+    """
+    if end_of(tokenizer) is None:
+        raise ValueError(f"tokenizer: got one without a token that ends a text, allowed is one with one of {ENDS}")
     batch: list[Part] = []
     size = 0
     for part in texts:
@@ -90,7 +103,7 @@ def encode_parts(tokenizer, texts: Iterable[Part]) -> Iterator[tuple[np.ndarray,
 
 
 def _encode_batch(tokenizer, batch: list[Part]) -> Iterator[tuple[np.ndarray, bool]]:
-    end = [tokenizer.token_to_id(END)]
+    end = [end_of(tokenizer)]
     try:
         encodings = tokenizer.encode_batch_fast([part.text for part in batch], add_special_tokens=False)
     except Exception as error:  # the library raises Exception itself, for one without an unknown token
@@ -100,6 +113,6 @@ def _encode_batch(tokenizer, batch: list[Part]) -> Iterator[tuple[np.ndarray, bo
 
 
 def encode(tokenizer, texts: list[str]) -> np.ndarray:
-    """One int32 stream: the documents, each followed by <|endoftext|>."""
+    """One int32 stream: the documents, each followed by the token that ends it."""
     found = [tokens for tokens, _ in encode_parts(tokenizer, (part for text in texts for part in parts(text)))]
     return np.concatenate([np.zeros(0, np.int32), *found])

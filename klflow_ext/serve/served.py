@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from klflow_ext.data import END, encode_pieces
+from klflow_ext.data import encode_pieces, end_of
 from klflow_ext.sample import Sampler
 from klflow_ext.sample.samples import encoded
 from klflow_ext.serve.limits import Limits
@@ -31,7 +31,7 @@ class Served:
         most = sampler.network.max_length
         self.max_length = limits.max_length if most is None else min(limits.max_length, most)
         self.methods = [name for name in METHODS if self._has(name)]
-        self.end: int | None = self.tokenizer.token_to_id(END)
+        self.end: int | None = end_of(self.tokenizer)
         self.created = int(time.time())
 
     def _has(self, method: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from klflow_ext import data
 from klflow_ext.evaluate import unigram_log_prior
-from klflow_ext.model import Denoiser, DenoiserConfig
+from klflow_ext.model import Denoiser, DenoiserConfig, Reader
 from klflow_ext.model.config import Input, Preset, Time
 from klflow_ext.path import Path as NoisePath
 from klflow_ext.run import Run, check_out
@@ -93,8 +93,8 @@ def prepare(
     out: Path,
     *,
     train: TrainConfig,
-    network: NetworkChoice,
-    tokenizer: str | Path | None = None,
+    network: NetworkChoice | Reader,
+    tokenizer: Any = None,
     vocab_size: int = 2048,
     overwrite: bool = False,
     device: torch.device | None = None,
@@ -106,8 +106,10 @@ def prepare(
         text: a file of texts, which memory must hold; token folders (`klflow prepare`), each with "=WEIGHT" behind it or none,
             which are read as they stand; None: the source of this Python's standard library (`data.documents`).
         out: the run folder.
-        train, network: how, and what.
-        tokenizer: a tokenizers file, a folder that has one, or the name of a model whose files the Hub's cache has; None: one of at most vocab_size tokens is trained on the text.
+        train: how.
+        network: what; or a network that is there already, such as a TransformerDenoiser, on its own path and with its tokenizer.
+        tokenizer: a tokenizers file, a folder that has one, or the name of a model whose files the Hub's cache has; or a
+            tokenizers.Tokenizer; None: one of at most vocab_size tokens is trained on the text.
         vocab_size: of that one, at least 257.
         overwrite: whether a run in `out` is replaced.
         device: where to train; None: the CPU.
@@ -121,12 +123,17 @@ def prepare(
     import tokenizers  # noqa: F401
 
     paths, weights = data.parse_sources([] if text is None else text)
-    network.make(vocab_size, train.length)
+    if isinstance(network, NetworkChoice):
+        network.make(vocab_size, train.length)
+    else:
+        _check_given(network, tokenizer, train)
     start = time.perf_counter()
     stream: data.Stream
     heldout: data.Stream
     if any(map(data.is_token_folder, paths)):
-        if tokenizer is not None:
+        if not isinstance(network, NetworkChoice):
+            data.same_tokenizer(paths, tokenizer)
+        elif tokenizer is not None:
             raise ValueError(f"tokenizer: got {tokenizer}, allowed is none beside token folders, which have their own")
         check_out(out, overwrite)
         stream, heldout = folders = data.open_streams(paths, weights)
@@ -158,8 +165,8 @@ def prepare(
     report(f"tokenizer: V = {vocab_size}, {len(stream):,} tokens, {time.perf_counter() - start:.0f} s")
 
     torch.manual_seed(train.seed)
-    path, config = network.make(vocab_size, train.length)
-    model = Denoiser(config, path, unigram_log_prior(stream, vocab_size)).to(device)
+    model = _network(network, vocab_size, train.length, stream).to(device)
+    path = model.path
     trainer = Trainer(model, path, stream, train, heldout=heldout)
     # Only now that nothing is left to be refused, and whole: it can be resumed from here on.
     with ExitStack() as created:
@@ -169,14 +176,35 @@ def prepare(
         trainer.save()
     trainer.run = Run(out)
     count = sum(p.numel() for p in model.parameters())
-    report(f"model: {count / 1e6:.1f} M parameters, input {config.input}, on {trainer.device}; {path!r}")
+    report(f"model: {count / 1e6:.1f} M parameters, input {model.input}, on {trainer.device}; {path!r}")
     return Prepared(trainer, made, heldout, held_texts)
 
 
-def _tokenizer(path: str | Path | None, vocab_size: int) -> Any:
-    """That of the file, or None where one is to be trained."""
-    if path is not None:
-        return data.load_tokenizer(path)
+def _check_given(network: Reader, tokenizer: Any, train: TrainConfig) -> None:
+    """Whether a network that is there can be trained so."""
+    most, vocab_size = network.max_length, network.path.vocab_size
+    if most is not None and train.length > most:
+        raise ValueError(f"length: got {train.length}, allowed is at most max_length = {most} of the model")
+    if tokenizer is None or data.vocab_size_of(tokenizer) > vocab_size:
+        got = "none" if tokenizer is None else f"one of {data.vocab_size_of(tokenizer)} tokens"
+        raise ValueError(f"tokenizer: got {got}, allowed is that of the model, of at most V = {vocab_size} tokens")
+
+
+def _network(network: NetworkChoice | Reader, vocab_size: int, length: int, stream: data.Stream) -> Reader:
+    """The one that was chosen, or is there, with the frequencies of this text as its prior."""
+    if isinstance(network, NetworkChoice):
+        path, config = network.make(vocab_size, length)
+        return Denoiser(config, path, unigram_log_prior(stream, vocab_size))
+    network.log_prior.copy_(unigram_log_prior(stream, network.path.vocab_size))
+    return network
+
+
+def _tokenizer(given: Any, vocab_size: int) -> Any:
+    """The one that is given, or of the file; None where one is to be trained."""
+    if isinstance(given, (str, Path)):
+        return data.load_tokenizer(given)
+    if given is not None:
+        return given
     if vocab_size < 257:
         raise ValueError(f"vocab_size: got {vocab_size}, allowed is at least 257 (every byte and {data.END})")
     return None
