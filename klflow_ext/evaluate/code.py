@@ -232,16 +232,20 @@ def compile_passes(sources: Sequence[str]) -> list[str]:
     """Of each source "" where Python compiles it, or why not: the class of the error, or how the process of the sandbox ended."""
     found: list[str] = []
     for start in range(0, len(sources), COMPILED_AT_ONCE):
-        some = sources[start : start + COMPILED_AT_ONCE]
-        outcome = run_program(_COMPILE.format(sources=list(some)), timeout=60.0)
-        said = outcome.output.split("\n")[:-1]
-        if outcome.passed and len(said) == len(some):
-            found += said
-        elif len(some) == 1:
-            found.append(outcome.reason)
-        else:  # one of them takes the compiler down
-            found += [reason for source in some for reason in compile_passes([source])]
+        found += _compiled(sources[start : start + COMPILED_AT_ONCE])
     return found
+
+
+def _compiled(sources: Sequence[str]) -> list[str]:
+    """By one process; where a source takes the compiler down, by two of half as many each."""
+    outcome = run_program(_COMPILE.format(sources=list(sources)), timeout=20.0)
+    said = outcome.output.split("\n")[:-1]
+    if outcome.passed and len(said) == len(sources):
+        return said
+    if len(sources) == 1:
+        return [outcome.reason]
+    half = len(sources) // 2
+    return _compiled(sources[:half]) + _compiled(sources[half:])
 
 
 _COMPILE = """

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,11 +99,23 @@ def test_scores_of_many_fills(monkeypatch):
         code.scores([tested, bare], fills[:1])
 
 
-def test_compiling_many_that_take_the_compiler_down():
+def test_compiling_many_of_which_one_takes_the_compiler_down(monkeypatch):
     sources = ["a = 1", "a = (", "xxx\0", "a = '\udce9'", "(" * 10**6, "print('\\d')", "\n1"]
     found = code.compile_passes(sources)
     assert [bool(reason) for reason in found] == [False, True, True, True, True, False, False]
     assert found[1] == "SyntaxError"
+    runs = []
+
+    def run(source, **options):
+        runs.append(source)
+        ends = "'down'" in source
+        return SimpleNamespace(passed=not ends, output="\n" * source.count("'a'"), reason="signal SIGSEGV")
+
+    monkeypatch.setattr(code, "run_program", run)
+    wanted = [""] * 16
+    wanted[5] = "signal SIGSEGV"
+    assert code.compile_passes(["down" if reason else "a" for reason in wanted]) == wanted
+    assert len(runs) == 1 + 2 * 4
 
 
 @pytest.mark.parametrize("kind, count", [("single-line", 1033), ("random-span", 164)])

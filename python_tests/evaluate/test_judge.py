@@ -26,7 +26,7 @@ def shuffled(texts):
 def test_judge_tells_stories_from_shuffled_words(data_folder):
     """Held-out stories cost 1.32 nats for each of its tokens, .91 bits for each byte; their words in random order 3.08."""
     judge = open_judge(data_folder / "stories260K")
-    real = stories(data_folder, 40)
+    real = stories(data_folder, 30)
     bits, sizes = zip(*judge.bits(real), strict=True)
     tokens = sum(min(len(judge.encode(text)), judge.context) - 1 for text in real)
     assert sum(bits) / sum(sizes) == pytest.approx(0.91, abs=0.03)
@@ -69,6 +69,7 @@ def test_an_autoregressive_model_of_the_package(tmp_path):
     assert (said["kind"], said["context"], said["precision"], len(said["sha256"])) == ("klflow_ext", 25, "float32", 64)
 
 
+@pytest.mark.slow
 def test_a_causal_model_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.PreTrainedTokenizerFast(
