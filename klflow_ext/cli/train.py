@@ -23,6 +23,7 @@ from klflow_ext.sample import Sampler
 from klflow_ext.train import NetworkChoice, Prepared, TrainConfig, Trainer, join_processes, leave_processes, prepare
 from klflow_ext.train.processes import is_first, noticing_loss, restarts
 from klflow_ext.train.progress import span
+from klflow_ext.train.tensorboard import TensorBoard, summary_writer
 
 ENDLESS, FEW = 1_000_000, 100  # steps that are meant as no limit; steps that are worth a warning
 
@@ -86,7 +87,9 @@ class Training(Command):
     """cuda where torch sees a GPU and the kernels were built for it, else cpu."""
 
     show_every: int = 0
-    """Steps between texts that the model writes as it learns, which are printed; 0: none."""
+    """Steps between texts that the model writes as it learns, which are printed and stand in log.jsonl; 0: none."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard too, into the folder tensorboard of the run (pip install tensorboard)."""
 
     def check(self) -> None:
         """ValueError, before any work, for an option that cannot be."""
@@ -94,17 +97,29 @@ class Training(Command):
         if self.show_every < 0 or (self.show_every and processes > 1):
             allowed = "an integer >= 0, and 0 with several processes, whose weights may lie apart"
             raise ValueError(f"show_every: got {self.show_every}, allowed is {allowed}")
+        if self.tensorboard:
+            summary_writer()
 
     def fit(self, trainer: Trainer) -> Any:
         """Says how long it takes, and trains; the model that the run gives, in evaluation mode."""
         say_estimate(trainer)
-        trainer.fit(spoken() >= USUAL, self.show(trainer) if self.show_every else None)
+        with ExitStack() as stack:
+            callbacks = [self.show(trainer)] if self.show_every else []
+            if self.tensorboard and trainer.run is not None and trainer.rank == 0:
+                board = TensorBoard(trainer.run.folder / "tensorboard", trainer.step)
+                callbacks.append(stack.enter_context(board))
+
+            def callback(record: dict[str, Any]) -> None:
+                for one in callbacks:
+                    one(record)
+
+            trainer.fit(spoken() >= USUAL, callback if callbacks else None)
         model = trainer.averaged_model().eval()
         leave_processes()
         return model
 
     def show(self, trainer: Trainer):
-        """A callback that prints a text of the model now and then."""
+        """A callback that prints a text of the model now and then, and adds it to the log."""
         tokenizer = trainer.tokenizer or (None if trainer.run is None else trainer.run.tokenizer())
         if tokenizer is None:
             raise ValueError(f"show_every: got {self.show_every}, allowed is 0 for a run without a tokenizer")
@@ -114,7 +129,8 @@ class Training(Command):
                 sampler = Sampler(trainer.averaged_model(), trainer.path, trainer.device)
                 length = min(64, trainer.config.length)
                 tokens = sampler.sample((1, length), steps=min(32, length), seed=trainer.config.seed).tokens[0]
-                print(f"\n--- step {record['step']}: {printable(tokenizer.decode(tokens.tolist()))}", flush=True)
+                record["sample"] = tokenizer.decode(tokens.tolist())
+                print(f"\n--- step {record['step']}: {printable(record['sample'])}", flush=True)
 
         return callback
 
@@ -208,6 +224,7 @@ class Train(Settings):
         "device",
         "data",
         "show_every",
+        "tensorboard",
         "quiet",
         "verbose",
     )  # may stand beside --resume
@@ -247,7 +264,7 @@ class Train(Settings):
         if foreign:
             names = ", ".join("--" + name.replace("_", "-") for name in foreign)
             raise ValueError(
-                f"resume: got {names} beside it, allowed are --more-steps, --more-seconds, --show-every, --device and --data (where its token "
+                f"resume: got {names} beside it, allowed are --more-steps, --more-seconds, --show-every, --tensorboard, --device and --data (where its token "
                 "folders are now): a run goes on with its own settings"
             )
         if self.more_steps < 0 or not 0 <= self.more_seconds < float("inf"):

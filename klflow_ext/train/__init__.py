@@ -10,10 +10,11 @@ from klflow_ext.train.prepare import NetworkChoice, Prepared, prepare
 from klflow_ext.train.processes import LostProcess, join_processes, leave_processes
 from klflow_ext.train.report import NotFinite
 from klflow_ext.train.signals import Stopped
+from klflow_ext.train.tensorboard import TensorBoard
 from klflow_ext.train.tokens import prepare_tokens
 from klflow_ext.train.trainer import Trainer
 
 __all__ = [
-    "Batch", "Batches", "LossCurve", "LostProcess", "NetworkChoice", "NotFinite", "Objective", "Prepared", "Stopped", "TrainConfig",
+    "Batch", "Batches", "LossCurve", "LostProcess", "NetworkChoice", "NotFinite", "Objective", "Prepared", "Stopped", "TensorBoard", "TrainConfig",
     "Trainer", "join_processes", "leave_processes", "load_run", "low_discrepancy", "make_optimizers", "prepare", "prepare_tokens",
 ]  # fmt: skip

@@ -279,6 +279,7 @@ class Trainer:
             progress: whether a line tells how far it is.
             callback: called by process 0 after each step with the record that the log gets: step, loss, seconds, gradient_norm,
                 skipped, lr, tokens_per_second (since the run began), and heldout_loss (None, but every heldout_every steps).
+                What it adds to the record, by names of its own, is logged too. Its time is no training time.
 
         SIGINT (Ctrl-C), SIGTERM, SIGHUP or SIGUSR1 to any process ends all after the same step, which is saved; a second one
         ends at once what it is sent to.
@@ -298,7 +299,8 @@ class Trainer:
                 self._log = self.run.open_log(self.step)
                 stack.callback(self._close_log)
             signals = stack.enter_context(Signals())
-            self._steps(signals, progress and self.rank == 0, callback)
+            line = stack.enter_context(ProgressLine()) if progress and self.rank == 0 else None
+            self._steps(signals, line, callback)
             if self.bad_step is not None:
                 self._give_up(self.bad_step)
             if self.run is not None and self._saved != self.step:
@@ -340,12 +342,13 @@ class Trainer:
         self._agreed(self.seconds, 0)
         raise NotFinite(bad.lines(last))
 
-    def _steps(self, signals: Signals, progress: bool, callback: Callable[[dict[str, Any]], object] | None) -> None:
+    def _steps(
+        self, signals: Signals, line: ProgressLine | None, callback: Callable[[dict[str, Any]], object] | None
+    ) -> None:
         c = self.config
         begin, start_seconds = time.perf_counter(), self.seconds
         last_save = begin
         number, self.bad_step = 0, None
-        line = ProgressLine() if progress else None
         compiling = c.compile
         while self.progress() < 1.0 and not number and self.bad_step is None:
             lr = c.learning_rate(self.progress())
@@ -363,17 +366,17 @@ class Trainer:
             record: dict[str, Any] = {"step": self.step, "loss": loss, "seconds": round(self.seconds, 3)}
             record |= {"gradient_norm": self.gradient_norm, "skipped": self.skipped, "lr": lr}
             record |= {"tokens_per_second": round(rate, 1), "heldout_loss": heldout}
+            if callback is not None and self.rank == 0:
+                now = time.perf_counter()
+                callback(record)
+                begin += time.perf_counter() - now
             if self._log is not None:
                 self._log.write(record)
-            if callback is not None and self.rank == 0:
-                callback(record)
             if line is not None:
                 line.show(record, self.progress())
             if due:
                 self.save()
                 last_save = time.perf_counter()
-        if line is not None:
-            line.close()
 
     def _look_at_heldout(self) -> float | None:
         """Its loss where it is time to look at it, and before the run ends by its steps."""

@@ -1,10 +1,13 @@
 """Options from a file, and how long a run is said to take."""
 
 import json
+import sys
+from types import ModuleType
 
 import pytest
 
 from klflow_ext.cli.options import with_config
+from klflow_ext.cli.terminal import printable
 from klflow_ext.run import Run
 
 SMALL = {"n_layer": 1, "n_head": 1, "n_embd": 16, "vocab_size": 300, "length": 16, "batch_size": 4}
@@ -50,6 +53,8 @@ def test_training_by_files(klflow, tmp_path, text):
     assert done.returncode == 0, done.stderr
     assert "4 steps of " in done.stderr and "held-out loss" in done.stdout and "--- step 4: " in done.stdout
     assert "warning: in fewer than 100 steps" in done.stderr
+    samples = {record["step"]: record["sample"] for record in Run(first).read_log() if "sample" in record}
+    assert list(samples) == [4] and f"--- step 4: {printable(samples[4])}" in done.stdout
     config = Run(first).config()
     assert (config["train"]["steps"], config["train"]["optimizer"], config["path"]["t_max"]) == (4, "adamw", 0.5)
     given = next(first.glob("checkpoint-*")) / "config.json"
@@ -69,3 +74,40 @@ def test_a_clock_that_ends_too_early_is_warned_of(klflow, tmp_path, text):
     )
     assert done.returncode == 0 and "so --seconds 0.5 ends the run at about step " in done.stderr, done.stderr
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) < 10000
+
+
+@pytest.mark.slow
+def test_tensorboard_by_an_option(klflow, tmp_path, text, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def close(self):
+            written.append("closed")
+
+    run = tmp_path / "run"
+    small = [word for name, value in SMALL.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    words = ["train", "--data", text, "--out", str(run), *small, "--steps", "2", "--tensorboard"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    done = klflow(*words)
+    assert done.returncode == 1 and "tensorboard is missing: pip install tensorboard" in done.stderr
+    assert not run.exists()
+    fake = ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    assert klflow(*words).returncode == 0
+    assert klflow("train", "--resume", str(run), "--more-steps", "1", "--tensorboard", "--quiet").returncode == 0
+    folder = str(run / "tensorboard")
+    assert [w for w in written if w[0] in ("loss", folder)] == [
+        (folder, None),
+        ("loss", 1),
+        ("loss", 2),
+        (folder, 3),
+        ("loss", 3),
+    ]
+    assert written[-1] == "closed"
