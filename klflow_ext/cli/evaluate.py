@@ -107,8 +107,11 @@ class Eval(Command):
     judge: Path | None = None
     """Folder of stories260K, of an autoregressive run of this package, or of a causal model of `transformers`."""
     count: int = 32
+    """Held-out texts of the likelihood."""
     length: int = 64
+    """Tokens of each text of the losses, the likelihood and the table."""
     steps: int = 64
+    """Passes of each sample."""
     samples: int | None = None
     """How many texts of each row of the table, at least 2; None: `count` with --judge, else no table."""
     method: tuple[str, ...] = ()
@@ -118,8 +121,7 @@ class Eval(Command):
     top_k: tuple[int, ...] = (20,)
     """Of the table, one or more; 0: all V."""
     infilling: Path | None = None
-    """Code whose holes are filled with the first method, temperature and top-k, and tested: by its kind the folder of
-    HumanEval-infilling, the file of HumanEval or MBPP, or Python files."""
+    """Code whose holes are filled with the first method, temperature and top-k, and tested: by its kind the folder of HumanEval-infilling, the file of HumanEval or MBPP, or Python files."""
     kind: Kind = "single-line"
     """Of infilling: holes of HumanEval-infilling, or lines removed from HumanEval, MBPP, or the functions of Python files."""
     share: tuple[float, ...] = (0.1,)
@@ -145,6 +147,7 @@ class Eval(Command):
     data: tuple[str, ...] = ()
     """Where the token folders of the run are, if they have moved. Of a model without a run: a file of texts, or token folders."""
     device: str | None = None
+    """None: a GPU where there is one."""
 
     def run(self):
         for name, least in (("count", 1), ("length", 2), ("steps", 1)):

@@ -35,7 +35,8 @@ def _reading(path: Path) -> Iterator[bytes]:
 
 
 class Look(NamedTuple):
-    """bits: -log2 p of a text. size: its UTF-8 bytes. feature: (D,) float64, the mean of the last hidden states over its tokens."""
+    """bits: -log2 p of a text. size: its UTF-8 bytes. feature: (D + 2,) float64, of its tokens the mean of the last hidden states (D,),
+    and mean and standard deviation of -log p, by which a weak judge tells shuffled text too."""
 
     bits: float
     size: float
@@ -83,9 +84,13 @@ class Scorer:
             encoded = self.encode(text)
             tokens = torch.tensor(encoded[: self.context])
             nats, hidden = self.read(tokens)
-            feature = hidden.double().sum(0) / max(len(hidden), 1)
+            nats, hidden = nats.double(), hidden.double()
+            if len(nats):
+                feature = torch.cat([hidden.mean(0), torch.stack([nats.mean(), nats.std(correction=0)])])
+            else:
+                feature = torch.zeros(hidden.shape[1] + 2)
             size = len(text.encode(errors="surrogatepass")) * len(tokens) / len(encoded)
-            found.append(Look(float(nats.double().sum()) / math.log(2), size, feature.cpu().numpy()))
+            found.append(Look(float(nats.sum()) / math.log(2), size, feature.double().cpu().numpy()))
         return found
 
     def bits(self, texts: Sequence[str]) -> list[tuple[float, float]]:
@@ -98,7 +103,7 @@ class Scorer:
         return sum(bits) / sum(sizes)
 
     def features(self, texts: Sequence[str]) -> np.ndarray:
-        """(N, D) float64: the feature of each text."""
+        """(N, D + 2) float64: the feature of each text."""
         return np.stack([one.feature for one in self.look(texts)])
 
 

@@ -35,7 +35,8 @@ COLUMNS = {  # what the table shows, of all that `figures` gives
 }
 DEFINITIONS = {
     "bits_per_byte": "bits of all texts under the judge over their UTF-8 bytes, each text cut at the judge's context",
-    "distance": "energy distance of the judge's features from those of other held-out texts, 0 on the average for held-out text",
+    "distance": "energy distance from other held-out texts of what the judge sees in a text: over its tokens the mean of the last hidden "
+    "states, and mean and standard deviation of -log p, each in its standard deviations over those texts; 0 on the average for held-out text",
     "token_entropy": "mean over texts of the entropy of the text's own tokens, nats",
     "unigram_entropy": "entropy of the tokens of all texts together, nats; its interval by the jackknife over texts",
     "bigram_entropy": "that of the pairs of neighbouring tokens, with such an interval",

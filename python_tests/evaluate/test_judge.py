@@ -64,7 +64,12 @@ def test_an_autoregressive_model_of_the_package(tmp_path):
         assert look.bits == pytest.approx(wanted, rel=1e-5)
         assert look.size == pytest.approx(len(text) * min(1, 25 / (len(ids) + 1)))
     assert looks[2][:2] == (0, 0) and not looks[2].feature.any()
-    assert looks[0].feature.shape == (16,) and (looks[0].feature != looks[1].feature).all()
+    assert looks[0].feature.shape == (18,) and (looks[0].feature != looks[1].feature).all()
+    label = torch.tensor([tokenizer.encode(TEXTS[0]).ids])
+    prediction = model.predict(path.noisy(label, torch.zeros(1), 0), torch.zeros(1))
+    nats = prediction.cross_entropy(label, reduction="none")[0]
+    wanted = [*prediction.hidden[0].mean(0).tolist(), nats.mean().item(), nats.std(correction=0).item()]
+    assert looks[0].feature == pytest.approx(np.array(wanted), rel=1e-4)
     said = judge.describe()
     assert (said["kind"], said["context"], said["precision"], len(said["sha256"])) == ("klflow_ext", 25, "float32", 64)
 
@@ -88,7 +93,7 @@ def test_a_causal_model_of_transformers(tmp_path):
         with torch.no_grad():
             loss = model(torch.tensor([ids[:20]]), labels=torch.tensor([ids[:20]])).loss.item()
         assert look.bits == pytest.approx(loss * (len(ids[:20]) - 1) / math.log(2), rel=1e-5)
-        assert look.size == pytest.approx(len(text) * min(1, 20 / len(ids))) and look.feature.shape == (16,)
+        assert look.size == pytest.approx(len(text) * min(1, 20 / len(ids))) and look.feature.shape == (18,)
     assert looks[2][:2] == (0, 0)
     assert judge.describe()["kind"] == "transformers" and len(judge.describe()["sha256"]) == 64
     tokenizer.eos_token = None
