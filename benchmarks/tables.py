@@ -169,7 +169,16 @@ def method_likelihood():
 
 def quality():
     """The README's: what writes how well in how many passes, at V = 2,048 and equal training steps."""
-    shown = ("autoregressive", "slices", "slices, half the steps", "mask slices", "segments", "posterior", "simplex", "mask")
+    shown = (
+        "autoregressive",
+        "slices",
+        "slices, half the steps",
+        "mask slices",
+        "segments",
+        "posterior",
+        "simplex",
+        "mask",
+    )
     columns = (8, 16, 32, 64)
     rows = dict(next(rows for place, rows in tabled(sampled(), lambda r: r["shown"]) if place == (2048, 1075)))
     cells = []
