@@ -107,7 +107,12 @@ def reason(error: BaseException) -> str:
     """What an error says, or the one that caused it, in one line."""
     while (below := error.__cause__ or error.__context__) is not None:
         error = below
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows its first line; of one that says nothing its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def checksum(path: Path) -> str:
@@ -127,8 +132,7 @@ def reading(path: Path) -> Iterator[Path]:
     try:
         yield path
     except Exception as error:  # each library has its own exceptions for a broken file
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"run: {path} cannot be read: {said[:300]}") from error  # some quote the file
+        raise ValueError(f"run: {path} cannot be read: {first_line(error)[:300]}") from error  # some quote the file
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from klflow_ext.data import vocab_size_of
+from klflow_ext.files import first_line
 from klflow_ext.hub import from_pretrained, push_to_hub, save_pretrained
 from klflow_ext.model import Reader
 from klflow_ext.model.config import Input
@@ -126,7 +127,7 @@ class TransformerDenoiser(Reader):
             kind = transformers.AutoModelForCausalLM if decoder else transformers.AutoModelForMaskedLM
             transformer = kind.from_pretrained(**what, dtype=torch.float32)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
             raise ValueError(
                 f"transformer: {name} cannot be read ({said}), allowed is the folder of a masked or causal language model, or its "
                 "name, once `hf download` has fetched it"
@@ -233,7 +234,7 @@ class TransformerDenoiser(Reader):
             try:
                 hidden = self.transformer(inputs_embeds=h).logits
             except Exception as error:  # whatever its forward does with the layer
-                name, said = type(self.transformer).__name__, (str(error).splitlines() or ["?"])[0]
+                name, said = type(self.transformer).__name__, first_line(error)
                 raise ValueError(
                     f"transformer: got a {name}, which does not run without its output layer ({said}), allowed is one that does"
                 ) from error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from klflow import main
 from klflow_ext.cli.about import print_info
 from klflow_ext.cli.terminal import VERBOSE, note, printable, speak, spoken
+from klflow_ext.files import first_line
 
 if TYPE_CHECKING:
     from klflow_ext.cli.command import Command
@@ -46,7 +47,7 @@ def run(words: list[str]) -> int | str | None:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise  # a mistake of the package
-        return said(f"not enough memory: {(str(error).splitlines() or [''])[0]}")
+        return said(f"not enough memory: {first_line(error)}")
     except (KeyboardInterrupt, Stopped) as stop:
         print(f"klflow: stopped{'; ' * bool(str(stop))}{stop}", file=sys.stderr)
         return stop.code if isinstance(stop, Stopped) else 128 + signal.SIGINT

@@ -48,9 +48,7 @@ def texts_for(tokenizer: Any, names: Sequence[str]) -> tuple[data.Stream, data.S
         what = "no text" if not paths else "a model without a tokenizer"
         raise ValueError(f"data: got {what}, allowed is --data with a text for a model that came without its own")
     if not any(map(data.is_token_folder, paths)):
-        if len(paths) > 1:
-            raise ValueError(f"data: got {len(paths)} files, allowed are one file of texts or token folders")
-        texts, held_texts = data.documents(paths[0])
+        texts, held_texts = data.documents(data.one_file(paths, weights))
         return data.encode(tokenizer, texts), data.encode(tokenizer, held_texts)
     data.same_tokenizer(paths, tokenizer)
     return data.open_streams(paths, weights)

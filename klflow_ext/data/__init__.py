@@ -15,6 +15,7 @@ from klflow_ext.data.sources import (
     batch,
     from_reference,
     is_token_folder,
+    one_file,
     open_streams,
     order_of,
     parse_sources,
@@ -29,6 +30,6 @@ from klflow_ext.data.tokens import TokenFolder, Tokens
 __all__ = [
     "END", "LONGEST_HOLE", "PIECE", "Mixture", "Part", "Shuffle", "Stream", "TextFile", "TokenFolder", "Tokens", "batch",
     "documents", "encode", "encode_parts", "encode_pieces", "end_of", "find_files", "from_reference", "is_token_folder", "load_tokenizer",
-    "open_streams", "order_of", "parse_holes", "parse_sources", "read_text", "reference", "removed_lines", "standard_library",
+    "one_file", "open_streams", "order_of", "parse_holes", "parse_sources", "read_text", "reference", "removed_lines", "standard_library",
     "same_tokenizer", "token_counts", "train_tokenizer", "vocab_size_of",
 ]  # fmt: skip

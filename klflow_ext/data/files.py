@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from klflow_ext.data.pieces import Part, parts, pieces
+from klflow_ext.files import first_line
 
 PACKED = (".gz", ".zst")
 RECORDS = (".jsonl", ".ndjson", ".parquet")  # each has its text in a column
@@ -177,7 +178,7 @@ class TextFile:
         try:
             yield
         except Exception as error:  # gzip, zlib, zstandard and pyarrow have their own
-            why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+            why = getattr(error, "strerror", None) or first_line(error)
             raise ValueError(f"data: {self.path} cannot be read: {why}") from None
 
     # ---- records

@@ -82,6 +82,16 @@ def batch(stream: Stream, batch_size: int, length: int, seed: int, step: int) ->
     return torch.from_numpy(order_of(stream, length, seed).take(numbers))
 
 
+def one_file(paths: Sequence[Path], weights: Sequence[float] | None) -> Path | None:
+    """The file of texts that was named, None where none was; ValueError where there are several, or it has a weight."""
+    if len(paths) > 1 or weights is not None:
+        raise ValueError(
+            f"data: got {', '.join(map(str, paths))}{' with a weight' * (weights is not None)}, allowed are one file of texts or "
+            "token folders (klflow prepare makes one of many files)"
+        )
+    return paths[0] if paths else None
+
+
 def same_tokenizer(folders: Sequence[Path], tokenizer: Any) -> None:
     """ValueError where a token folder was made with another tokenizer than the one that a model has."""
     for folder in folders:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from klflow_ext.files import checksum
+from klflow_ext.files import checksum, first_line
 from klflow_ext.path import Autoregressive, as_network
 from klflow_ext.path.network import Network
 from klflow_ext.run import Run, is_saved_model, load_run
@@ -290,7 +290,7 @@ class TransformersJudge(Scorer):
             self.model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (ValueError, OSError, KeyError, RuntimeError) as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
             raise ValueError(f"judge: {folder} cannot be read as a causal model of transformers: {said}") from None
         start = self.tokenizer.bos_token_id
         self.start = self.tokenizer.eos_token_id if start is None else start

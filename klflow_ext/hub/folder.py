@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from klflow_ext.checkpoint import CONFIG, FORMAT, MODEL
-from klflow_ext.files import Writer, read_json, write_files
+from klflow_ext.files import Writer, first_line, read_json, write_files
 from klflow_ext.hub.card import model_card
 from klflow_ext.model import describe
 from klflow_ext.path import Path as NoisePath
@@ -117,7 +117,7 @@ def _download(name: str, revision: Any, token: Any, cache_dir: Any, local_files_
             )  # fmt: skip
         )
     except Exception as error:  # of the network, the Hub, the disk: each has its own
-        raise ValueError(f"name: {name!r} cannot be fetched: {(str(error).splitlines() or ['?'])[0]}") from error
+        raise ValueError(f"name: {name!r} cannot be fetched: {first_line(error)}") from error
 
 
 def push_to_hub(

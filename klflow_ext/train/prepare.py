@@ -140,13 +140,9 @@ def prepare(
         made, held_texts = _of_folder(data.TokenFolder(paths[0]))
         report("tokens: " + "; ".join(_described(folders[0])))
     else:
-        if len(paths) > 1 or weights is not None:
-            raise ValueError(
-                f"data: got {text!r}, allowed are one file of texts or token folders (klflow prepare "
-                "makes one of many files)"
-            )
+        file = data.one_file(paths, weights)
         made = _tokenizer(tokenizer, vocab_size)
-        train_texts, held_texts = data.documents(paths[0] if paths else None)
+        train_texts, held_texts = data.documents(file)
         check_out(out, overwrite)
         size = sum(map(len, train_texts))
         making = "training a tokenizer" if made is None else "encoding"

@@ -59,7 +59,8 @@ prepare text --out text : out: text is a file
 prepare text --tokenizer text : tokenizer: text cannot be read
 prepare --verify text : data: text is no folder of tokens
 train --data none : data: none cannot be read
-train --data text text : data: got ('text', 'text')
+train --data text text : data: got text, text, allowed are one file
+train --data text=2 : data: got text with a weight, allowed are one file
 train --data text --out text/a : out: text/a cannot be written
 train --data text --out RUN : run holds a run already
 train --data text --steps 0 : steps: got 0
@@ -81,6 +82,7 @@ train --data text --config unknown : Unrecognized options: --nothing
 train --data text --engine fsdp --compile : compile: got True
 train --data text --shuffle documents : shuffle: got 'documents'
 train --data text --evidence-share .5 --input simplex --n-embd 8 : evidence_share: got 0.5
+adapt none --data text : transformer: none cannot be read
 train --resume none : run: none is no run folder
 train --resume RUN : resume: the run of run is finished
 train --resume RUN --lr 3 : resume: got --lr beside it
