@@ -24,6 +24,7 @@ from klflow_ext import (
     load_run,
 )  # fmt: skip
 from klflow_ext.checks import check_device, runs_on
+from klflow_ext.cli.about import _gpu
 from klflow_ext.cli.terminal import choose_device
 from klflow_ext.evaluate import loss_by_time
 from klflow_ext.path import as_network
@@ -155,7 +156,7 @@ def test_a_gpu_that_nothing_was_compiled_for(monkeypatch, capsys):
     built = {"cuda": True, "cuda_arch": "sm_80,sm_90", "cuda_reason": ""}
     monkeypatch.setattr("klflow_ext.build_info", lambda: built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
     said = "device: got cuda, a Old GPU of compute capability 7.5, allowed is one of sm_80,sm_90, for which klflow_ext was compiled"
@@ -170,7 +171,9 @@ def test_a_gpu_that_nothing_was_compiled_for(monkeypatch, capsys):
         choose_device(None) == torch.device("cpu")
         and f"the CPU is used, not the GPU: {said}" in capsys.readouterr().err
     )
+    assert _gpu().startswith(f"Old GPU, which is not used: {said}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert _gpu() == "Old GPU"
     assert choose_device(None) == torch.device("cuda") and not capsys.readouterr().err
     built |= {"cuda": False, "cuda_reason": "no nvcc was found at build time"}
     with pytest.raises(
