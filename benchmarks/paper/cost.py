@@ -23,10 +23,10 @@ SHOWN = {
     "linear": "linear",
     "mask DFM": "mask",
     "uniform DFM": "uniform",
+    "autoregressive": "autoregressive",
     "KL, segments": "segments",
     "KL, slices": "slices",
     "mask, slices": "mask slices",
-    "autoregressive": "autoregressive",
 }
 COLUMNS = {
     "basic": "basic",

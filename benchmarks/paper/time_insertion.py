@@ -25,20 +25,23 @@ def measure(bench: Bench) -> None:
 
 
 def table(rows) -> list[str]:
-    titles = [
-        "time",
-        *(
-            f"{input} input: {what}"
-            for input in INPUTS
-            for what in ("held-out loss", "bound", "bits per byte", "entropy")
-        ),
-    ]
+    inputs = values(rows, "input")
+    fields = {
+        "loss": ("held-out loss", 3),
+        "nats": ("bound", 3),
+        "bits_per_byte": ("bits per byte", 2),
+        "entropy": ("entropy", 2),
+    }
+    titles = ["time", *(f"{input} input: {title}" for input in inputs for title, _ in fields.values())]
     lines = []
     for time, title in TIMES.items():
-        found = [of(rows, input=input, time=time) for input in INPUTS]
-        fields = (("loss", 3), ("nats", 3), ("bits_per_byte", 2), ("entropy", 2))
-        lines.append([title, *(cell(part, field, digits) for part in found for field, digits in fields)])
-    return [*markdown(titles, lines), "", f"Seeds: {len(values(rows, 'seed'))}. Loss and bound are in nats per token."]
+        found = [of(rows, input=input, time=time) for input in inputs]
+        lines.append([title, *(cell(part, field, digits) for part in found for field, (_, digits) in fields.items())])
+    return [
+        *markdown(titles, lines),
+        "",
+        f"Seeds: {len(values(rows, 'seed'))}. Loss (mean over t) and bound are in nats per token.",
+    ]
 
 
 def plot(rows):
