@@ -192,7 +192,7 @@ class Demo(Settings):
         self.fill(sampler, tokenizer, prepared.held_texts)
         print(
             f"\nrun folder: {self.out}  (next: klflow sample {self.out}; klflow train --resume {self.out} "
-            "--more-seconds 60)"
+            "--more-steps 250)"
         )
 
     def fill(self, sampler, tokenizer, held_texts):
