@@ -8,11 +8,12 @@ import tempfile
 import torch
 
 from klflow_ext import LogitPath, Reader, Sampler, TrainConfig, Trainer, load_run
+from klflow_ext.evaluate import unigram_log_prior
 
 
 class Encoder(Reader):
-    def __init__(self, path, width=64, layers=2, max_length=64):
-        super().__init__(path)
+    def __init__(self, path, width=64, layers=2, max_length=64, log_prior=None):
+        super().__init__(path, log_prior=log_prior)
         self.settings, self.max_length = {"width": width, "layers": layers, "max_length": max_length}, max_length
         self.embedding = torch.nn.Embedding(path.vocab_size, width)
         self.position = torch.nn.Parameter(0.1 * torch.randn(max_length, width))
@@ -40,7 +41,8 @@ def main(steps=100):
     path = LogitPath(vocab_size=20)
     stream = torch.arange(2000).mul(3).remainder(20).numpy()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(Encoder(path), path, stream, TrainConfig(steps=steps, batch_size=8, length=16), folder)
+        encoder = Encoder(path, log_prior=unigram_log_prior(stream, path.vocab_size))  # how often each token comes
+        trainer = Trainer(encoder, path, stream, TrainConfig(steps=steps, batch_size=8, length=16), folder)
         losses = [trainer.train_step() for _ in range(steps)]
         trainer.save()
         model, path, _ = load_run(folder)

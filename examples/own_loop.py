@@ -10,12 +10,15 @@ from klflow_ext.train import make_optimizers
 
 
 class Plain(torch.nn.Module):
-    """Reads rows of the simplex, which it must scale: their entries are all near 1 / V."""
+    """Reads rows of the simplex, which it must scale, for their entries are all near 1 / V, by weights of variance 1."""
 
     def __init__(self, path, width=64):
         super().__init__()
         self.path = path
         self.read = torch.nn.Linear(path.vocab_size, width)
+        torch.nn.init.normal_(
+            self.read.weight
+        )  # torch's own start, sqrt(3 V) times smaller, drowns beside what is added
         self.mix = torch.nn.Conv1d(width, width, 5, padding=2)
         self.head = torch.nn.Linear(width, path.vocab_size)
 

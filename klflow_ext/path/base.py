@@ -107,8 +107,9 @@ class Path:
         """Rows x_t (..., V) as a layer is to read them: (x_t - 1 / V) sqrt(V).
 
         All entries of noise are near 1 / V, and what tells one row from another is as small. A matrix that reads x_t itself hardly
-        learns; with rows W[j] of unit variance, scaled(x_t) @ W has unit variance for pure noise (alpha = 1). The Denoiser's
-        "simplex" input is this.
+        learns. The weights W of the layer need a variance of 1: then scaled(x_t) @ W has it too, for pure noise (alpha = 1), and
+        positions or times can be added. torch.nn.Linear starts sqrt(3 V) times smaller, so the text drowns beside what is added:
+        call torch.nn.init.normal_(layer.weight). The Denoiser's "simplex" input is this.
 
         Raises:
             ValueError: a path of tokens, whose ids belong into an embedding; rows that are not V wide.

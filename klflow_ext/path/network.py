@@ -1,6 +1,7 @@
 """The protocol: what losses, samplers and trainers ask of a network, all of it. Any `model(x_t, t) -> logits` will do, if rows
-x_t go through `path.scaled` first; a `Network` offers more, by which no logits and no noisy rows are built. Nothing about a
-model is guessed from the names of its attributes. `State`, `Prediction` and `Move` (state.py) are what is asked, said and done.
+x_t go through `path.scaled` first, and then into weights of variance 1. A `Network` offers more, by which no logits and no noisy
+rows are built. Nothing about a model is guessed from the names of its attributes. `State`, `Prediction` and `Move` (state.py) are
+what is asked, said and done.
 
     network = as_network(model, vocab_size)
     prediction = network.predict(state, times)      # then prediction.cross_entropy(label), or prediction.draw(k, rng)
@@ -83,7 +84,8 @@ class Network(nn.Module):
     """The protocol of a model: its logits are head(hidden(embed(x_t, t), t)), and those of a few rows exist at a time.
 
     A subclass defines
-        embed(x_t, t) -> (B, L, D), of what the path makes: rows (B, L, V), or ids (B, L);
+        embed(x_t, t) -> (B, L, D), of what the path makes: rows (B, L, V), or ids (B, L). A layer that reads rows is given
+            path.scaled(x_t), and its weights start with variance 1: torch.nn.init.normal_(layer.weight);
         hidden(h, t) -> (B, L, D);
         head: a torch.nn.Linear from D to V, with a bias or without.
     Times t are float32 tensors (B,), or (B, L) where some tokens are given and the path makes rows: those are then at time 1. A
