@@ -119,6 +119,15 @@ class Run:
             if Checkpoint.NAME.fullmatch(name) or name in (*TEXTS, "log.jsonl", "report.json", "parts"):
                 remove(file)
 
+    def clear(self) -> None:
+        """Removes a run, to make room for another one. Files that are no run's stay. The texts go first: a checkpoint that a killed
+        process leaves is then known to be damaged."""
+        with self.owned():
+            for name in (*TEXTS, "log.jsonl", "report.json"):
+                remove(self.folder / name)
+            for checkpoint in self.checkpoints():
+                checkpoint.remove()
+
     def save(
         self, config: dict, weights: dict[str, Tensor], training: dict, stream: data.Stream, step: int, keep: int = 1,
         parts: Path | None = None, tokenizer: Any = None,

@@ -104,9 +104,38 @@ def test_keep(tmp_path):
     run.save()  # the same step again
     assert [(c.number, c.step) for c in Run(tmp_path).checkpoints()] == [(6, 5), (5, 5), (4, 4)]
     again = trainer(9, tmp_path)  # an earlier step, in the same folder
+    again.load(Run(tmp_path).checkpoints()[-1])
     again.save()
-    assert [(c.number, c.step) for c in Run(tmp_path).checkpoints()] == [(7, 0)]
-    assert names(tmp_path) == ["checkpoint-0007-step-0", "train.npy"]
+    assert [(c.number, c.step) for c in Run(tmp_path).checkpoints()] == [(7, 4)]
+    assert names(tmp_path) == ["checkpoint-0007-step-4", "train.npy"]
+
+
+def test_the_run_of_another_trainer_is_replaced_only_when_asked(tmp_path):
+    first = trainer(3, tmp_path / "run", keep=3)
+    first.fit(progress=False)
+    first.save()  # its own goes on
+    trainer(1, tmp_path / "other").save()
+    (tmp_path / "run" / "mine").write_text("not a run's")
+    before = contents(tmp_path / "run")
+    second = trainer(2, tmp_path / "run", keep=3)
+    elsewhere = trainer(2, tmp_path / "run", keep=3)
+    elsewhere.load(Run(tmp_path / "other").last())
+    for one in (second, elsewhere):
+        for use in (lambda one=one: one.fit(progress=False), one.save):
+            with pytest.raises(
+                ValueError, match=r"^out: .*run holds a run already; .*overwrite=True.*load\(\) goes on"
+            ):
+                use()
+    assert contents(tmp_path / "run") == before and second.step == 0
+    new = Trainer(second.model, second.path, second.stream[:900], second.config, tmp_path / "run", overwrite=True)
+    new.fit(progress=False)
+    assert names(tmp_path / "run") == ["checkpoint-0001-step-2", "log.jsonl", "mine", "train.npy"]
+    assert [record["step"] for record in Run(tmp_path / "run").read_log()] == [1, 2]
+    again = trainer(3, tmp_path / "run")
+    assert len(np.load(tmp_path / "run" / "train.npy")) == 900
+    again.load()
+    again.fit(progress=False)
+    assert Run(tmp_path / "run").last().step == 3
 
 
 def test_what_a_killed_process_left_goes(tmp_path):

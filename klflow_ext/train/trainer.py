@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from klflow_ext import data
 from klflow_ext.checkpoint import Checkpoint, pack
-from klflow_ext.checks import check_device
+from klflow_ext.checks import check_device, check_flag
 from klflow_ext.evaluate import loss_by_time
 from klflow_ext.log import Log
 from klflow_ext.model import describe, remake
@@ -56,6 +56,7 @@ class Trainer:
         out: the run, or its folder (made if needed), to which process 0 writes; None: no files.
         tokenizer: a tokenizers.Tokenizer, which a new run keeps; None: it has the one that is there, or none.
         heldout: int tokens that are kept back, for config.heldout_every.
+        overwrite: whether `fit` and `save` replace a run that is in the folder. False: they refuse to, unless it was loaded.
 
     Raises:
         ValueError: an argument does not fit another, or there are no kernels for the model's device; the message names it.
@@ -74,6 +75,7 @@ class Trainer:
         out: Run | str | Path | None = None,
         tokenizer: Any = None,
         heldout: data.Stream | None = None,
+        overwrite: bool = False,
     ):
         check_path(path)
         if not isinstance(config, TrainConfig):
@@ -93,6 +95,8 @@ class Trainer:
         self.model, self.path, self.stream, self.config = model, path, stream, config
         self.run = Run(out) if isinstance(out, (str, Path)) else out
         self.tokenizer = tokenizer
+        check_flag("overwrite", overwrite)
+        self.overwrite, self._owns = overwrite, False  # whether the run in the folder is this Trainer's own
         if self.run is not None:
             import safetensors  # noqa: F401  (missing, it is so before any work)
         if config.batch_size % (config.accumulate * self.processes):
@@ -287,7 +291,8 @@ class Trainer:
         Raises:
             NotFinite: MOST_SKIPPED steps one after another were not finite; what was learned before is saved, and report.json
                 says more. It is a ValueError.
-            ValueError: a file cannot be written, or another process trains in this folder; the last checkpoint stays whole.
+            ValueError: a file cannot be written, another process trains in this folder, or it holds a run that was not loaded; the
+                last checkpoint stays whole.
             LostProcess: another process ended or gave no answer within config.timeout. It is a ConnectionError.
             KeyboardInterrupt: SIGINT; its text says what is kept.
             Stopped: another signal, in the same way. It is a SystemExit.
@@ -296,6 +301,7 @@ class Trainer:
             stack.enter_context(noticing_loss(self._last))
             if self.run is not None and self.rank == 0:
                 stack.enter_context(self.run.owned())
+                self._take_folder(self.run)
                 self._log = self.run.open_log(self.step)
                 stack.callback(self._close_log)
             signals = stack.enter_context(Signals())
@@ -410,12 +416,25 @@ class Trainer:
             raise ValueError("out: got None, allowed is a run folder where files are written or read")
         return self.run
 
+    def _take_folder(self, run: Run) -> None:
+        """Makes sure, before the first write, that no other run is lost unasked. The folder is this process's own."""
+        if self._owns:
+            return
+        if run.checkpoints():
+            if not self.overwrite:
+                raise ValueError(
+                    f"out: {run.folder} holds a run already; Trainer(..., overwrite=True) replaces it, load() goes on with it"
+                )
+            run.clear()
+        self._owns = True
+
     def save(self) -> None:
         """Writes a checkpoint: what `load_run` gives, and what `load` goes on from. config.keep of them stay. Of several processes all
         must call it, and process 0 has the run.
 
         Raises:
-            ValueError: a number is not finite, or a file cannot be written; what was saved before stays whole.
+            ValueError: a number is not finite, a file cannot be written, or the folder holds a run that was not loaded; what was
+                saved before stays whole.
         """
         curve = self.batches.curve
         training = {
@@ -432,6 +451,7 @@ class Trainer:
             run = self._folder() if self.rank == 0 else self.run
             if self.rank == 0 and run is not None:
                 stack.enter_context(run.owned())
+                self._take_folder(run)
             folder = None if run is None else run.folder
             parts = stack.enter_context(self.engine.parts(folder, pack(training)[1]))
             if self.rank or run is None:
@@ -474,6 +494,8 @@ class Trainer:
                 self.batches.curve.sums.copy_(state["curve"])
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.skipped, self.skipped_last = int(state["skipped"]), 0
+        if self.run is not None and checkpoint.folder.resolve().parent == self.run.folder.resolve():
+            self._owns = True
         if self.processes > 1:
             check_agreement({"checkpoint": checkpoint.folder.name, "step": self.step}, self.device)
 
