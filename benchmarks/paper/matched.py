@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -111,6 +111,11 @@ class Table:
     def rows(self) -> list[dict[str, Any]]:
         return self.found["rows"]
 
+    def take(self, key: dict[str, Any], row: dict[str, Any]) -> None:
+        """A row that was measured elsewhere, which stands for no measured one."""
+        if not any(known["key"] == key for known in self.rows):
+            self.rows.append({"key": key, **row})
+
     def row(self, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row of this key: as it was measured before, or measured now."""
         key = json.loads(json.dumps(key))
@@ -121,12 +126,15 @@ class Table:
             raise Enough
         row = {"key": key, **json.loads(json.dumps(make()))}
         self.rows.append(row)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(self.file, lambda path: path.write_text(json.dumps(self.found, indent=1) + "\n"))
+        self.write()
         self._measured += 1
         left = max(0, self.expected - len(self.rows)) * (time.monotonic() - self._first) / self._measured
         print(f"{self.file.stem}: {key}, about {left:.0f} s left", flush=True)
         return row
+
+    def write(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(self.file, lambda path: path.write_text(json.dumps(self.found, indent=1) + "\n"))
 
 
 def as_json(interval: Interval) -> list[float]:
@@ -289,6 +297,13 @@ TEXTS: dict[str, Callable[[], tuple[list[str], list[str]]]] = {
 }
 
 
+def earlier_results(pattern: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """What benchmarks/method has measured: (results of a run, what is to be said of all that is taken from it)."""
+    for file in sorted(RESULTS.glob(pattern)):
+        found = json.loads(file.read_text())
+        yield found, {"source": file.name, "width": 256, "steps": found["steps"]}
+
+
 # ---- tables
 
 
@@ -357,6 +372,7 @@ def run(script: ModuleType, argv: list[str] | None = None) -> None:
     bench = Bench(Path(str(script.__file__)).stem, arguments)
     with suppress(Enough):
         script.measure(bench)
+    bench.table.write()
     draw(script, bench.table.rows, bench.table.file.with_suffix(".png"))
     print("\n".join(script.table(bench.table.rows)))
 

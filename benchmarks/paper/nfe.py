@@ -6,10 +6,9 @@ entropy of the tokens. All methods have the same network, text, steps and optimi
 
 from __future__ import annotations
 
-import json
 import sys
 
-from matched import RESULTS, Bench, cell, figure, markdown, mean_over_seeds, of, run, values
+from matched import Bench, cell, earlier_results, figure, markdown, mean_over_seeds, of, run, values
 
 TITLE = "Quality over network passes"
 METHODS = {  # name: (method of benchmarks/method, scheme)
@@ -26,9 +25,9 @@ EARLIER = {"simplex": "KL, sampling", "posterior": "KL, posterior input, samplin
 
 
 def measure(bench: Bench) -> None:
-    bench.data_row()
     if bench.arguments.scale == "cpu":
         earlier(bench)
+    bench.data_row()
     bench.table.expected = len(bench.table.rows) + len(METHODS) * len(bench.scale.nfe) * len(bench.seeds)
     for seed in bench.seeds:
         for nfe in bench.scale.nfe:
@@ -44,16 +43,13 @@ def measure(bench: Bench) -> None:
 
 def earlier(bench: Bench) -> None:
     """Takes up what benchmarks/method has measured with a wider network and more steps, at top-k 20."""
-    for file in sorted(RESULTS.glob("*-V2048-1075-*.json")):
-        found = json.loads(file.read_text())
-        name = EARLIER.get(found["name"])
+    for found, said in earlier_results("*-V2048-1075-*.json"):
         nats = next((row["nats"] for row in found.get("likelihood", []) if row["steps"] is None), None)
         for row in found.get("samples", []):
-            if name and row["top_k"] == 20 and row["method"] in ("basic", "sampling"):
-                key = {"earlier": name, "nfe": row["steps"], "seed": found["seed"]}
-                said = {field: row[field] for field in ("bits_per_byte", "entropy", "count")}
-                said |= {"source": file.name, "width": 256, "steps": found["steps"], "top_k": 20}
-                bench.table.row(key, lambda said=said, nats=nats: said if nats is None else {**said, "nats": nats})
+            if found["name"] in EARLIER and row["top_k"] == 20 and row["method"] in ("basic", "sampling"):
+                key = {"earlier": EARLIER[found["name"]], "nfe": row["steps"], "seed": found["seed"]}
+                figures = {field: row[field] for field in ("bits_per_byte", "entropy", "count", "top_k")} | said
+                bench.table.take(key, figures if nats is None else {**figures, "nats": nats})
 
 
 def table(rows) -> list[str]:

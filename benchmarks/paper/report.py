@@ -37,10 +37,12 @@ def section(name: str, results: Path, beside: Path) -> str:
         or f"{settings['steps']:,}"
     )
     shape = "{layers} layers of width {width}, V = {vocab_size:,}, {length} positions, {steps} steps of {batch} sequences".format(**{**settings, "steps": steps})  # fmt: skip
-    lines.append(
+    said = (
         f"Settings: {shape}; {settings['samples']} samples each, judge {found['judge']}, {found['precision']}; {machine['device']}, "
-        f"threads: {machine['threads']}, torch {machine['torch']}. All figures: [{file.name}]({os.path.relpath(file, beside)})."
+        f"threads: {machine['threads']}, torch {machine['torch']}. "
     )
+    here = [row for row in found["rows"] if "source" not in row]  # the others have settings of their own
+    lines.append((said if here else "") + f"All figures: [{file.name}]({os.path.relpath(file, beside)}).")
     return "\n".join(lines) + "\n"
 
 

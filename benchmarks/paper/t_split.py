@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from matched import Bench, cell, figure, markdown, mean_over_seeds, of, run, values
+from matched import Bench, cell, earlier_results, figure, markdown, mean_over_seeds, of, run, values
 
 TITLE = "Where the hybrid turns"
 METHODS = {"KL": "simplex uniform", "KL, posterior input": "posterior"}
@@ -12,6 +12,8 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 28 / 30, 1.0)  # of t_max
 
 
 def measure(bench: Bench) -> None:
+    if bench.arguments.scale == "cpu":
+        earlier(bench)
     bench.data_row()
     bench.table.expected = 1 + len(bench.seeds) * len(METHODS) * len(SHARES)
     for seed in bench.seeds:
@@ -26,29 +28,56 @@ def measure(bench: Bench) -> None:
                 bench.table.row({"method": name, "share": round(share, 4), "seed": seed}, make)
 
 
+def earlier(bench: Bench) -> None:
+    """Takes up what benchmarks/method has measured with wider networks and more steps, by 16 passes."""
+    for found, said in earlier_results("posterior-*.json"):
+        for row in found.get("sweep", []):
+            if row["grid_power"] == 1:
+                name = f"KL, posterior input, V = {found['vocab_size']:,}, {found['steps']:,} steps"
+                key = {"earlier": name, "share": round(row["t_split"], 4), "seed": found["seed"]}
+                bench.table.take(
+                    key, {field: row[field] for field in ("bits_per_byte", "entropy")} | {"nfe": row["steps"], **said}
+                )
+
+
 def table(rows) -> list[str]:
-    names = [name for name in METHODS if of(rows, method=name)]
-    fields = (("bits_per_byte", "bits per byte"), ("entropy", "entropy"))
-    lines = [["held-out text itself", *[cell(of(rows, method="data"), field) for field, _ in fields] * len(names)]]
-    for share in sorted(values(rows, "share")):
-        lines.append(
-            [
-                f"{share:.2f}",
-                *(cell(of(rows, method=name, share=share), field) for name in names for field, _ in fields),
-            ]
-        )
-    titles = ["turn, share of t_max", *(f"{name}: {title}" for name in names for _, title in fields)]
-    return [*markdown(titles, lines), "", f"Seeds: {len(values(rows, 'seed'))}."]
+    lines = []
+    if values(rows, "method"):
+        lines += [*split_table(rows, "method", [name for name in METHODS if of(rows, method=name)]), ""]
+    if values(rows, "earlier"):
+        title = "What `benchmarks/method` has measured with a network twice as wide by 16 passes, one seed, not made again here:"
+        lines += [title, "", *split_table(rows, "earlier", values(rows, "earlier")), ""]
+    return lines[:-1]
+
+
+def split_table(rows, kind: str, names: list[str]) -> list[str]:
+    fields = {"bits_per_byte": "bits per byte", "entropy": "entropy"}
+    shares = sorted({row["key"]["share"] for row in rows if kind in row["key"] and "share" in row["key"]})
+    lines = [
+        [f"{share:.2f}", *(cell(of(rows, **{kind: name}, share=share), field) for name in names for field in fields)]
+        for share in shares
+    ]
+    data = of(rows, method="data")
+    if kind == "method" and data:
+        lines.insert(0, ["held-out text itself", *[cell(data, field) for field in fields] * len(names)])
+    return markdown(
+        ["turn, share of t_max", *(f"{name}: {title}" for name in names for title in fields.values())], lines
+    )
 
 
 def plot(rows):
     chart, axes = figure(1, 2, figsize=(10, 4))
     for axis, field, title in zip(axes, ("bits_per_byte", "entropy"), ("bits per byte under the judge", "entropy of a sample's tokens, nats"), strict=True):  # fmt: skip
-        for name in METHODS:
-            shares = sorted(values(of(rows, method=name), "share"))
+        for kind, name in [("method", name) for name in METHODS] + [
+            ("earlier", name) for name in values(rows, "earlier")
+        ]:
+            found = of(rows, **{kind: name})
+            shares = sorted(values(found, "share"))
+            if not shares:
+                continue
             axis.plot(
                 shares,
-                [mean_over_seeds(of(rows, method=name, share=share), field)[0] for share in shares],
+                [mean_over_seeds(of(found, share=share), field)[0] for share in shares],
                 marker="o",
                 label=name,
             )
