@@ -125,19 +125,19 @@ def checksum(path: Path) -> str:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[Path]:
-    """Any failure to read a file of a run folder becomes a ValueError that names the file."""
+def reading(path: Path, name: str = "run") -> Iterator[Path]:
+    """Any failure to read a file, of a run folder where no other name is given, becomes a ValueError that names the file."""
     if not path.is_file():
-        raise ValueError(f"run: {path.parent} is not whole: it has no {path.name}")
+        raise ValueError(f"{name}: {path.parent} is not whole: it has no {path.name}")
     try:
         yield path
     except Exception as error:  # each library has its own exceptions for a broken file
-        raise ValueError(f"run: {path} cannot be read: {first_line(error)[:300]}") from error  # some quote the file
+        raise ValueError(f"{name}: {path} cannot be read: {first_line(error)[:300]}") from error  # some quote the file
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file holds."""
-    with reading(path):
+def read_json(path: Path, name: str = "run") -> dict[str, Any]:
+    """The object that a file holds; name: of the argument that named it."""
+    with reading(path, name):
         size = path.stat().st_size
         if size > MOST_JSON:
             raise ValueError(f"it has {size} bytes, allowed are {MOST_JSON}")

@@ -101,6 +101,8 @@ def test_what_does_not_fit_a_run(tmp_path):
         (lambda m, p: Batches.of(STREAM, None, CONFIG, m), "^path: got a NoneType, allowed is a Path"),
         (lambda m, p: Trainer(m, p, STREAM, {"steps": 3}), "^config: got a dict, allowed is a TrainConfig"),
         (lambda m, p: Trainer(m, p, STREAM / 2, CONFIG), "^stream: got float64 of shape .*, allowed is a row of integers"),
+        (lambda m, p: Trainer(m, p, np.append(STREAM, 1169), CONFIG), f"^stream: got 1169 at place 400, allowed is 0 to V - 1 = {V - 1}"),
+        (lambda m, p: Batches.of(np.append(-1, STREAM), p, CONFIG, m), f"^stream: got -1 at place 0, allowed is 0 to V - 1 = {V - 1}"),
         (lambda m, p: Trainer(m, p, STREAM.reshape(2, -1), CONFIG), r"^stream: got int64 of shape \(2, 200\), allowed"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,12 @@ class Generation(Command):
     """With --jsonl, log_likelihood of each result: exact, in nats per generated token, of the method at temperature 1 and among all
     tokens; null where the method has no exact one. It takes as many passes again."""
     device: str | None = None
+
+    def check_run(self, option: str) -> None:
+        """ValueError where what stands in the place of the run folder is meant as the text of an option, which has none."""
+        folder = self.run_folder
+        if folder is not None and not folder.exists():
+            raise ValueError(f"run: {folder} is no run folder (did you mean --{option} {shlex.quote(str(folder))}?)")
 
     def generate(self, make: Callable[[Sampler, dict[str, Any]], Samples], prompts: Sequence[str | None]) -> None:
         """Prints what `make(sampler, options of infill)` gives, a result for each prompt."""
@@ -117,7 +124,10 @@ class Complete(Generation):
     """Tokens after each prompt, in place of length; 64 where neither is given, or as many as the model has room for."""
 
     def run(self):
-        prompts = times(given_texts("prompt", self.prompt, self.prompts_file) or [""], self.count)
+        given = given_texts("prompt", self.prompt, self.prompts_file)
+        if not given:
+            self.check_run("prompt")
+        prompts = times(given or [""], self.count)
         if self.length is not None:
             checked("length", self.length)
 
@@ -141,5 +151,6 @@ class Infill(Generation):
     def run(self):
         texts = times(given_texts("text", self.text, self.texts_file), self.count)
         if not texts:
+            self.check_run("text")
             raise ValueError("text: got none, allowed is a text with a hole such as {?8}")
         self.generate(lambda sampler, options: sampler.infill(texts, **options), texts)

@@ -34,7 +34,7 @@ def with_config(words: list[str]) -> list[str]:
 def _flags(file: Path) -> list[str]:
     if not file.is_file():
         raise ValueError(f"config: got {file}, allowed is a JSON file that is there")
-    values = read_json(file)
+    values = read_json(file, "config")
     if isinstance(values.get("train"), dict):
         values = _of_run(values)
     flags = []

@@ -20,13 +20,13 @@ def print_results(
     shown: bool = False,
     log_likelihood: bool = False,
 ) -> None:
-    """A text and a line with a point for each, unless they were shown as they formed, or an object of JSON a line."""
+    """The texts with a blank line between them, unless they were shown as they formed, or an object of JSON a line."""
     method = sampler.path.way or options.method or sampler.default_method
     scores: list[dict[str, float | None]] = [{} for _ in result.seeds]
     if log_likelihood:
         scores = [{"log_likelihood": value} for value in log_likelihoods(sampler, result, options, method)]
-    for text, tokens, seed, prompt, score in zip(
-        result.texts, result.tokens, result.seeds, prompts, scores, strict=True
+    for i, (text, tokens, seed, prompt, score) in enumerate(
+        zip(result.texts, result.tokens, result.seeds, prompts, scores, strict=True)
     ):
         if jsonl:
             line = {
@@ -35,7 +35,7 @@ def print_results(
             }  # fmt: skip
             print(json.dumps(line))
         elif not shown:
-            print(printable(text) + "\n   .")
+            print("\n" * (i > 0) + printable(text))
     sys.stdout.flush()
     note(f"{result.nfe} passes, {result.seconds:.1f} s")
 

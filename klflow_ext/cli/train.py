@@ -186,9 +186,8 @@ class Demo(Settings):
         for method in methods if path.way is None else methods[-1:]:
             result = sampler.sample((2, length), steps=32, method=method, seed=seed)
             print(f"\n--- {path.way or method}, {result.nfe} passes, {result.seconds:.1f} s")
-            for tokens in result.tokens:
-                print(printable(tokenizer.decode(tokens.tolist(), skip_special_tokens=False)))
-                print("   .")
+            texts = [tokenizer.decode(tokens.tolist(), skip_special_tokens=False) for tokens in result.tokens]
+            print("\n\n".join(map(printable, texts)))
         self.fill(sampler, tokenizer, prepared.held_texts)
         print(
             f"\nrun folder: {self.out}  (next: klflow sample {self.out}; klflow train --resume {self.out} "

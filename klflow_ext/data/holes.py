@@ -60,7 +60,8 @@ def parse_holes(text: str, tokenizer) -> tuple[list[int], list[bool]]:
     The pieces between holes are encoded by themselves (`encode_pieces`).
 
     Raises:
-        ValueError: there is no hole, or one of no tokens or of more than LONGEST_HOLE, or the tokenizer would change the text.
+        ValueError: there is no hole, or one of no tokens or of more than LONGEST_HOLE, or a "{?" that opens none, or the tokenizer
+            would change the text.
     """
     parts = re.split(r"\{\?(\d+)\}", text)
     for hole in parts[1::2]:
@@ -68,6 +69,13 @@ def parse_holes(text: str, tokenizer) -> tuple[list[int], list[bool]]:
             raise ValueError(
                 f"text: got the hole {{?{hole}}}, allowed are holes of 1 to {LONGEST_HOLE:,} tokens, such as {{?8}}"
             )
+    place = 0
+    for i, part in enumerate(parts):
+        if not i % 2 and "{?" in part:
+            raise ValueError(
+                f"text: got '{{?' at character {place + part.index('{?') + 1}, allowed is a hole {{?n}} with n in [1, {LONGEST_HOLE:,}]"
+            )
+        place += len(part) + 3 * (i % 2)  # of a hole its {?}
     if len(parts) == 1:
         raise ValueError(f"text: got {text!r}, allowed is a text with a hole such as {{?8}}")
     pieces = [part for part in parts[::2] if part]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,7 +18,7 @@ from klflow_ext.path.base import check_path, check_text
 from klflow_ext.path.network import Model, Network, evaluating
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.replay import Replays
-from klflow_ext.sample.samples import Samples, encoded, is_texts, prompted, seeds_of, token_ids, with_holes
+from klflow_ext.sample.samples import Samples, encoded, is_rows, is_texts, prompted, seeds_of, token_ids, with_holes
 from klflow_ext.sample.scoring import Scoring
 from klflow_ext.sample.watching import Pass, Watcher
 from klflow_ext.sample.ways import Way, hearing_names, hears, is_ordered, ordered_names, wants_same_free, way_of
@@ -116,8 +117,10 @@ class Sampler:
         """
         if is_texts(prompts):
             prompts = encoded(self.tokenizer, prompts)
-        if isinstance(prompts, str) or not all(hasattr(p, "__len__") and not isinstance(p, str) for p in prompts):
-            raise TypeError(f"prompts: got {prompts!r}, allowed is a list of them, all strings or all of token ids")
+        if not is_rows(prompts):
+            raise TypeError(
+                f"prompts: got {reprlib.repr(prompts)}, allowed is a list of strings or of token ids such as [[5, 6, 7]]"
+            )
         rows = [token_ids(f"prompts: number {i}", prompt) for i, prompt in enumerate(prompts)]
         if length is not None:
             length = check_int("length", length, 0, 2**31, "an integer in [0, 2^31]")
@@ -168,7 +171,11 @@ class Sampler:
         """
         if is_texts(tokens) and given is None:
             tokens, given = with_holes(self.tokenizer, tokens)
-        elif isinstance(tokens, str) or is_texts(tokens) or given is None:
+        elif not isinstance(tokens, Tensor) and not is_texts(tokens) and not is_rows(tokens):
+            raise TypeError(
+                f"tokens: got {reprlib.repr(tokens)}, allowed is a list of strings or, with `given`, of token ids such as [[5, 6, 7]]"
+            )
+        elif is_texts(tokens) or given is None:
             raise TypeError(
                 f"given: got {type(given).__name__} beside tokens of {type(tokens).__name__}, allowed are tokens with their flags, "
                 "or a list of strings alone"
@@ -268,6 +275,8 @@ class Sampler:
                 f"one of {ordered_names()}, with 1"
             )
         tokens = token_ids("tokens", tokens).to(self.device)
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, allowed is (B, L)")
         _, counts = check_text(tokens, given)
         given = torch.zeros_like(tokens, dtype=torch.bool) if given is None else given.to(self.device)
         self._check_tokens(tokens, ~torch.zeros_like(given))

@@ -55,6 +55,13 @@ def is_texts(value: Any) -> TypeGuard[Sequence[str]]:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(text, str) for text in value)
 
 
+def is_rows(value: Any) -> bool:
+    """Whether it is a list of sequences, none of them a string; an empty one too."""
+    if isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0:
+        return False
+    return all(hasattr(row, "__len__") and not isinstance(row, str) and getattr(row, "ndim", 1) > 0 for row in value)
+
+
 def encoded(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     """The ids of each prompt, with no special token before or behind it."""
     tokenizer = needed(tokenizer, "prompts")

@@ -32,7 +32,8 @@ def slice_places(passes: Passes, options: ResolvedOptions) -> tuple[Tensor, list
     """
     if not isinstance(passes.network, Network) or not passes.network.slices:
         raise ValueError(
-            "method: got 'slices', allowed is another for a network that was not trained with them (DenoiserConfig.slices)"
+            "method: got 'slices', allowed is another method for this network, which was not trained for slices, or a network with "
+            "DenoiserConfig(slices=True), as klflow train makes it"
         )
     if passes.evidence is not None and options.slice_steps > 1:
         raise ValueError(f"slice_steps: got {options.slice_steps} with evidence, allowed with it is 1")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from klflow_ext import data
+from klflow_ext.data.sources import CHUNK
 from klflow_ext.path import IGNORE, Evidence, Path, as_network
 from klflow_ext.path.base import check_path
 from klflow_ext.path.layout import slice_order
@@ -63,6 +64,22 @@ class LossCurve:
         return np.interp(u, below / below[-1], np.linspace(0, self.t_max, self.BINS + 1))
 
 
+def check_tokens(name: str, stream: data.Stream, vocab_size: int) -> None:
+    """ValueError where an array in memory holds what is no token and no padding. Of token folders this is known already, and a memory
+    map is not read for it."""
+    if isinstance(stream, (data.Tokens, data.Mixture, np.memmap)):
+        return
+    array = np.asanyarray(stream)
+    for start in range(0, len(array), CHUNK):
+        part = array[start : start + CHUNK]
+        if part.min() >= 0 and part.max() < vocab_size:
+            continue
+        wrong = (part != IGNORE) & ((part < 0) | (part >= vocab_size))
+        if wrong.any():
+            place = start + int(wrong.argmax())
+            raise ValueError(f"{name}: got {array[place]} at place {place}, allowed is 0 to V - 1 = {vocab_size - 1}")
+
+
 @dataclass
 class Batch:
     """What one step sees, and what a loop of one's own needs of it.
@@ -105,7 +122,7 @@ class Batches:
     prior: (V,) token frequencies of a network that reads posteriors, by which evidence is made; None: none is.
 
     Raises:
-        ValueError: the stream is too short, or cannot be shuffled so.
+        ValueError: the stream is too short, holds what is no token, or cannot be shuffled so.
 
     Attributes:
         time_sampling: how times are drawn. curve: where "learned" looks; the Trainer adds to it.
@@ -121,6 +138,7 @@ class Batches:
     ):
         self.stream, self.path, self.config, self.slices = stream, path, config, slices
         self.source = data.order_of(stream, config.length, config.seed, config.shuffle)
+        check_tokens("stream", stream, path.vocab_size)
         self.prior = None if prior is None else np.maximum(prior, 1e-12)
         self.time_sampling = config.time_sampling or ("middle" if path.t_max < 1 else "uniform")
         self.curve = LossCurve(path.t_max) if self.time_sampling == "learned" else None

@@ -30,7 +30,7 @@ from klflow_ext.path.network import device_of, load_own_state, own_state
 from klflow_ext.run import Run
 from klflow_ext.sharding import gathered, local, sharded_like, whole
 from klflow_ext.train.agreement import check_agreement, code_version, fingerprint
-from klflow_ext.train.batch import Batch, Batches
+from klflow_ext.train.batch import Batch, Batches, check_tokens
 from klflow_ext.train.config import TrainConfig
 from klflow_ext.train.engine import make_engine
 from klflow_ext.train.optimizers import make_optimizers
@@ -117,7 +117,8 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.skipped = self.skipped_last = 0  # steps without an update: in all, and the last ones
         self.gradient_norm = math.nan
-        self.bad_step: BadStep | None = None  # the last of MOST_SKIPPED one after another
+        self.bad_step: BadStep | None = None  # the one that ends the run
+        self._skipped_step: BadStep | None = None  # the last one
         self._log: Log | None = None
         self.average = self._weights() if config.ema else {}
 
@@ -128,6 +129,7 @@ class Trainer:
             return None
         if heldout is None:
             raise ValueError(f"heldout: got None, allowed with heldout_every = {c.heldout_every} are tokens")
+        check_tokens("heldout", heldout, self.path.vocab_size)
         return data.batch(heldout, c.heldout_count, c.length, seed=12345, step=0)
 
     def _weights(self) -> dict[str, Tensor]:
@@ -155,7 +157,7 @@ class Trainer:
     def train_step(self) -> float:
         """One optimizer step; returns the loss in nats per free token, the mean over the whole batch.
 
-        A step whose loss or gradient is not finite changes nothing but the count of skipped steps. After MOST_SKIPPED of them, one
+        A step whose loss or gradient is not finite changes nothing but the count of skipped steps; the first one is warned of. After MOST_SKIPPED of them, one
         after another, the next is a NotFinite.
 
         A free position that the path's loss leaves out (MaskPath: one that shows its token) counts with a loss of 0.
@@ -194,10 +196,17 @@ class Trainer:
     def _skip(self, batch: Batch, loss: float) -> None:
         self.skipped += 1
         self.skipped_last += 1
+        gradients = [(name, whole(p.grad)) for name, p in self.model.named_parameters() if p.grad is not None]
+        self._skipped_step = BadStep.of(
+            self.step + 1, loss, self.gradient_norm, self.skipped_last, batch.t, self._losses(batch), gradients
+        )
         if self.skipped_last >= self.MOST_SKIPPED:
-            gradients = [(name, whole(p.grad)) for name, p in self.model.named_parameters() if p.grad is not None]
-            self.bad_step = BadStep.of(
-                self.step + 1, loss, self.gradient_norm, self.skipped_last, batch.t, self._losses(batch), gradients
+            self.bad_step = self._skipped_step
+        if self.skipped == 1 and self.rank == 0:
+            warnings.warn(
+                f"loss: got {loss:g} with a gradient of norm {self.gradient_norm:g} in step {self.step + 1}, allowed are finite ones: the step "
+                "is skipped, as later ones will be without a word (the log counts them)",
+                stacklevel=3,
             )
         self.model.zero_grad(set_to_none=True)
         self.step += 1
@@ -289,7 +298,7 @@ class Trainer:
         ends at once what it is sent to.
 
         Raises:
-            NotFinite: MOST_SKIPPED steps one after another were not finite; what was learned before is saved, and report.json
+            NotFinite: MOST_SKIPPED steps one after another, or all of the run, were not finite; what was learned before is saved, and report.json
                 says more. It is a ValueError.
             ValueError: a file cannot be written, another process trains in this folder, or it holds a run that was not loaded; the
                 last checkpoint stays whole.
@@ -307,6 +316,8 @@ class Trainer:
             signals = stack.enter_context(Signals())
             line = stack.enter_context(ProgressLine()) if progress and self.rank == 0 else None
             self._steps(signals, line, callback)
+            if self.progress() >= 1 and 0 < self.step == self.skipped:
+                self.bad_step = self._skipped_step
             if self.bad_step is not None:
                 self._give_up(self.bad_step)
             if self.run is not None and self._saved != self.step:

@@ -65,7 +65,7 @@ def test_adapted_by_one_command(klflow, tmp_path, kind, causal):
     assert text.startswith("the cat")
 
     done = klflow("sample", "run", "--steps", "4", "--count", "2", "--length", "16")
-    assert done.returncode == 0 and done.stdout.count("\n   .\n") == 2, done.stderr
+    assert done.returncode == 0 and "\n\n" in done.stdout, done.stderr
     done = klflow("train", "--resume", "run", "--more-steps", "1", "-q")
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 61

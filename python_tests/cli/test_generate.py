@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from klflow_ext import Sampler, data, load_run
+from klflow_ext.cli import printable
 
 SMALL = ["--steps", "3"]
 
@@ -15,21 +16,17 @@ def lines(done):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def texts(done):
-    """What stands on stdout, which is text alone: byte-level BPE gives any."""
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split("\n   .\n")[:-1]
-
-
 def test_no_run_is_needed(klflow, stories):
     done = klflow("sample", *SMALL)
-    assert len(texts(done)) == 4 and "3 passes" in done.stderr, done.stderr
+    four = [line["text"] for line in lines(klflow("sample", *SMALL, "--jsonl"))]
+    assert len(four) == 4 and "3 passes" in done.stderr, done.stderr
+    assert done.stdout == "\n\n".join(map(printable, four)) + "\n"  # blank lines between them, nothing after the last
     sampler = Sampler(*load_run()[:2], tokenizer=load_run()[2])
     shown = [line["text"] for line in lines(klflow("sample", *SMALL, "--length", "9", "--count", "2", "--jsonl"))]
     assert shown == sampler.sample((2, 9), steps=3).texts
-    assert texts(klflow("complete", *SMALL, "--prompt", "Once upon a time"))[0].startswith("Once upon a time")
-    found = texts(klflow("infill", *SMALL, "--text", "Once {?3} a time"))[0]
-    assert found.startswith("Once ") and found.endswith(" a time")
+    assert klflow("complete", *SMALL, "--prompt", "Once upon a time").stdout.startswith("Once upon a time")
+    found = klflow("infill", *SMALL, "--text", "Once {?3} a time").stdout
+    assert found.startswith("Once ") and found.endswith(" a time\n")
     named = klflow("sample", str(stories), *SMALL, "--jsonl")
     assert named.stdout == klflow("sample", *SMALL, "--jsonl").stdout
 
@@ -95,6 +92,13 @@ def test_what_is_refused(klflow, stories, tmp_path):
     for command, message in (
         (["infill"], "text: got none, allowed is a text with a hole"),
         (["infill", "--text", "a{?2}", "--count", "0"], "count: got 0"),
+        (["infill", "Tom {?3}."], "run: Tom {?3}. is no run folder (did you mean --text 'Tom {?3}.'?)"),
+        (
+            ["infill", "--text", "a{?2} {?x}"],
+            "text: got '{?' at character 7, allowed is a hole {?n} with n in [1, 1,000,000]",
+        ),
+        (["complete", "Once upon"], "run: Once upon is no run folder (did you mean --prompt 'Once upon'?)"),
+        (["train", "--config", "empty"], "config: empty cannot be read"),
         (["complete", "--count", "0"], "count: got 0"),
         (["complete", "--length", "0"], "length: got 0"),
         (["sample", "--count", "1000000000"], "count: got 1000000000, allowed is an integer in [1, 1,000,000]"),

@@ -21,7 +21,7 @@ sample RUN --temperature 1 2 3 : temperature
 sample RUN --seed 99999999999999999999999 : seed: got 9999
 sample RUN --seeds 1 2 : seed: got 2 seeds, allowed is one or 4
 sample RUN --method fast : method: got 'fast'
-sample RUN --method slices : method: got 'slices'
+sample RUN --method slices : method: got 'slices', allowed is another method for this network, which was not trained for slices
 sample RUN --layout a : layout
 sample RUN --slice-steps 0 : slice_steps: got 0
 sample RUN --t-split 2 : t_split: got 2
@@ -77,7 +77,7 @@ train --data text --keep 0 : keep: got 0
 train --data text --show-every -1 : show_every: got -1
 train --data text --heldout-count 99999999 : heldout_count: got 99999999
 train --data text --config none : config: got none
-train --data text --config broken : broken cannot be read
+train --data text --config broken : config: broken cannot be read
 train --data text --config unknown : Unrecognized options: --nothing
 train --data text --engine fsdp --compile : compile: got True
 train --data text --shuffle documents : shuffle: got 'documents'

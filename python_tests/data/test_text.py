@@ -175,8 +175,13 @@ class Letters:
 def test_holes():
     tokens, given = parse_holes("ab{?2}c{?1}{?1}", Letters())
     assert tokens == [1, 2, 0, 0, 3, 0, 0] and given == [True, True, False, False, True, False, False]
-    for text in ("abc", "", "{?}", "{?x}", "{?-1}"):
+    for text in ("abc", "", "a{5}"):
         with pytest.raises(ValueError, match="text: got .* allowed is a text with a hole such as"):
+            parse_holes(text, Letters())
+    for text, place in (("{?}", 1), ("a{?x}", 2), ("{?-1}", 1), ("ab{?12}c{?", 9), ("{?3}{?{?2}", 5)):
+        with pytest.raises(
+            ValueError, match=rf"^text: got '\{{\?' at character {place}, allowed is a hole \{{\?n\}} with n in"
+        ):
             parse_holes(text, Letters())
     with pytest.raises(ValueError, match=r"text: got the hole \{\?0\}, allowed are holes of 1 to 1,000,000 tokens"):
         parse_holes("a{?0}{?2}", Letters())

@@ -49,7 +49,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, value):
         return loss
 
     run.train_step = step
-    run.fit(progress=False)
+    with pytest.warns(
+        UserWarning, match="^loss: got .* in step 6, allowed are finite ones: the step is skipped"
+    ) as said:
+        run.fit(progress=False)
+    assert len(said) == 1
     assert run.step == 12 and run.skipped == 2 and before
     assert [record["skipped"] for record in log_of(tmp_path)] == [0] * 5 + [1] * 3 + [2] * 4
     assert [record["gradient_norm"] is None for record in log_of(tmp_path)] == [i in (5, 8) for i in range(12)]
@@ -82,6 +86,16 @@ def test_a_run_that_stays_bad_stops_and_reports(tmp_path):
     again.load()
     again.config = run.config
     again.train_step()
+
+
+@pytest.mark.filterwarnings("ignore:loss")
+def test_a_run_that_learned_nothing_is_an_error(tmp_path):
+    """Also one with fewer steps than end a run."""
+    run = trainer(3, tmp_path)
+    poison(run, range(3), float("nan"))
+    with pytest.raises(NotFinite, match="in step 3, the last of 3 that were skipped"):
+        run.fit(progress=False)
+    assert json.loads((tmp_path / "report.json").read_text())["skipped"] == 3
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
