@@ -2,8 +2,8 @@
 
     python examples/own_text.py FILE
 
-`klflow train --data FILE --out RUN` does the same. `load_run(RUN)` gives its model, path and tokenizer, and numpy.load of
-RUN/train.npy and RUN/heldout.npy its tokens.
+`klflow train --data FILE --out RUN` does as much, and trains for slices. `load_run(RUN)` gives its model, path and tokenizer;
+numpy.load of RUN/train.npy and RUN/heldout.npy gives its tokens.
 """
 
 import sys
@@ -24,7 +24,7 @@ def main(steps=200, file=GUIDE):
     tokenizer = data.train_tokenizer(texts, vocab_size=512)
     tokens, heldout = data.encode(tokenizer, texts), data.encode(tokenizer, held_texts)  # two long arrays
     path = LogitPath(data.vocab_size_of(tokenizer))
-    shape = DenoiserConfig(path.vocab_size, n_layer=1, n_head=2, n_embd=64, max_length=16, time="none", slices=True)
+    shape = DenoiserConfig(path.vocab_size, n_layer=1, n_head=2, n_embd=64, max_length=16)
     model = Denoiser(shape, path, unigram_log_prior(tokens, path.vocab_size))
     config = TrainConfig(steps=steps, batch_size=16, length=16, heldout_every=20, heldout_count=4)
     records = []

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from klflow_ext import TrainConfig
+from klflow_ext.train import NetworkChoice, prepare
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/GUIDE.md", "docs/METHOD.md", "benchmarks/README.md")
 
@@ -44,9 +47,13 @@ def test_python_examples_run(page, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
     blocks = [block for block in blocks if "transformers" not in block and "class Mine" not in block]
     assert blocks
+    if any("{RUN}" in block for block in blocks):
+        train, network = TrainConfig(length=8), NetworkChoice(n_layer=1, n_head=1, n_embd=16)
+        prepare(ROOT / page, tmp_path / "run", train=train, network=network, vocab_size=257)
     for block in blocks:
-        names = {}
+        names = {"RUN": tmp_path / "run"}
         exec(block, names)
+        assert "heldout" not in names or 0 < len(names["heldout"]) < len(names["tokens"])
         if "again" in names:
             assert (names["again"].tokens[0] == names["result"].tokens[1]).all()
 

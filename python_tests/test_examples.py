@@ -13,7 +13,9 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def test_there_are_some():
-    assert {"adapt_transformer", "own_encoder", "own_loop", "own_sampler"} <= {file.stem for file in EXAMPLES}
+    assert {"adapt_transformer", "own_encoder", "own_loop", "own_sampler", "own_text"} <= {
+        file.stem for file in EXAMPLES
+    }
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=[file.stem for file in EXAMPLES])
