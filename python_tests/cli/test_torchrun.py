@@ -47,7 +47,8 @@ def test_a_killed_process_is_started_again(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("klflow:")]
-    assert len(said) == 1 and "a process was lost" in said[0] and said[0].endswith("-step-5")
+    # the other process says what it noticed, where torchrun does not end it before
+    assert len(said) <= 1 and all("a process was lost" in line and line.endswith("-step-5") for line in said)
     assert f"going on with {tmp_path / 'two'} from step 5\n" in done.stderr and "Traceback" not in done.stderr
     alone = [sys.executable, "-m", "klflow_ext", *options, "--out", str(tmp_path / "one")]
     subprocess.run(alone, env=environment, check=True, capture_output=True, timeout=300)

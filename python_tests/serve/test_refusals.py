@@ -272,9 +272,14 @@ def test_the_command(monkeypatch, stories, capsys, number):
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=client)
-    thread.start()
-    code = main(monkeypatch, "--port", str(port))
-    thread.join()
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, usual)  # a job in the background ignores SIGINT
+    try:
+        thread.start()
+        code = main(monkeypatch, "--port", str(port))
+        thread.join()
+    finally:
+        signal.signal(number, before)
     assert code == 128 + number and found[0]["model"] == "stories" and len(found[0]["choices"][0]["tokens"]) == 3
     said = capsys.readouterr()
     assert f"klflow: stories answers at http://127.0.0.1:{port}/v1/completions\n" in said.err
