@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matched import Bench, as_json, cell, figure, markdown, mean_over_seeds, of, run, toy_texts, values
+from matched import Bench, as_json, cell, draw_curve, figure, markdown, of, run, toy_texts, values
 
 from klflow_ext import data
 from klflow_ext.evaluate import code
@@ -136,13 +136,7 @@ def plot(rows):
         axes, ("nats", "same"), ("bound, nats per removed token", "removed tokens put back"), strict=True
     ):
         for name in METHODS:
-            shares = values(of(found, method=name), "share")
-            axis.plot(
-                shares,
-                [mean_over_seeds(of(found, method=name, share=share), field)[0] for share in shares],
-                marker="o",
-                label=name,
-            )
+            draw_curve(axis, of(found, method=name), "share", field, label=name)
         axis.set(xlabel="share of lines removed", ylabel=title)
     axes[0].legend(fontsize=7)
     chart.tight_layout()

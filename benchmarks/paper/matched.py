@@ -315,6 +315,14 @@ def mean_over_seeds(rows: list[dict[str, Any]], field: str) -> tuple[float, floa
     return sum(values) / len(values), (max(values) - min(values)) / 2
 
 
+def draw_curve(axis: Any, rows: list[dict[str, Any]], along: str, field: str, style: str = "-", **more: Any) -> None:
+    """A field over a part of the key, the mean over seeds; nothing where there is no row."""
+    means = {x: mean_over_seeds(of(rows, **{along: x}), field) for x in sorted(values(rows, along))}
+    points = [(x, mean[0]) for x, mean in means.items() if mean is not None]
+    if points:
+        axis.plot(*zip(*points, strict=True), style, marker="o", **more)
+
+
 def cell(rows: list[dict[str, Any]], field: str, digits: int = 2) -> str:
     """ "mean ± half the range" of several seeds, of one seed the figure with its interval if it has one; "" of no row."""
     found = mean_over_seeds(rows, field)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from matched import Bench, cell, earlier_results, figure, markdown, mean_over_seeds, of, run, values
+from matched import Bench, cell, draw_curve, earlier_results, figure, markdown, mean_over_seeds, of, run, values
 
 TITLE = "Quality over network passes"
 METHODS = {  # name: (method of benchmarks/method, scheme)
@@ -94,10 +94,8 @@ def plot(rows):
     chart, axes = figure(1, 2, figsize=(11, 4))
     for i, name in enumerate(name for name in METHODS if of(rows, method=name)):
         found = of(rows, method=name)
-        counts = sorted(values(found, "nfe"))
         for axis, field in zip(axes, ("bits_per_byte", "entropy"), strict=True):
-            means = [mean_over_seeds(of(found, nfe=nfe), field)[0] for nfe in counts]
-            axis.plot(counts, means, marker="o", color=f"C{i}", label=name)
+            draw_curve(axis, found, "nfe", field, color=f"C{i}", label=name)
     for axis, field, title in zip(axes, ("bits_per_byte", "entropy"), ("bits per byte under the judge", "entropy of a sample's tokens, nats"), strict=True):  # fmt: skip
         for row in of(rows, method="data"):
             axis.axhline(row[field][0], color="black", linestyle=":", label="held-out text")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from matched import Bench, cell, figure, markdown, mean_over_seeds, of, run, values
+from matched import Bench, cell, draw_curve, figure, markdown, of, run, values
 
 TITLE = "Muon against AdamW"
 RATES = (1e-2, 3e-3, 3e-2, 1e-3)  # the middle first
@@ -51,10 +51,7 @@ def plot(rows):
     for input, style in zip(INPUTS, ("-", "--"), strict=True):
         for i, (name, title) in enumerate(OPTIMIZERS.items()):
             found = of(rows, input=input, optimizer=name)
-            rates = sorted(values(found, "lr"))
-            means = [mean_over_seeds(of(found, lr=rate), "loss")[0] for rate in rates]
-            if means:
-                axis.plot(rates, means, style, marker="o", color=f"C{i}", label=f"{title}, {input} input")
+            draw_curve(axis, found, "lr", "loss", style, color=f"C{i}", label=f"{title}, {input} input")
     axis.set(xscale="log", xlabel="learning rate", ylabel="held-out loss, nats per token, mean over t")
     axis.legend(fontsize=7)
     chart.tight_layout()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from matched import Bench, cell, earlier_results, figure, markdown, mean_over_seeds, of, run, values
+from matched import Bench, cell, draw_curve, earlier_results, figure, markdown, of, run, values
 
 TITLE = "Where the hybrid turns"
 METHODS = {"KL": "simplex uniform", "KL, posterior input": "posterior"}
@@ -71,16 +71,7 @@ def plot(rows):
         for kind, name in [("method", name) for name in METHODS] + [
             ("earlier", name) for name in values(rows, "earlier")
         ]:
-            found = of(rows, **{kind: name})
-            shares = sorted(values(found, "share"))
-            if not shares:
-                continue
-            axis.plot(
-                shares,
-                [mean_over_seeds(of(found, share=share), field)[0] for share in shares],
-                marker="o",
-                label=name,
-            )
+            draw_curve(axis, of(rows, **{kind: name}), "share", field, label=name)
         for row in of(rows, method="data"):
             axis.axhline(row[field][0], color="black", linestyle=":", label="held-out text")
         axis.set(xlabel="turn from basic to sampling, share of t_max", ylabel=title)

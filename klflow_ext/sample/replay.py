@@ -190,14 +190,17 @@ class Replays:
         passes.expect(total)
         knobs = (options.top_k, options.last_top_k, options.top_p, options.grid_power, steps, *temperatures[:total])
         key = (shape, self._autocast(), tuple(counts), *knobs)
-        if key not in self.replays:
-            function = partial(slices_in_place, self.network, self.path, buffers, options, counts)
-            self.replays[key] = self.recorder.record(function)
-        self.replays[key]()
+        self._replay(key, partial(slices_in_place, self.network, self.path, buffers, options, counts))()
         for _ in range(total):
             passes.advance()
         passes.bad_pass = buffers.bad_pass.clone()
         return buffers.found
+
+    def _replay(self, key: tuple, function: Callable[[], None]) -> Callable[[], None]:
+        """That of a function, recorded when its key is first asked for."""
+        if key not in self.replays:
+            self.replays[key] = self.recorder.record(function)
+        return self.replays[key]
 
     def _autocast(self) -> torch.dtype | bool:
         kind = self.device.type
@@ -218,9 +221,10 @@ class Replays:
         if shape not in self.buffers:
             self.buffers[shape] = Buffers.allocate(shape, self.network, self.device)
         buffers = self.buffers[shape]
-        keys = [(shape, self._autocast(), options.top_p, *k) for k in knobs]
-        for key, (k, temperature) in zip(keys, knobs, strict=True):
-            if key not in self.replays:
-                step = partial(sampling_step_in_place, self.network, self.path, buffers, options, k, temperature)
-                self.replays[key] = self.recorder.record(step)
-        return buffers, [self.replays[key] for key in keys]
+        return buffers, [
+            self._replay(
+                (shape, self._autocast(), options.top_p, k, temperature),
+                partial(sampling_step_in_place, self.network, self.path, buffers, options, k, temperature),
+            )
+            for k, temperature in knobs
+        ]

@@ -118,7 +118,7 @@ class Trainer:
         self.skipped = self.skipped_last = 0  # steps without an update: in all, and the last ones
         self.gradient_norm = math.nan
         self.bad_step: BadStep | None = None  # the one that ends the run
-        self._skipped_step: BadStep | None = None  # the last one
+        self._skipped_step: BadStep | None = None  # the last one, where it may end the run
         self._log: Log | None = None
         self.average = self._weights() if config.ema else {}
 
@@ -196,11 +196,13 @@ class Trainer:
     def _skip(self, batch: Batch, loss: float) -> None:
         self.skipped += 1
         self.skipped_last += 1
-        gradients = [(name, whole(p.grad)) for name, p in self.model.named_parameters() if p.grad is not None]
-        self._skipped_step = BadStep.of(
-            self.step + 1, loss, self.gradient_norm, self.skipped_last, batch.t, self._losses(batch), gradients
-        )
-        if self.skipped_last >= self.MOST_SKIPPED:
+        ends = self.skipped_last >= self.MOST_SKIPPED
+        if ends or self.skipped == self.step + 1:  # all steps until now, and perhaps of the run
+            gradients = [(name, whole(p.grad)) for name, p in self.model.named_parameters() if p.grad is not None]
+            self._skipped_step = BadStep.of(
+                self.step + 1, loss, self.gradient_norm, self.skipped_last, batch.t, self._losses(batch), gradients
+            )
+        if ends:
             self.bad_step = self._skipped_step
         if self.skipped == 1 and self.rank == 0:
             warnings.warn(

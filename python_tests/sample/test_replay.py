@@ -199,34 +199,30 @@ def test_bad_uses_of_cuda_graph(calling_again, monkeypatch):
         Sampler(model, path, "cuda", cuda_graph=True)
 
 
+def replays_as_sampled(method, autocast, every_options, **config):
+    model, path = small_denoiser("cuda", **config)
+    ordinary, recorded = (Sampler(model, path, "cuda", cuda_graph=flag) for flag in (False, True))
+    for seed, prompts in enumerate(([[1, 2], [], [3] * 6], [[5], [6] * 7, []], [[7]])):  # the shapes come in turn
+        for options in every_options:
+            for _ in range(2):
+                with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                    expected, found = (
+                        s.complete(prompts, 8, method=method, seed=seed, **options) for s in (ordinary, recorded)
+                    )
+                assert torch.equal(found.tokens, expected.tokens)
+                torch.nn.init.normal_(model.head.weight, std=0.5)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available() or not build_info()["cuda"], reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("config", [{"vocab": 5003, "top": 64}, {"input": "simplex"}, {"self_conditioning": True}])
 def test_replay_on_cuda_gives_the_tokens_of_the_sampler(config, autocast):
-    model, path = small_denoiser("cuda", **config)
-    ordinary, recorded = (Sampler(model, path, "cuda", cuda_graph=flag) for flag in (False, True))
-    for seed, prompts in enumerate(([[1, 2], [], [3] * 6], [[5], [6] * 7, []], [[7]])):  # the shapes come in turn
-        for options in (dict(steps=1), dict(steps=7, top_k=5), dict(steps=7, temperature=(1.5, 0.5), final="draw")):
-            for _ in range(2):
-                with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-                    expected, found = (
-                        s.complete(prompts, 8, method="sampling", seed=seed, **options) for s in (ordinary, recorded)
-                    )
-                assert torch.equal(found.tokens, expected.tokens)
-                torch.nn.init.normal_(model.head.weight, std=0.5)
+    options = (dict(steps=1), dict(steps=7, top_k=5), dict(steps=7, temperature=(1.5, 0.5), final="draw"))
+    replays_as_sampled("sampling", autocast, options, **config)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not build_info()["cuda"], reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_replay_of_slices_on_cuda_gives_the_tokens_of_the_sampler(autocast):
-    model, path = small_denoiser("cuda", vocab=5003, top=64, slices=True, time="none")
-    ordinary, recorded = (Sampler(model, path, "cuda", cuda_graph=flag) for flag in (False, True))
-    for seed, prompts in enumerate(([[1, 2], [], [3] * 6], [[5], [6] * 7, []], [[7]])):
-        for options in (dict(steps=1), dict(steps=4, top_k=5), dict(steps=4, slice_steps=2, temperature=(1.5, 0.5))):
-            for _ in range(2):
-                with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-                    expected, found = (
-                        s.complete(prompts, 8, method="slices", seed=seed, **options) for s in (ordinary, recorded)
-                    )
-                assert torch.equal(found.tokens, expected.tokens)
-                torch.nn.init.normal_(model.head.weight, std=0.5)
+    options = (dict(steps=1), dict(steps=4, top_k=5), dict(steps=4, slice_steps=2, temperature=(1.5, 0.5)))
+    replays_as_sampled("slices", autocast, options, vocab=5003, top=64, slices=True, time="none")
