@@ -168,7 +168,7 @@ class Settings(Training):
 
 @dataclass
 class Demo(Settings):
-    """Train a small denoiser on real text (250 steps, about five minutes), show its loss by time, sample, and fill a removed line."""
+    """Train a small denoiser on real text (250 steps, about four minutes), show its loss by time, sample, and fill a removed line."""
 
     train: tyro.conf.OmitArgPrefixes[Plan] = field(default_factory=lambda: Plan(steps=250))
 
