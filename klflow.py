@@ -72,11 +72,11 @@ def answer(words: list[str]) -> int | None:
 
 def main() -> None:
     code = answer(sys.argv[1:])
-    if code is None:
-        from klflow_ext.cli import run
+    if code is not None:
+        sys.exit(code)
+    from klflow_ext.cli import run
 
-        code = run(sys.argv[1:])
-    sys.exit(code)
+    sys.exit(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -241,11 +241,9 @@ class Record:
         return {**self.found, self.name: self.join(self.rows)}
 
 
-def figure(rows=1, columns=1, **options):
-    """(figure, axes) of matplotlib, to be drawn without a screen."""
-    import matplotlib
+def figure(rows=1, columns=1, sharex=False, sharey=False, squeeze=True, **options):
+    """(figure, axes) of matplotlib, to be drawn without a screen; not pyplot's, which keeps each figure."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, **options)
+    drawing = Figure(**options)
+    return drawing, drawing.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=squeeze)
