@@ -134,7 +134,7 @@ fi
 if wants tests; then
   step tests 240 $py -m pytest -n $(sizes 2 8) --dist worksteal --maxfail 20 -rf python_tests/ops \
     $(sizes "python_tests/ops/test_interpolate.py" "python_tests/path python_tests/sample") \
-    -k "$(sizes "cpu and 77-2" "cuda")"
+    -k "$(sizes "cpu and 21-2" "cuda")"
 fi
 if wants kernels; then
   step kernels 150 $py benchmarks/kernels.py $on --no-peers --json "$out/cuda.json" --plot "$out/cuda.png" \

@@ -18,13 +18,21 @@ from klflow_ext import _C, build_info  # noqa: E402
 BACKENDS = ["cpu", "simt"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
-def pytest_collection_modifyitems(items):
-    """Marks as `quick` what neither compiles nor runs for long: `pytest -m quick` is for the work on the package."""
+def pytest_collection_modifyitems(config, items):
+    """Marks as `quick` what neither compiles nor runs for long: `pytest -m quick` is for the work on the package. Leaves out
+    many rows on "simt", where each is a block of its own: for the CPU they are the work of several threads."""
+    many = [item for item in items if hasattr(item, "callspec") and many_rows_on_simt(**item.callspec.params)]
+    config.hook.pytest_deselected(items=many)
+    items[:] = [item for item in items if item not in set(many)]
     for item in items:
         compiles = {"simt_library", "cpu_library", "isa"} & set(item.fixturenames) or "/csrc/" in str(item.path)
         simt_run = hasattr(item, "callspec") and item.callspec.params.get("device") == "simt"
         if not (compiles or simt_run or item.get_closest_marker("slow")):
             item.add_marker(pytest.mark.quick)
+
+
+def many_rows_on_simt(device=None, rows=0, **parameters):
+    return device == "simt" and rows > 100
 
 
 def once(tmp_path_factory, name, build):

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -306,7 +307,7 @@ def test_a_run_is_finished_and_lengthened_by_name(tmp_path):
     while not process.stdout.readline().startswith("model:"):
         pass
     while not (run / "log.jsonl").exists():
-        pass
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     said = process.communicate()[0]
     assert process.returncode == 130 and "after the signal: klflow train --resume" in said, said

@@ -9,6 +9,7 @@ python benchmarks/method grid --name posterior --seed 0       # the times of the
 python benchmarks/method race --name posterior --seed 0       # the exact reverse process, with a corrector, beside it
 python benchmarks/method sweep --name posterior --seed 0      # t_split, time grid, boosts; with --nfe 16 11 minutes
 python benchmarks/method text --vocab-size 2048               # bits per byte and entropy of real text, seconds
+python benchmarks/method cost --vocab-size 2048               # milliseconds of a sample by each method, minutes
 python benchmarks/method plot                                 # results/method_{loss,frontier,likelihood}.png
 python benchmarks/method gallery                              # benchmarks/GALLERY.md: uncurated samples
 
@@ -20,13 +21,14 @@ import argparse
 from pathlib import Path
 
 from compared import METHODS, ROOT
+from cost import cost
 from observe import observe
 from pictures import plot
 from samples import fill, grid, judge, likelihood, race, sweep, text
 from show import gallery
 from train import train
 
-ACTIONS = {f.__name__: f for f in (train, judge, text, likelihood, observe, fill, grid, race, sweep, plot, gallery)}
+ACTIONS = {f.__name__: f for f in (train, judge, text, likelihood, observe, fill, grid, race, sweep, cost, plot, gallery)}
 
 
 def main() -> None:

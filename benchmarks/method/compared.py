@@ -16,6 +16,7 @@ from klflow_ext.files import write_file
 ROOT = Path(__file__).resolve().parent.parent  # of the benchmarks
 RESULTS = ROOT / "results" / "method"
 TEXT = ROOT / "results" / "method_text.json"  # of real text
+COST = ROOT / "results" / "method_cost.json"  # seconds of a sample
 
 # name: (path, what the network is, how it is trained). The paper's own is "simplex uniform". "stdlib" is "segments" on the
 # source of Python's standard library, for a removed line of code.

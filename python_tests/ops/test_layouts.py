@@ -15,7 +15,7 @@ from cases import logits_of, targets_of
 
 from klflow_ext import ops, reference
 
-B, L = 3, 4  # the leading axes
+B, L = 2, 3  # the leading axes
 LAYOUTS = [
     "expanded",
     "expanded along the last axis",

@@ -51,19 +51,19 @@ OPTIONS = {
     "plain": {},
     "smoothed": {"label_smoothing": 0.1, "z_loss": 1e-2},
     "capped": {"softcap": 2.0, "ignore_index": 7},
-    "weights": {"class_weight": torch.linspace(0.5, 2, 101), "row_weight": torch.linspace(0, 3, 37)},
-    "soft": {"target": torch.randn(37, 101, generator=torch.Generator().manual_seed(5)).softmax(-1)},
+    "weights": {"class_weight": torch.linspace(0.5, 2, 101), "row_weight": torch.linspace(0, 3, 19)},
+    "soft": {"target": torch.randn(19, 101, generator=torch.Generator().manual_seed(5)).softmax(-1)},
     "no bias": {"with_bias": False},
 }
 
 
-@pytest.mark.parametrize("chunk_rows", [None, 1, 10, 37, 1000])
+@pytest.mark.parametrize("chunk_rows", [None, 1, 5, 19, 1000])
 @pytest.mark.parametrize("options", OPTIONS, ids=OPTIONS)
 def test_against_the_twin(options, chunk_rows, device):
-    tensors, target = case_of(37, 101, 24, device)
+    tensors, target = case_of(19, 101, 24, device)
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in OPTIONS[options].items()}
     target = options.pop("target", torch.where(target < 0, options.get("ignore_index", -100), target))
-    upstream = torch.linspace(-1, 2, 37, device=device)
+    upstream = torch.linspace(-1, 2, 19, device=device)
     for extra in (
         {"reduction": "mean"},
         {"reduction": "sum"},
@@ -79,7 +79,7 @@ def test_against_the_twin(options, chunk_rows, device):
 
 
 def test_without_gradients_and_of_some_inputs(device):
-    (hidden, weight, bias), target = case_of(37, 101, 24, device)
+    (hidden, weight, bias), target = case_of(19, 101, 24, device)
     whole = run(ops.linear_cross_entropy, (hidden, weight, bias), target, chunk_rows=10)
     assert torch.equal(ops.linear_cross_entropy(hidden, weight, target, bias=bias, chunk_rows=10), whole[0])
     for number in range(3):

@@ -14,7 +14,7 @@ from klflow_ext.ops import embedding
 from klflow_ext.oracle import log_evidence
 
 TIMES = [0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 0.95]
-SHAPES = [(45, 2), (45, 3), (36, 31), (18, 1000), (9, 2500), (9, 50257)]
+SHAPES = [(18, 2), (18, 3), (18, 31), (9, 1000), (9, 2500), (9, 50257)]
 
 
 def times_of(rows, device):

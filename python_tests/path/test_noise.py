@@ -109,7 +109,7 @@ def test_token_exponential_has_its_small_tail():
 def test_draws_follow_the_kept_distribution(top_p, device, request):
     rows, k = 200_000, 6
     if request.node.callspec.params["device"] == "simt":
-        rows = 3_000  # a row is a block of 512 fibers there
+        rows = 600  # a row is a block of 512 fibers there
     row = torch.tensor([2.0, 1.5, 1.5, 0.0, 1.0, -1.0, 0.5, -3.0, 1.9])
     logits = row.to(device).expand(rows, -1)
     token, log_prob = ops.topk_sample(logits, k, 11, temperature=1.3, top_p=top_p)

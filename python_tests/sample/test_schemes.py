@@ -49,7 +49,7 @@ def test_calibration_matches_the_kernel():
     assert abs(LogitPath(50258).t_max - 0.30) < 0.005
 
 
-DRAWS = 20_000
+DRAWS = 10_000
 
 
 @pytest.fixture(scope="module")

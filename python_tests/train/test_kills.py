@@ -16,8 +16,8 @@ from runs import contents, saved, trainer
 
 from klflow_ext import Run, load_run
 
-KILLS = int(os.environ.get("KLFLOW_KILLS", "10"))
-STEPS = 400
+KILLS = int(os.environ.get("KLFLOW_KILLS", "6"))
+STEPS = 200
 SHAPE = {"n_layer": 1, "n_embd": 32, "max_length": 16}
 
 
@@ -90,10 +90,10 @@ def test_kills(tmp_path):
 
 
 def check(folder, expected):
-    files = {name.split("/")[-1]: content for name, content in contents(folder).items() if "step-400" in name}
-    assert sorted(f.name for f in folder.iterdir() if f.name.startswith("checkpoint"))[-1].endswith("-step-400")
+    files = {name.split("/")[-1]: content for name, content in contents(folder).items() if f"step-{STEPS}" in name}
+    assert sorted(f.name for f in folder.iterdir() if f.name.startswith("checkpoint"))[-1].endswith(f"-step-{STEPS}")
     assert not list(folder.glob("*.tmp")) and not (folder / "lock").exists() and len(Run(folder).checkpoints()) == 2
-    there = {name.split("/")[-1]: content for name, content in contents(expected).items() if "step-400" in name}
+    there = {name.split("/")[-1]: content for name, content in contents(expected).items() if f"step-{STEPS}" in name}
     assert files["model.safetensors"] == there["model.safetensors"]
     found, right = saved(folder), saved(expected)
     for name, value in right["model"].items():

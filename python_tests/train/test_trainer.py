@@ -329,6 +329,7 @@ def test_schedules():
 
 
 def test_the_compiler_costs_no_training_time(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # the wait for it is the sleep below
     run = trainer(3, compile=True)
     step = run.train_step
     monkeypatch.setattr(run, "train_step", lambda: (time.sleep(0.3 if run.step == 0 else 0), step())[1])
