@@ -28,7 +28,9 @@ from samples import fill, grid, judge, likelihood, race, sweep, text
 from show import gallery
 from train import train
 
-ACTIONS = {f.__name__: f for f in (train, judge, text, likelihood, observe, fill, grid, race, sweep, cost, plot, gallery)}
+ACTIONS = {
+    f.__name__: f for f in (train, judge, text, likelihood, observe, fill, grid, race, sweep, cost, plot, gallery)
+}
 
 
 def main() -> None:
