@@ -6,7 +6,7 @@ tokenizer.py             byte-level BPE                               sources.py
 """
 
 from klflow_ext.data.files import TextFile, find_files
-from klflow_ext.data.holes import LONGEST_HOLE, encode_pieces, parse_holes
+from klflow_ext.data.holes import LONGEST_HOLE, before_gap, encode_pieces, parse_holes, read_holes, with_spaces
 from klflow_ext.data.pieces import END, PIECE, Part
 from klflow_ext.data.sources import (
     Mixture,
@@ -29,7 +29,7 @@ from klflow_ext.data.tokens import TokenFolder, Tokens
 
 __all__ = [
     "END", "LONGEST_HOLE", "PIECE", "Mixture", "Part", "Shuffle", "Stream", "TextFile", "TokenFolder", "Tokens", "batch",
-    "documents", "encode", "encode_parts", "encode_pieces", "end_of", "find_files", "from_reference", "is_token_folder", "load_tokenizer",
-    "one_file", "open_streams", "order_of", "parse_holes", "parse_sources", "read_text", "reference", "removed_lines", "standard_library",
-    "same_tokenizer", "token_counts", "train_tokenizer", "vocab_size_of",
+    "before_gap", "documents", "encode", "encode_parts", "encode_pieces", "end_of", "find_files", "from_reference", "is_token_folder", "load_tokenizer",
+    "one_file", "open_streams", "order_of", "parse_holes", "parse_sources", "read_holes", "read_text", "reference", "removed_lines", "standard_library",
+    "same_tokenizer", "token_counts", "train_tokenizer", "vocab_size_of", "with_spaces",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 
 def _without_prefix_space(tokenizer):
@@ -51,18 +52,56 @@ def _makers(tokenizer):
     yield bare, bare
 
 
+def before_gap(tokenizer, text: str) -> tuple[str, bool]:
+    """(what is given to the model of a text that a gap follows, whether the space at its end was left to the gap).
+
+    Most tokenizers join a space to the word that follows it. Such a space is no token by itself in the texts that a model has
+    seen, so the first token of the gap brings it. Whether the tokenizer does so is asked of it: by the last word of the text.
+    """
+    if not text.endswith(" "):
+        return text, False
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    for word in (*text.split()[-1:], "a"):
+        try:
+            without, alone, joined = ids(text[:-1]), ids(text), ids(text + word)
+        except Exception:  # the library raises Exception itself, for a word that it does not know
+            continue
+        if joined[: len(without)] == without and joined[: len(alone)] != alone:
+            return text[:-1], True
+    return text, False
+
+
+def with_spaces(tokenizer, ids: list[int], spaces: Iterable[int]) -> str:
+    """The text of tokens, in which a space that was left to the token at each of these places stands, whether or not it brought it."""
+    text = tokenizer.decode(ids)
+    for place in sorted(spaces, reverse=True):
+        before = tokenizer.decode(ids[:place])
+        if text.startswith(before) and not text.startswith(" ", len(before)):
+            text = f"{before} {text[len(before) :]}"
+    return text
+
+
 LONGEST_HOLE = 1_000_000
 
 
 def parse_holes(text: str, tokenizer) -> tuple[list[int], list[bool]]:
     """(tokens, given) of a text with holes {?n}, each of n >= 1 tokens: "x = {?3} + 1".
 
-    The pieces between holes are encoded by themselves (`encode_pieces`).
+    The pieces between holes are encoded by themselves (`encode_pieces`), a space before a hole is left to it (`before_gap`).
 
     Raises:
         ValueError: there is no hole, or one of no tokens or of more than LONGEST_HOLE, or a "{?" that opens none, or the tokenizer
             would change the text.
     """
+    tokens, given, _ = read_holes(text, tokenizer)
+    return tokens, given
+
+
+def read_holes(text: str, tokenizer) -> tuple[list[int], list[bool], list[int]]:
+    """As `parse_holes`, and the places of the tokens to which a space before them was left."""
     parts = re.split(r"\{\?(\d+)\}", text)
     for hole in parts[1::2]:
         if len(hole) > 18 or not 1 <= int(hole) <= LONGEST_HOLE:
@@ -78,12 +117,20 @@ def parse_holes(text: str, tokenizer) -> tuple[list[int], list[bool]]:
         place += len(part) + 3 * (i % 2)  # of a hole its {?}
     if len(parts) == 1:
         raise ValueError(f"text: got {text!r}, allowed is a text with a hole such as {{?8}}")
+    left: set[int] = set()  # holes, by their place among the parts, to which a space was left
+    for i in range(0, len(parts) - 1, 2):
+        parts[i], space = before_gap(tokenizer, parts[i])
+        if space:
+            left.add(i + 1)
     pieces = [part for part in parts[::2] if part]
     encoded = iter(encode_pieces(tokenizer, pieces))
     tokens: list[int] = []
     given: list[bool] = []
+    spaces: list[int] = []
     for i, part in enumerate(parts):
         ids = [0] * int(part) if i % 2 else next(encoded) if part else []
+        if i in left:
+            spaces.append(len(tokens))
         tokens += ids
         given += [i % 2 == 0] * len(ids)
-    return tokens, given
+    return tokens, given, spaces

@@ -110,13 +110,15 @@ class Sampler:
         """Continues prompts of any lengths, none at all too; the others as in `infill`.
 
         Args:
-            prompts: token ids, or strings where the Sampler has a tokenizer.
+            prompts: token ids, or strings where the Sampler has a tokenizer. A space at the end of a string is left to the token that
+                follows, where the tokenizer joins it to a word; `Samples.texts` hold it in any case.
             length: of each sequence, its prompt included: tokens (B, length) come back.
             new_tokens: in place of length, how many follow each prompt: a list comes back. None beside no length: 64, or as many
                 as the model's max_length leaves.
         """
+        spaces: list[list[int]] = []
         if is_texts(prompts):
-            prompts = encoded(self.tokenizer, prompts)
+            prompts, spaces = encoded(self.tokenizer, prompts)
         if not is_rows(prompts):
             raise TypeError(
                 f"prompts: got {reprlib.repr(prompts)}, allowed is a list of strings or of token ids such as [[5, 6, 7]]"
@@ -127,9 +129,12 @@ class Sampler:
             self._check_length("length", length)
         tokens, given = prompted(rows, length, new_tokens, self.network.max_length)
         if length is None:
-            return self.infill(tokens, given, options, **more)
-        both = [torch.stack(x) if x else torch.zeros(0, length) for x in (tokens, given)]
-        return self.infill(both[0].to(self.device).long(), both[1].to(self.device).bool(), options, **more)
+            found = self.infill(tokens, given, options, **more)
+        else:
+            both = [torch.stack(x) if x else torch.zeros(0, length) for x in (tokens, given)]
+            found = self.infill(both[0].to(self.device).long(), both[1].to(self.device).bool(), options, **more)
+        found.spaces = spaces
+        return found
 
     @torch.no_grad()
     def infill(
@@ -151,7 +156,7 @@ class Sampler:
         Args:
             tokens: (B, L) ids; values where given is False are ignored. Or a list of sequences of any lengths: those of one
                 length are run together, so that none sees padding, and come back in a list. Or a list of strings with holes,
-                {?n} of n tokens each, where the Sampler has a tokenizer.
+                {?n} of n tokens each, where the Sampler has a tokenizer; a space before a hole as in `complete`.
             given: (B, L) bool, or a list as long, of each sequence's flags; none beside strings.
             options: how; None: `SampleOptions()`. changes: fields of it that differ, such as steps=16.
             seed: one seed, or one for each sequence: the same seed gives the same tokens in any batch.
@@ -169,8 +174,9 @@ class Sampler:
                 message names it.
             TypeError: an argument is of a wrong type, or no field of the options.
         """
+        spaces: list[list[int]] = []
         if is_texts(tokens) and given is None:
-            tokens, given = with_holes(self.tokenizer, tokens)
+            tokens, given, spaces = with_holes(self.tokenizer, tokens)
         elif not isinstance(tokens, Tensor) and not is_texts(tokens) and not is_rows(tokens):
             raise TypeError(
                 f"tokens: got {reprlib.repr(tokens)}, allowed is a list of strings or, with `given`, of token ids such as [[5, 6, 7]]"
@@ -194,6 +200,12 @@ class Sampler:
             raise ValueError(
                 f"method: got {request.options.method!r} with evidence, allowed with it is one of {hearing_names()}"
             )
+        found = self._filled(tokens, given, seed, way, request, evidence)
+        found.spaces = spaces
+        return found
+
+    def _filled(self, tokens, given, seed, way: Way, request: _Request, evidence) -> Samples:
+        """What `infill` gives of token ids."""
         if not isinstance(tokens, Tensor):
             return self._infill_ragged(
                 tokens, given, seeds_of(seed, len(tokens)), way, request, self._each(evidence, tokens)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from klflow_ext.checks import check_int
-from klflow_ext.data import parse_holes
+from klflow_ext.data import before_gap, read_holes, with_spaces
 
 NEW_TOKENS = 64  # after a prompt, where nothing else is asked for
 
@@ -26,6 +26,7 @@ class Samples:
         seeds: of each sequence; `seed=samples.seeds[3:4]` makes sequence 3 again, alone.
         tokenizer: of the Sampler, for `texts`.
         given: bool, as tokens; those that were given.
+        spaces: of each sequence, the places of the tokens to which a given space before them was left; empty: of none.
     """
 
     tokens: Tensor | list[Tensor]
@@ -35,12 +36,14 @@ class Samples:
     seeds: list[int] = field(default_factory=list)
     tokenizer: Any = field(default=None, repr=False)
     given: Tensor | list[Tensor] = field(default_factory=list, repr=False)
+    spaces: list[list[int]] = field(default_factory=list, repr=False)
 
     @property
     def texts(self) -> list[str]:
-        """The tokens as text. ValueError where the Sampler has no tokenizer."""
+        """The tokens as text, what was given as it was written. ValueError where the Sampler has no tokenizer."""
         tokenizer = needed(self.tokenizer, "texts")
-        return [tokenizer.decode(row.tolist()) for row in self.tokens]
+        spaces = self.spaces or [[]] * len(self.tokens)
+        return [with_spaces(tokenizer, row.tolist(), of) for row, of in zip(self.tokens, spaces, strict=True)]
 
 
 def needed(tokenizer: Any, name: str) -> Any:
@@ -62,10 +65,12 @@ def is_rows(value: Any) -> bool:
     return all(hasattr(row, "__len__") and not isinstance(row, str) and getattr(row, "ndim", 1) > 0 for row in value)
 
 
-def encoded(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """The ids of each prompt, with no special token before or behind it."""
+def encoded(tokenizer: Any, prompts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """(ids of each prompt, with no special token before or behind it; `Samples.spaces` of what continues it)."""
     tokenizer = needed(tokenizer, "prompts")
-    return [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    found = [before_gap(tokenizer, prompt) for prompt in prompts]
+    rows = [tokenizer.encode(text, add_special_tokens=False).ids for text, _ in found]
+    return rows, [[len(row)] * space for row, (_, space) in zip(rows, found, strict=True)]
 
 
 def prompted(
@@ -99,11 +104,12 @@ def prompted(
     return tokens, given
 
 
-def with_holes(tokenizer: Any, texts: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
-    """(tokens, given) of each text with {?n} holes."""
+def with_holes(tokenizer: Any, texts: Sequence[str]) -> tuple[list[Tensor], list[Tensor], list[list[int]]]:
+    """(tokens, given, `Samples.spaces`) of each text with {?n} holes."""
     tokenizer = needed(tokenizer, "tokens")
-    found = [parse_holes(text, tokenizer) for text in texts]
-    return [torch.tensor(ids) for ids, _ in found], [torch.tensor(flags) for _, flags in found]
+    found = [read_holes(text, tokenizer) for text in texts]
+    tokens, given = [torch.tensor(ids) for ids, _, _ in found], [torch.tensor(flags) for _, flags, _ in found]
+    return tokens, given, [spaces for _, _, spaces in found]
 
 
 def _sequence_seed(seed: int, i: int) -> int:

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from klflow_ext.sample import UNKNOWN, Pass
+from klflow_ext.serve.answer import after_space
 from klflow_ext.serve.question import Question
 from klflow_ext.serve.refusal import Refusal
 from klflow_ext.serve.served import Served
@@ -28,15 +29,15 @@ def answer_events(question: Question, whole: dict[str, Any]) -> Iterator[str]:
 
 def pass_event(question: Question, served: Served, i: int, found: Pass, row: int) -> str:
     """What a pass leaves behind of result i: tokens (null where none was asked for), which stand, and their probability."""
-    before, after = question.sides[i]
-    hole = slice(len(before), found.tokens.shape[1] - len(after))
+    sides = question.sides[i]
+    hole = slice(len(sides.before), found.tokens.shape[1] - len(sides.after))
     tokens = found.tokens[row, hole].tolist()
     text = ""
     for unknown, some in groupby(tokens, lambda token: token == UNKNOWN):
         ids = list(some)
         text += BLANK * len(ids) if unknown else served.tokenizer.decode(ids)
     data = {
-        "object": "text_completion.pass", "index": i, "pass": found.number, "of": found.total, "text": text,
+        "object": "text_completion.pass", "index": i, "pass": found.number, "of": found.total, "text": after_space(text, sides),
         "tokens": [None if token == UNKNOWN else token for token in tokens], "stands": found.stands[row, hole].tolist(),
         "confidence": [round(p, 4) for p in found.confidence[row, hole].tolist()],
     }  # fmt: skip

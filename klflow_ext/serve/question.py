@@ -220,7 +220,7 @@ class _Reader:
 
     def _row(self, sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, given) of a sequence with room for the result between its sides."""
-        before, after = sides
+        before, after = sides.before, sides.after
         around = len(before) + len(after)
         room = self.served.max_length - around
         hole = self._int("max_tokens", max(1, min(NEW_TOKENS, self.limits.max_tokens, room)))

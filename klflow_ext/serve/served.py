@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
-from klflow_ext.data import encode_pieces, end_of
+from klflow_ext.data import before_gap, encode_pieces, end_of
 from klflow_ext.sample import Sampler
 from klflow_ext.sample.samples import encoded
 from klflow_ext.serve.limits import Limits
 
-Sides = tuple[list[int], list[int]]  # token ids of a prompt, and of a suffix
 METHODS = ("slices", "segments", "confidence", "basic", "sampling", "hybrid")  # "race" holds rows of V
+
+
+class Sides(NamedTuple):
+    """The token ids of a prompt and of a suffix; space: whether that at the end of the prompt was left to the hole."""
+
+    before: list[int]
+    after: list[int]
+    space: bool
 
 
 class Served:
@@ -52,11 +60,15 @@ class Served:
             ValueError: the tokenizer cannot encode it, or would change it.
         """
         try:
-            if suffix is None:
-                return encoded(self.tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt, []
+            if isinstance(prompt, str) and suffix is None:
+                (before,), (spaces,) = encoded(self.tokenizer, [prompt])
+                return Sides(before, [], bool(spaces))
+            space = False
+            if isinstance(prompt, str):
+                prompt, space = before_gap(self.tokenizer, prompt)
             pieces = [piece for piece in (prompt, suffix) if isinstance(piece, str) and piece]
             found = iter(encode_pieces(self.tokenizer, pieces) if pieces else [])
             before = prompt if isinstance(prompt, list) else next(found) if prompt else []
-            return before, next(found) if suffix else []
+            return Sides(before, next(found) if suffix else [], space)
         except Exception as error:  # the library raises Exception itself
             raise ValueError(f"prompt: {str(error).removeprefix('text: ')}") from None

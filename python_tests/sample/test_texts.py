@@ -4,7 +4,7 @@ import pytest
 import torch
 from chains import EVERY, METHODS, Causal, Counting, name
 
-from klflow_ext import Autoregressive, Denoiser, DenoiserConfig, LogitPath, Sampler, data
+from klflow_ext import Autoregressive, Denoiser, DenoiserConfig, LogitPath, Sampler, data, load_run
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,32 @@ def test_holes_in_strings(sampler, tokenizer):
     found = sampler.infill(["once {?3} a time", "{?2}"], steps=2)
     assert found.texts[0].startswith("once ") and found.texts[0].endswith(" a time")
     assert [len(row) for row in found.tokens][1] == 2
+
+
+def test_spaces_before_gaps_with_the_model_of_the_package():
+    model, path, stories = load_run()
+    sampler = Sampler(model, path, tokenizer=stories)
+    texts = ["Tom was sad because{?4}. He{?2} home.", "Tom was sad because {?4}. He {?2} home."]
+    without, spaced = (sampler.infill([text], steps=6, temperature=0) for text in texts)
+    assert torch.equal(without.tokens[0], spaced.tokens[0]) and without.texts == spaced.texts
+    scores = [sampler.log_likelihoods(found, steps=6) for found in (without, spaced)]
+    assert scores[0] == scores[1]
+    brought = stories.decode([spaced.tokens[0][spaced.spaces[0][0]].item()])
+    assert brought.startswith(" ") and len(brought) > 1  # a whole word, not the rest of one after a lone space
+    prompts = ["Once upon a time there was a", "Once upon a time there was a "]
+    without, spaced = (sampler.complete([prompt], new_tokens=4, steps=4, temperature=0) for prompt in prompts)
+    assert torch.equal(without.tokens[0], spaced.tokens[0]) and spaced.texts[0].startswith(prompts[1])
+
+
+def test_what_is_written_before_a_gap_is_shown(sampler, tokenizer):
+    for seed in range(5):  # a model that knows of no spaces
+        found = sampler.infill(["once {?3} upon{?1}", "{?2}"], steps=2, seed=seed)
+        assert found.texts[0].startswith("once ") and " upon" in found.texts[0]
+        for length in (None, 12):
+            found = sampler.complete(["once ", "a"], length, steps=2, seed=seed)
+            assert found.texts[0].startswith("once ") and not found.texts[0].startswith("once  ")
+            assert found.tokens[0][: found.spaces[0][0]].tolist() == tokenizer.encode("once").ids
+    assert sampler.complete(["once "], new_tokens=0).texts == ["once "]
 
 
 def test_a_sequence_is_made_again_by_its_seed(sampler):

@@ -85,17 +85,32 @@ def test_seeds(server):
 
 def test_infilling(server):
     sampler = server.sampler
-    for prompt, suffix in (("The cat saw a", " and ran."), ("The", ""), ("", " and ran."), ("", "")):
+    for prompt, suffix in (
+        ("The cat saw a", " and ran."),
+        ("The cat saw a ", " and ran."),
+        ("The", ""),
+        ("", " and ran."),
+        ("", ""),
+    ):
         (choice,) = server.choices(prompt=prompt, suffix=suffix, max_tokens=4, seed=3, steps=2)
         expected = sampler.infill([f"{prompt}{{?4}}{suffix}"], seed=[3], steps=2)
         assert prompt + choice["text"] + suffix == expected.texts[0]
-        size = len(sampler.tokenizer.encode(prompt).ids)
+        size = len(sampler.tokenizer.encode(prompt.removesuffix(" ")).ids)
         assert choice["tokens"] == expected.tokens[0][size : size + 4].tolist()
     (choice,) = server.choices(prompt=[5, 6], suffix=" and ran.", max_tokens=4, seed=3, steps=2)
     after = sampler.tokenizer.encode(" and ran.").ids
     expected = sampler.infill([[5, 6, 0, 0, 0, 0, *after]], [[True] * 2 + [False] * 4 + [True] * len(after)],
                               seed=[3], steps=2)  # fmt: skip
     assert choice["tokens"] == expected.tokens[0][2:6].tolist()
+
+
+def test_a_space_at_the_end_of_a_prompt(server):
+    for seed in range(4):
+        (choice,) = server.choices(prompt="The cat ", max_tokens=4, seed=seed, steps=2)
+        expected = server.sampler.complete(["The cat "], new_tokens=4, seed=[seed], steps=2)
+        assert "The cat " + choice["text"] == expected.texts[0] and choice["tokens"] == expected.tokens[0][-4:].tolist()
+        (echo,) = server.choices(prompt="The cat ", max_tokens=4, seed=seed, steps=2, echo=True)
+        assert echo["text"] == expected.texts[0]
 
 
 def test_token_ids_and_texts_are_prompts(server):
