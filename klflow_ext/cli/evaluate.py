@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 from collections.abc import Sequence
@@ -17,12 +18,12 @@ from klflow_ext import data, evaluate
 from klflow_ext.cli.command import Command
 from klflow_ext.cli.infilling import Infilling, Kind
 from klflow_ext.cli.plot import check_picture, figure_class, write_picture
-from klflow_ext.cli.samples import draw, own_method, precision_of, print_table
+from klflow_ext.cli.samples import LEAST_MAUVE, check_mauve, draw, others_beside, own_method, precision_of, print_table
 from klflow_ext.cli.terminal import choose_device, shows_progress
-from klflow_ext.evaluate.conditional import measure_conditional, read_pairs
+from klflow_ext.evaluate.conditional import choose, measure_conditional, read_pairs
 from klflow_ext.evaluate.text import Interval, need_sacrebleu
 from klflow_ext.files import write_file
-from klflow_ext.path import Likelihood, as_network
+from klflow_ext.path import Likelihood, SampleOptions, as_network
 from klflow_ext.run import STORIES, Run, is_saved_model, load_run
 from klflow_ext.sample import Sampler
 
@@ -112,6 +113,8 @@ class Eval(Command):
     """Passes of each sample."""
     samples: int | None = None
     """How many texts of each row of the table, at least 2; None: `count` with --judge, else no table."""
+    mauve: bool = False
+    """MAUVE of each row of the table too, of the same features of the judge as the distance: of at least 40 samples."""
     method: tuple[str, ...] = ()
     """Of the table, one or more ways to sample; none: the run's own."""
     temperature: tuple[float, ...] = (1.0,)
@@ -148,14 +151,19 @@ class Eval(Command):
     """None: a GPU where there is one."""
 
     def run(self):
-        for name, least in (("count", 1), ("length", 2), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is an integer >= {least}")
+        for least, names in (
+            (1, ("count", "steps", "new_tokens", "tries", "tasks")),
+            (2, ("length", "samples", "prompts")),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and value < least:
+                    raise ValueError(f"{name}: got {value}, allowed is an integer >= {least}")
         samples = max(self.count, 2) if self.samples is None and self.judge is not None else self.samples
-        if samples is not None:
-            if samples < 2:
-                raise ValueError(f"samples: got {samples}, allowed is an integer >= 2")
+        if samples is not None or self.conditional is not None:
             need_sacrebleu()
+        if self.mauve:
+            check_mauve(samples, self.judge)
         if self.json is not None and samples is None and self.infilling is None and self.conditional is None:
             raise ValueError(
                 f"json: got {self.json}, allowed is only with --samples, --judge, --infilling or --conditional"
@@ -175,7 +183,6 @@ class Eval(Command):
             holes = Infilling(
                 self.infilling, self.kind, self.tasks, 1 if self.tries is None else self.tries, self.share
             )
-            holes.chosen()  # so that a wrong folder fails at once
         pairs = None if self.conditional is None else read_pairs(self.conditional)[1]
         folder = STORIES if self.run_folder is None else self.run_folder
         saved = self.run_folder is None or is_saved_model(folder)
@@ -195,12 +202,21 @@ class Eval(Command):
         if window < 2 or (longest is not None and window > longest):
             raise ValueError(f"window: got {window}, allowed is 2 to the run's max_length, {longest}")
         device = choose_device(self.device)
-        model = model.to(device)
+        sampler = Sampler(model.to(device), path, device, tokenizer=tokenizer)
+        for method, temperature, top_k in itertools.product(self.method or (None,), self.temperature, self.top_k):
+            options = SampleOptions(min(self.steps, 2), method, top_k=top_k or None, temperature=temperature)
+            sampler.sample((1, self.length), options, seed=self.seed)  # what is refused is refused here
+        if holes is not None:
+            holes.check(tokenizer)
+        if pairs is not None:
+            choose(pairs, tokenizer, self.prompts, self.new_tokens, window)
         stream, held = texts_for(tokenizer, self.data) if saved else Run(folder).streams(self.data)
-        # First, so that a wrong folder fails at once.
+        if self.mauve and others_beside(samples or 0, self.length, held) < LEAST_MAUVE:
+            raise ValueError(
+                f"mauve: got {len(held)} held-out tokens, allowed with {samples} texts of {self.length} are {LEAST_MAUVE} more such texts"
+            )
         judge = None if self.judge is None else evaluate.open_judge(self.judge, device)
         print_losses(model, path, stream, held, self.length)
-        sampler = Sampler(model, path, device, tokenizer=tokenizer)
         if self.likelihood:
             print_likelihoods(
                 sampler, tokenizer, data.batch(held, self.count, self.length, seed=12345, step=0).to(device)
@@ -209,7 +225,7 @@ class Eval(Command):
         if samples is not None:
             found |= print_table(
                 sampler, stream, held, judge, samples=samples, length=self.length, steps=self.steps,
-                methods=self.method or (None,), temperatures=self.temperature, top_ks=self.top_k, seed=self.seed,
+                methods=self.method or (None,), temperatures=self.temperature, top_ks=self.top_k, with_mauve=self.mauve, seed=self.seed,
             )  # fmt: skip
         if self.plot is not None:
             name = folder.name if saved else folder.resolve().name

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from klflow_ext.cli.terminal import shows_progress
 from klflow_ext.evaluate import code
-from klflow_ext.evaluate.infilling import infill_tasks
+from klflow_ext.evaluate.infilling import check_tasks, infill_tasks
 from klflow_ext.sample import Sampler
 
 Kind = Literal["single-line", "random-span", "humaneval", "mbpp", "functions"]
@@ -51,6 +51,11 @@ class Infilling:
             raise ValueError(f"infilling: got {self.source} without a task, allowed is one with some")
         count = min(self.tasks or len(tasks), len(tasks))
         return [tasks[i * len(tasks) // count] for i in range(count)]
+
+    def check(self, tokenizer: Any) -> None:
+        """Raises what `measure` would, before any work."""
+        for tasks in self.chosen().values():
+            check_tasks(tasks, tokenizer)
 
     def measure(self, sampler: Sampler, window: int, seed: int, **options: Any) -> list[dict[str, Any]]:
         """Fills, runs, prints, and gives all figures with their settings, of each share."""

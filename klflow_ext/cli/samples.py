@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from klflow_ext import data, evaluate
 from klflow_ext.cli.plot import figure_class
 from klflow_ext.cli.terminal import shows_progress
 from klflow_ext.evaluate import table
+from klflow_ext.evaluate.distance import MAUVE_TEXTS, mauve_settings, need_mauve
 from klflow_ext.evaluate.text import Corpus
 from klflow_ext.sample import Sampler
 
 REAL, SHUFFLED = "held-out text", "its tokens shuffled"  # the rows that are no samples
+LEAST_MAUVE = 2 * MAUVE_TEXTS  # texts of two buckets
 LEAST_OTHERS = 128  # held-out texts that the distance is measured from, where there are as many
 LABELS = ((4, 5), (4, -12), (-26, 5), (-26, -12))  # points from a mark to its temperature, of one curve after the other
 MOST_SEARCHED = 2**24  # training tokens in which copied runs are looked for
@@ -37,6 +40,20 @@ def precision_of(sampler: Sampler) -> str:
     return "unknown" if module is None else str(next(module.parameters()).dtype).removeprefix("torch.")
 
 
+def others_beside(samples: int, length: int, held: data.Stream) -> int:
+    """How many held-out texts the distance is measured from, each once and none of those of the table."""
+    return max(min(max(samples, LEAST_OTHERS), len(held) // length - samples), 0)
+
+
+def check_mauve(samples: int | None, judge: Path | None) -> None:
+    """ValueError: what MAUVE needs was not asked for, or is not here."""
+    if samples is None or judge is None:
+        raise ValueError("mauve: got it without --judge, allowed is only with it")
+    if samples < LEAST_MAUVE:
+        raise ValueError(f"samples: got {samples}, allowed with --mauve is an integer >= {LEAST_MAUVE}")
+    need_mauve()
+
+
 def print_table(
     sampler: Sampler,
     stream: data.Stream,
@@ -49,12 +66,13 @@ def print_table(
     methods: Sequence[str | None],
     temperatures: Sequence[float],
     top_ks: Sequence[int],
+    with_mauve: bool,
     seed: int,
 ) -> dict[str, Any]:
     """Prints the table, real text first, then a row for each method, temperature and top-k (0: all V); gives it with its settings,
     in the types of JSON."""
     corpus, tokenizer = corpus_of(stream), sampler.tokenizer
-    others = max(min(max(samples, LEAST_OTHERS), len(held) // length - samples), 0)  # held-out texts, each once
+    others = others_beside(samples, length, held)
     windows = data.batch(held, samples + others, length, seed=0, step=0).tolist()
     seen = None
     if judge is not None and others > 1:
@@ -62,7 +80,7 @@ def print_table(
 
     def measured(sequences: list[list[int]]) -> table.Figures:
         texts = [tokenizer.decode(tokens) for tokens in sequences]
-        return table.figures(sequences, texts, corpus, judge, real=seen)
+        return table.figures(sequences, texts, corpus, judge, real=seen, with_mauve=with_mauve)
 
     real, generator = windows[:samples], np.random.default_rng(0)
     rows = {REAL: measured(real), SHUFFLED: measured([generator.permutation(tokens).tolist() for tokens in real])}
@@ -90,6 +108,7 @@ def print_table(
         "samples": samples, "length": length, "steps": steps, "judge": said,
         "intervals": {"level": 0.95, "over": "texts", "rounds": 2000, "seed": 0},
         "distance_from": None if seen is None else others,
+        "mauve": {"library": f"mauve-text {version('mauve-text')}", **mauve_settings(samples, others)} if with_mauve else None,
         "searched_for_copies": {"tokens": len(corpus.text), "of": len(stream)}, "definitions": table.DEFINITIONS,
         "rows": [{"name": name, **settings[name], **table.as_json(row)} for name, row in rows.items()],
     }  # fmt: skip

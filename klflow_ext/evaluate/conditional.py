@@ -12,7 +12,7 @@ from typing import Any
 from klflow_ext.checks import check_int
 from klflow_ext.data import END, encode_pieces
 from klflow_ext.evaluate.rows import read_rows
-from klflow_ext.evaluate.text import mean_interval, sentence_scores
+from klflow_ext.evaluate.text import mean_interval, need_sacrebleu, sentence_scores
 from klflow_ext.sample import Sampler
 from klflow_ext.sample.samples import needed, seeds_of
 
@@ -55,6 +55,40 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], list[Pair]]:
             f"conditional: got {path} with {len(split[0])} prompts and {len(split[1])} held out, allowed is some of each"
         )
     return split
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Pairs that fit: their prompts as tokens, and the texts that are wanted. left_out: how many before the last did not."""
+
+    pairs: list[Pair]
+    prompts: list[list[int]]
+    wanted: list[str]
+    left_out: int
+
+
+def choose(pairs: Sequence[Pair], tokenizer: Any, count: int, new_tokens: int, window: int) -> Chosen:
+    """The first `count` pairs whose prompt and new_tokens fit the window, and whose text has as many.
+
+    Raises:
+        ValueError: fewer than 2 do.
+    """
+    prompts, wanted, chosen, left_out = [], [], list[Pair](), 0
+    for pair in pairs:
+        if len(chosen) == count:
+            break
+        prompt, text = encode_pieces(tokenizer, [pair.prompt + BETWEEN, pair.text])
+        if len(prompt) + new_tokens > window or len(text) < new_tokens:
+            left_out += 1
+            continue
+        chosen.append(pair)
+        prompts.append(prompt)
+        wanted.append(_ended(tokenizer, text[:new_tokens]))
+    if len(chosen) < 2:
+        raise ValueError(
+            f"new_tokens: got {new_tokens} in a window of {window}, in which {len(chosen)} of {len(pairs)} pairs fit; allowed are 2 or more"
+        )
+    return Chosen(chosen, prompts, wanted, left_out)
 
 
 def measure_conditional(
@@ -104,22 +138,9 @@ def measure_conditional(
     allowed = f"an integer in [2, max_length = {most}]"
     window = check_int("window", longest if window is None else window, 2, longest, allowed, ValueError)
     count = check_int("count", len(pairs) if count is None else count, 2, 2**31, "an integer >= 2", ValueError)
-    prompts, wanted, chosen, left_out = [], [], list[Pair](), 0
-    for pair in pairs:
-        if len(chosen) == count:
-            break
-        prompt, text = encode_pieces(tokenizer, [pair.prompt + BETWEEN, pair.text])
-        if len(prompt) + new_tokens > window or len(text) < new_tokens:
-            left_out += 1
-            continue
-        chosen.append(pair)
-        prompts.append(prompt)
-        wanted.append(_ended(tokenizer, text[:new_tokens]))
-    if len(chosen) < 2:
-        raise ValueError(
-            f"new_tokens: got {new_tokens} in a window of {window}, in which {len(chosen)} of {len(pairs)} pairs fit; allowed are 2 or more"
-        )
-    sentence_scores("a", "a")  # before any work, so that a missing library is told at once
+    chosen = choose(pairs, tokenizer, count, new_tokens, window)
+    prompts, wanted = chosen.prompts, chosen.wanted
+    need_sacrebleu()  # before any work, so that a missing library is told at once
     start = time.perf_counter()
     found = sampler.complete(
         prompts * tries,
@@ -136,7 +157,7 @@ def measure_conditional(
     written = [texts[i :: len(prompts)] for i in range(len(prompts))]
     others = wanted[1:] + wanted[:1]
     return {
-        "prompts": len(chosen), "left_out": left_out, "tries": tries, "new_tokens": new_tokens,
+        "prompts": len(prompts), "left_out": chosen.left_out, "tries": tries, "new_tokens": new_tokens,
         "window": None if window == 2**31 else window, "nfe": found.nfe, "seed": seed, "seconds": seconds, "options": options,
         "definitions": DEFINITIONS,
         "figures": {
@@ -145,7 +166,7 @@ def measure_conditional(
         },
         "texts": [
             {"prompt": pair.prompt, "wanted": text, "written": texts}
-            for pair, text, texts in zip(chosen, wanted, written, strict=True)
+            for pair, text, texts in zip(chosen.pairs, wanted, written, strict=True)
         ],
     }  # fmt: skip
 

@@ -88,6 +88,13 @@ def infill_tasks(
     }  # fmt: skip
 
 
+def check_tasks(tasks: Sequence[code.Task], tokenizer: Any) -> None:
+    """Raises what `infill_tasks` would, of the machine and of what the tokenizer does to the programs, before any work."""
+    permitted_layers()
+    for task in tasks:
+        _Program.of(task, tokenizer)
+
+
 def fill_tasks(
     tasks: Sequence[code.Task],
     sampler: Sampler,

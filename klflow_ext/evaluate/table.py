@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from klflow_ext.evaluate.distance import energy_distance
+from klflow_ext.evaluate.distance import energy_distance, mauve
 from klflow_ext.evaluate.judge import Scorer
 from klflow_ext.evaluate.losses import token_entropy
 from klflow_ext.evaluate.text import (
@@ -25,6 +25,7 @@ SELF_BLEU_TEXTS = 200  # its work grows with the square
 COLUMNS = {  # what the table shows, of all that `figures` gives
     "bits_per_byte": "bits per byte",
     "distance": "distance",
+    "mauve": "MAUVE",
     "token_entropy": "token entropy",
     "unigram_entropy": "of unigrams",
     "bigram_entropy": "of bigrams",
@@ -37,6 +38,8 @@ DEFINITIONS = {
     "bits_per_byte": "bits of all texts under the judge over their UTF-8 bytes, each text cut at the judge's context",
     "distance": "energy distance from other held-out texts of what the judge sees in a text: over its tokens the mean of the last hidden "
     "states, and mean and standard deviation of -log p, each in its standard deviations over those texts; 0 on the average for held-out text",
+    "mauve": "MAUVE of the same texts and features, a bucket for every 20 texts; near 1 for held-out text; its interval by the jackknife "
+    "over texts, the buckets as they are",
     "token_entropy": "mean over texts of the entropy of the text's own tokens, nats",
     "unigram_entropy": "entropy of the tokens of all texts together, nats; its interval by the jackknife over texts",
     "bigram_entropy": "that of the pairs of neighbouring tokens, with such an interval",
@@ -54,11 +57,12 @@ def figures(
     judge: Scorer | None = None,
     *,
     real: np.ndarray | None = None,
+    with_mauve: bool = False,
     seed: int = 0,
 ) -> Figures:
     """All of DEFINITIONS of texts and their tokens, with 95 % intervals; without a judge no bits per byte.
 
-    real: (M, D) features that the judge sees in other, real texts; None: no distance.
+    real: (M, D) features that the judge sees in other, real texts; None: no distance. with_mauve: MAUVE beside it.
     """
     found: Figures = {}
     if judge is not None:
@@ -67,7 +71,10 @@ def figures(
             [one.bits / one.size if one.size else 0.0 for one in looks], [one.size for one in looks], seed=seed
         )
         if real is not None:
-            found["distance"] = energy_distance(np.stack([one.feature for one in looks]), real, seed=seed)
+            features = np.stack([one.feature for one in looks])
+            found["distance"] = energy_distance(features, real, seed=seed)
+            if with_mauve:
+                found["mauve"] = mauve(features, real, seed=seed)
     found["token_entropy"] = mean_interval([token_entropy([tokens]) for tokens in sequences], seed=seed)
     found["unigram_entropy"] = ngram_entropy_interval(sequences, 1)
     found["bigram_entropy"] = ngram_entropy_interval(sequences, 2)

@@ -100,6 +100,8 @@ class SampleOptions:
             keep("top_k", check_int("top_k", self.top_k, 1, 2**63, "None or an integer >= 1"))
         if self.boosts is not None:
             keep("boosts", check_int("boosts", self.boosts, 1, 1024, "None or an integer in [1, 1024]"))
+        if not callable(self.temperature) and self.temperature != 0:
+            self.temperatures(1)
         keep("top_p", check_scalar("top_p", self.top_p, 0, 1, "a number in (0, 1]", open_low=True))
         if self.t_split is not None:
             keep("t_split", check_scalar("t_split", self.t_split, 0, 1, "None or a number in [0, 1]"))

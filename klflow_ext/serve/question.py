@@ -150,8 +150,6 @@ class _Reader:
         options = SampleOptions(
             **{"steps": min(SampleOptions.steps, self.limits.max_steps), **asked}, temperature=temperature
         )
-        if temperature:
-            options.temperatures(1)  # which checks it
         if options.steps > self.limits.max_steps:
             raise Refusal(422, f"steps: got {options.steps}, allowed are at most {self.limits.max_steps}", "steps")
         if options.method is not None and options.method not in self.served.methods:

@@ -13,6 +13,8 @@ from klflow_ext import (
     build_info,
     data,
 )
+from klflow_ext.cli import evaluate
+from klflow_ext.evaluate.text import Interval
 
 
 @pytest.mark.slow
@@ -307,12 +309,80 @@ def test_conditional(stories, klflow, tmp_path):
     assert (found["prompts"], found["tries"], found["window"], found["options"]["top_k"]) == (3, 2, 32, 20)
     assert len(found["texts"][0]["written"]) == 2 and found["figures"]["samples"]["chrf"]["best"]["mean"] >= 0
     for command, message in (
-        (["--prompts", "1"], "count: got 1, allowed is an integer >= 2"),
+        (["--prompts", "1"], "prompts: got 1, allowed is an integer >= 2"),
         (["--new-tokens", "40"], "new_tokens: got 40 in a window of 32"),
         (["--conditional", "t.txt"], "conditional: t.txt cannot be read at line 1"),
     ):
         done = klflow("eval", *short, *command)
         assert done.returncode == 1 and message in done.stderr, (command, done.stderr)
+
+
+def test_eval_refuses_before_any_work(stories, klflow, tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("\n".join(f"Once upon a time there was a cat. {i}" for i in range(300)))
+    rows = [{"prompt": f"A cat {i}", "text": f"There was a cat {i} and a cat"} for i in range(300)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "f.py").write_text("def f(x):\n    a = x\n    b = a\n    return b\n" * 3)
+    monkeypatch.setattr(evaluate, "print_losses", lambda *a: pytest.fail("worked"))
+    monkeypatch.setattr(evaluate, "need_sacrebleu", lambda: None)
+    table, infilling, conditional = (
+        ["--samples", "4"],
+        ["--infilling", "f.py", "--kind", "functions"],
+        ["--conditional", "p.jsonl", "--new-tokens", "8"],
+    )
+    for command, message in (
+        ([*table, "--method", "sampling", "nope"], "method: got 'nope', allowed is one of ["),
+        ([*table, "--method", "slices"], "method: got 'slices', allowed is another method for this network"),
+        (["--method", "nope"], "method: got 'nope'"),
+        ([*table, "--temperature", "1", "-1"], "temperature: got -1.0"),
+        ([*table, "--top-k", "-1"], "top_k: got -1"),
+        ([*table, "--seed", str(2**70)], "seed: got"),
+        ([*table, "--length", "33"], "length: got 33, allowed is at most"),
+        ([*table, "--steps", "0"], "steps: got 0, allowed is an integer >= 1"),
+        ([*table, "--mauve"], "mauve: got it without --judge"),
+        ([*table, "--mauve", "--judge", "x"], "samples: got 4, allowed with --mauve is an integer >= 40"),
+        ([*table, "--judge", "x"], "judge: x has no stories260K.bin"),
+        ([*table, "--json", "nowhere/x.json"], "json: got nowhere/x.json"),
+        ([*infilling, "--method", "nope"], "method: got 'nope'"),
+        ([*infilling, "--share", "0"], "share: got 0.0"),
+        ([*infilling, "--tasks", "0"], "tasks: got 0"),
+        ([*infilling, "--tries", "0"], "tries: got 0"),
+        ([*conditional, "--method", "nope"], "method: got 'nope'"),
+        ([*conditional, "--tries", "0"], "tries: got 0, allowed is an integer >= 1"),
+        ([*conditional, "--prompts", "1"], "prompts: got 1, allowed is an integer >= 2"),
+        ([*conditional, "--new-tokens", "0"], "new_tokens: got 0"),
+        ([*conditional, "--new-tokens", "32"], "new_tokens: got 32 in a window of 32"),
+        ([*conditional, "--window", "1"], "window: got 1, allowed is 2 to"),
+    ):
+        done = klflow("eval", "--data", "t.txt", "--length", "12", *command)
+        assert done.returncode == 1 and message in done.stderr, (command, done.stderr)
+    monkeypatch.setattr("klflow_ext.evaluate.infilling.permitted_layers", lambda: raised(RuntimeError("no sandbox")))
+    done = klflow("eval", "--data", "t.txt", "--length", "12", *infilling)
+    assert done.returncode == 1 and "no sandbox" in done.stderr
+
+
+def raised(error):
+    raise error
+
+
+def test_mauve_of_the_table(stories, klflow, tmp_path, data_folder, monkeypatch):
+    """With a stand-in for the library, whose figures test_distance.py looks at; what it was asked for stands in the file."""
+    (tmp_path / "t.txt").write_text("\n".join(f"Once upon a time there was a cat. {i}" for i in range(3000)))
+    short = ["--data", "t.txt", "--length", "8", "--steps", "2", "--judge", str(data_folder / "stories260K"), "--mauve"]
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    done = klflow("eval", *short, "--samples", "40")
+    assert done.returncode == 1 and "pip install 'klflow_ext[mauve]'" in done.stderr
+    monkeypatch.setattr("klflow_ext.cli.samples.need_mauve", lambda: None)
+    (tmp_path / "p.txt").write_text("\n".join(f"Once upon a time there was a cat. {i}" for i in range(40)))
+    done = klflow("eval", *short, "--samples", "40", "--data", "p.txt")
+    assert done.returncode == 1 and "mauve: got" in done.stderr and "40 more such texts" in done.stderr
+    monkeypatch.setattr("klflow_ext.evaluate.table.mauve", lambda found, real, seed: Interval(len(found), 0, len(real)))
+    monkeypatch.setattr("klflow_ext.cli.samples.version", lambda name: "1")
+    done = klflow("eval", *short, "--samples", "40", "--json", "m.json")
+    assert done.returncode == 0 and "MAUVE" in done.stdout, done.stderr
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert found["mauve"]["num_buckets"] == 2 and found["mauve"]["library"] == "mauve-text 1"
+    assert [row["mauve"]["mean"] for row in found["rows"]] == [40] * 3
+    assert found["rows"][0]["mauve"]["high"] == found["distance_from"]
 
 
 def test_table_names_the_checkpoint_that_was_read(klflow, tmp_path, monkeypatch):

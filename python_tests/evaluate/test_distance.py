@@ -2,12 +2,13 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
 
 from klflow_ext import Sampler, data, evaluate, load_run
-from klflow_ext.evaluate.distance import energy_distance
+from klflow_ext.evaluate.distance import energy_distance, mauve
 
 
 def test_by_hand():
@@ -70,3 +71,38 @@ def test_held_out_text_is_nearer_than_shuffled_text_and_samples(data_folder):
         assert found[name].low > found["held-out"].high, found
     alike = energy_distance(judge.features(list(itertools.islice(itertools.cycle(texts["held-out"][:3]), 48))), real)
     assert alike.low > 0.3  # real, and all alike
+
+
+def test_mauve_of_one_distribution_and_of_two():
+    pytest.importorskip("mauve")
+    draw = np.random.default_rng(0).normal
+    found = [mauve(draw(size=(80, 3)), draw(size=(100, 3)), seed=i) for i in range(20)]
+    assert np.mean([one.mean for one in found]) > 0.97 and all(one.low <= one.mean <= one.high <= 1 for one in found)
+    far = mauve(draw(4, 1, (80, 3)), draw(size=(100, 3)))
+    assert far.high < 0.1 and far.low >= 0
+    some = [mauve(draw(0.7, 1, (80, 3)), draw(size=(100, 3)), seed=i) for i in range(40)]
+    spread, half = (np.std([one.mean for one in some]), np.mean([one.high - one.low for one in some]) / 2)
+    assert far.mean < np.mean([one.mean for one in some]) < found[0].mean
+    assert 0.6 * spread < half / 1.96 < 1.7 * spread  # what many draws vary by
+
+
+def test_mauve_tells_shuffled_text(data_folder):
+    pytest.importorskip("mauve")
+    judge = evaluate.open_judge(data_folder / "stories260K")
+    text = (data_folder / "tinystories" / "tinystories_heldout.txt").read_text().split(f"\n{data.END}\n")
+    texts = [" ".join(story.split()[:24]) for story in text[:120]]
+    generator = np.random.default_rng(0)
+    mixed = [" ".join(generator.permutation(one.split())) for one in texts[:60]]
+    real, held, shuffled = (judge.features(some) for some in (texts[60:], texts[:60], mixed))
+    assert mauve(held, real).low > mauve(shuffled, real).high
+    assert mauve(held, real).mean > 0.8
+
+
+def test_mauve_refuses(monkeypatch):
+    with pytest.raises(ValueError, match="found: got .39, 2. beside .60, 2., allowed are .* N, M >= 40"):
+        mauve(np.ones((39, 2)), np.ones((60, 2)))
+    with pytest.raises(ValueError, match="seed: got -1"):
+        mauve(np.ones((40, 2)), np.ones((60, 2)), seed=-1)
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    with pytest.raises(ValueError, match="mauve extra"):
+        mauve(np.ones((40, 2)), np.ones((60, 2)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from chains import EVERY, METHODS, Causal, Counting, name
 
-from klflow_ext import Autoregressive, Denoiser, DenoiserConfig, LogitPath, Sampler, data, load_run
+from klflow_ext import Autoregressive, Denoiser, DenoiserConfig, LogitPath, SampleOptions, Sampler, data, load_run
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +161,6 @@ def test_temperature_0_stands_alone():
     for schedule in ((1.0, 0.0), lambda progress: 0.0):
         with pytest.raises(ValueError, match="^temperature: got 0.0, allowed is 0 alone, a number in"):
             sampler.sample((2, 6), temperature=schedule)
+    for wrong in (-1, float("nan"), (1.0, 0.0), (1.0,)):
+        with pytest.raises(ValueError, match="^temperature: got"):  # as soon as it is said
+            SampleOptions(temperature=wrong)
