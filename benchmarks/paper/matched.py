@@ -69,7 +69,7 @@ class Scale:
 
 
 SCALES = {
-    "cpu": Scale(512, 2, 4, 128, 64, 16, 500, 250, 1e-2, 3, 64, (8, 32, 128, 512), 32),
+    "cpu": Scale(512, 2, 4, 128, 64, 16, 500, 250, 1e-2, 3, 64, (8, 16, 32, 64, 128, 512), 32),
     "gpu": Scale(8192, 6, 6, 384, 256, 64, 3000, 3000, 3e-3, 3, 512, (8, 16, 32, 64, 128, 256, 512), 64),
     "test": Scale(300, 1, 1, 16, 16, 4, 2, 2, 1e-2, 1, 4, (2, 3), 2, "eight bits a byte", 20),
 }
@@ -164,7 +164,7 @@ class Bench:
             folder / f"{name}.json",
             arguments.most,
             scale=arguments.scale,
-            settings=asdict(self.scale),
+            settings={name: value for name, value in asdict(self.scale).items() if name not in ("seeds", "nfe")},
             judge=self.scale.judge,
             pooling="bits of all texts over their UTF-8 bytes; intervals: 95 %, bootstrap over texts",
             precision=self.dtype,

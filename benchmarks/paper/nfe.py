@@ -29,16 +29,16 @@ def measure(bench: Bench) -> None:
         earlier(bench)
     bench.data_row()
     bench.table.expected = len(bench.table.rows) + len(METHODS) * len(bench.scale.nfe) * len(bench.seeds)
-    for seed in bench.seeds:
-        for nfe in bench.scale.nfe:
+    for nfe in bench.scale.nfe:  # many passes last long, and come last
+        for seed in bench.seeds:
             for name, (method, scheme) in METHODS.items():
-                nfe = bench.scale.length if scheme is None else nfe  # left to right there is one way
+                passes = bench.scale.length if scheme is None else nfe  # left to right there is one way
 
-                def make(method=method, scheme=scheme, nfe=nfe, seed=seed):
+                def make(method=method, scheme=scheme, passes=passes, seed=seed):
                     sampler, losses = bench.trained(method, seed)
-                    return {**losses, **bench.judged(sampler, seed, nfe, method=scheme, top_k=20)}
+                    return {**losses, **bench.judged(sampler, seed, passes, method=scheme, top_k=20)}
 
-                bench.table.row({"method": name, "nfe": nfe, "seed": seed}, make)
+                bench.table.row({"method": name, "nfe": passes, "seed": seed}, make)
 
 
 def earlier(bench: Bench) -> None:

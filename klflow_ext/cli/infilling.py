@@ -54,8 +54,11 @@ class Infilling:
 
     def check(self, tokenizer: Any) -> None:
         """Raises what `measure` would, before any work."""
-        for tasks in self.chosen().values():
-            check_tasks(tasks, tokenizer)
+        try:
+            for tasks in self.chosen().values():
+                check_tasks(tasks, tokenizer)
+        except RuntimeError as error:  # a machine without a sandbox is no mistake of the package
+            raise ValueError(f"infilling: {error}") from None
 
     def measure(self, sampler: Sampler, window: int, seed: int, **options: Any) -> list[dict[str, Any]]:
         """Fills, runs, prints, and gives all figures with their settings, of each share."""
