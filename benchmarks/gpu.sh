@@ -137,7 +137,7 @@ if wants tests; then
     -k "$(sizes "cpu and 21-2" "cuda")"
 fi
 if wants kernels; then
-  step kernels 150 $py benchmarks/kernels.py $on --no-peers --json "$out/cuda.json" --plot "$out/cuda.png" \
+  step kernels 150 $py benchmarks/kernels.py $on --no-peers --json "$out/cuda.json" \
     $(sizes "--shapes 5x400 --seconds 0.01" "--seconds 0.1")
 fi
 if wants profile; then
@@ -150,7 +150,7 @@ if wants profile; then
   done
 fi
 if wants peers; then
-  step peers 200 $py benchmarks/kernels.py $on $wide --json "$out/cuda_peers.json" \
+  step peers 200 $py benchmarks/kernels.py $on $wide --json "$out/cuda_peers.json" --plot "$out/cuda_peers.png" \
     $(sizes "--ops cross_entropy --dtypes float32 --seconds 0.01" "--dtypes bfloat16 --seconds 0.3")
   step linear 100 $py benchmarks/linear_cross_entropy.py $on --json "$out/cuda_linear_cross_entropy.json" \
     $(sizes "--shapes 9x301x16 --dtypes float32 --seconds 0.1" \

@@ -341,6 +341,8 @@ def parse_arguments():
     arguments = parse(parser)
     arguments.shapes = shapes_of(parser, arguments.shapes or DEFAULT_SHAPES[arguments.device], ("rows", "V"), (1, 2))
     arguments.ops = choices(parser, "ops", arguments.ops, OPS)
+    if arguments.plot and arguments.no_peers and not arguments.scaling:
+        parser.error("--plot: it shows the times faster than the peers, which --no-peers leaves out")
     return arguments
 
 

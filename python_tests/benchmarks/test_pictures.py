@@ -65,3 +65,10 @@ def test_bars_are_ratios_that_start_at_one(tmp_path, monkeypatch):
     bar = axis.containers[0].patches[0]
     assert bar.get_x() == 1 and bar.get_x() + bar.get_width() == pytest.approx(first["speedup"]["eager"])
     assert any(list(line.get_xdata()) == [1, 1] for line in axis.get_lines()) and (tmp_path / "a.png").stat().st_size
+
+
+def test_a_plot_of_ratios_needs_peers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--no-peers", "--plot", str(tmp_path / "a.png")])
+    with pytest.raises(SystemExit):
+        kernels.parse_arguments()
+    assert "--plot: it shows the times faster than the peers" in capsys.readouterr().err
