@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -74,6 +75,10 @@ def main() -> None:
     code = answer(sys.argv[1:])
     if code is not None:
         sys.exit(code)
+    # A thread of OpenMP that waits for another does not hold its processor for long: where other programs want it too, that is
+    # several times as fast, and alone hardly slower (benchmarks/NOTES.md). torch reads it when it is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from klflow_ext.cli import run
 
     sys.exit(run(sys.argv[1:]))

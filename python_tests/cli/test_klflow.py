@@ -145,3 +145,21 @@ def test_memory_is_input(klflow, monkeypatch):
     message = "a mistake"
     with pytest.raises(RuntimeError, match="a mistake"):
         klflow("info")
+
+
+@pytest.mark.parametrize(
+    "chosen, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_leave_processors_to_others(monkeypatch, chosen, expected):
+    from klflow_ext import cli
+
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that what the command sets is taken back
+        monkeypatch.delenv(name)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "run", lambda words: os.environ.get("GOMP_SPINCOUNT") or "none")
+    monkeypatch.setattr(sys, "argv", ["klflow", "info"])
+    with pytest.raises(SystemExit) as stop:
+        command.main()
+    assert stop.value.code == (expected or "none")
