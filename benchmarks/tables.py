@@ -167,6 +167,19 @@ def method_likelihood():
     return "\n\n".join(tables)
 
 
+def method_cost():
+    """Milliseconds of a sample by passes: a table for each V."""
+    columns, tables = (8, 16, 32, 64), []
+    for vocab, found in sorted(read("method_cost.json").items(), key=lambda item: int(item[0])):
+        cells = []
+        for name in dict.fromkeys(r["name"] for r in found["rows"]):
+            ms = {r["steps"]: r["ms"] for r in found["rows"] if r["name"] == name}
+            cells.append([titled(name), *(f"{ms[n]:.1f}" if n in ms else "" for n in columns)])
+        head = f"V = {int(vocab):,}: ms a sample, {found['count']} at once, {found['threads']} threads"
+        tables.append(table([head, *(f"{n} passes" for n in columns)], cells))
+    return "\n\n".join(tables)
+
+
 def quality():
     """The README's: what writes how well in how many passes, at V = 2,048 and equal training steps."""
     shown = (
@@ -199,6 +212,7 @@ TABLES = (
     ("method loss", method_loss),
     ("method samples", method_samples),
     ("method likelihood", method_likelihood),
+    ("method cost", method_cost),
 )
 
 

@@ -12,7 +12,7 @@ from klflow_ext import Autoregressive, Denoiser, DenoiserConfig, LogitPath, Samp
 from klflow_ext.files import write_file
 
 SHOWN = ("autoregressive", "slices", "mask slices", "segments", "posterior", "simplex", "mask")
-REPEATS = 5
+REPEATS = 3
 
 
 def cost(arguments) -> None:
