@@ -85,6 +85,23 @@ def serve():
     return table(head, rows)
 
 
+def distances():
+    """Of `klflow eval --mauve` of the model of the package: figure [interval] of held-out text, and of samples by passes."""
+    shown = {
+        "mauve": "MAUVE",
+        "distance": "energy distance",
+        "bits_per_byte": "bits per byte",
+        "token_entropy": "token entropy",
+    }
+    found = read("distances.json")
+    rows = {row["name"]: row for run in found for row in run["rows"]}  # those of held-out text are the same in all
+    cells = [
+        [name, *("{mean:.2f} [{low:.2f}, {high:.2f}]".format(**row[field]) for field in shown)]
+        for name, row in rows.items()
+    ]
+    return table([f"{found[0]['samples']} texts of {found[0]['length']} tokens", *shown.values()], cells)
+
+
 def mean_of(values):
     """The mean over seeds, and where there are several the standard deviation."""
     mean = sum(values) / len(values)
@@ -209,6 +226,7 @@ TABLES = (
     ("train step", train_step),
     ("train memory", train_memory),
     ("serve", serve),
+    ("distances", distances),
     ("method loss", method_loss),
     ("method samples", method_samples),
     ("method likelihood", method_likelihood),

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "method")]
+sys.path += [str(BENCHMARKS), str(BENCHMARKS / "method")]  # last: scripts here have names of theirs
 
 from compared import METHODS, stories, token_streams  # noqa: E402
 from compared import RESULTS as RESULTS  # noqa: E402
@@ -332,6 +332,17 @@ def cell(rows: list[dict[str, Any]], field: str, digits: int = 2) -> str:
         mean, low, high = rows[0][field]
         return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
     return f"{found[0]:.{digits}f}" + f" ± {found[1]:.{digits}f}" * (len(rows) > 1)
+
+
+JUDGED = "Each cell: bits per byte under the judge (entropy of a sample's tokens, nats); ± half the range over the seeds, nothing of one seed."
+
+
+def judged_cell(rows: list[dict[str, Any]]) -> str:
+    """What JUDGED says; "" of no row."""
+    bits, entropy = (mean_over_seeds(rows, field) for field in ("bits_per_byte", "entropy"))
+    if bits is None or entropy is None:
+        return ""
+    return f"{bits[0]:.2f}{f' ± {bits[1]:.2f}' * (len(rows) > 1)} ({entropy[0]:.2f})"
 
 
 def of(rows: list[dict[str, Any]], **key: Any) -> list[dict[str, Any]]:
