@@ -53,13 +53,15 @@ def measure(bench: Bench) -> None:
                 bench.table.row(key, lambda name=name, seed=seed: programs(bench, name, mbpp(), seed))
 
 
-def sampler_of(bench: Bench, name: str, seed: int):
-    return bench.trained(METHODS[name][0], seed, "stdlib", given_share=0.6, steps=bench.scale.short_steps)[0]
+def trained(bench: Bench, name: str, seed: int):
+    """(Sampler, steps of its training)."""
+    sampler, losses = bench.trained(METHODS[name][0], seed, "stdlib", given_share=0.6, steps=bench.scale.short_steps)
+    return sampler, losses["steps"]
 
 
 def tokens(bench: Bench, name: str, share: float, seed: int) -> dict:
     """Of held-out code: the bound of -log p of what was removed, and how much of it is put back as it was."""
-    sampler, (tokenizer, _, held) = sampler_of(bench, name, seed), bench.stream("stdlib")
+    (sampler, steps), (tokenizer, _, held) = trained(bench, name, seed), bench.stream("stdlib")
     text = data.batch(held, bench.scale.samples, bench.scale.length, seed=777, step=0)
     given = ~removed(text, tokenizer, share)
     text, given = text.to(bench.device), given.to(bench.device)
@@ -68,6 +70,7 @@ def tokens(bench: Bench, name: str, share: float, seed: int) -> dict:
         filled = sampler.infill(text, given, steps=bench.scale.passes, method=METHODS[name][1], top_k=1, seed=seed)
     same = (filled.tokens == text)[~given].float().mean()
     return {
+        "steps": steps,
         "nats": found.per_token,
         "nats_error": found.standard_error,
         "same": float(same),
@@ -104,11 +107,11 @@ def mbpp() -> list[code.Task]:
 
 
 def programs(bench: Bench, name: str, tasks: list[code.Task], seed: int) -> dict:
-    sampler = sampler_of(bench, name, seed)
+    sampler, steps = trained(bench, name, seed)
     with bench.autocast():
         found = infill_tasks(tasks, sampler, seed=seed, steps=bench.scale.passes, method=METHODS[name][1], top_k=5)
     figures = {name: as_json(Interval(**figure)) for name, figure in found.pop("figures").items()}
-    return {**found, **figures}
+    return {**found, "steps": steps, **figures}
 
 
 def table(rows) -> list[str]:
@@ -118,10 +121,12 @@ def table(rows) -> list[str]:
                                ("functions", "exact@1", "functions: all removed lines exact"), ("functions", "compiles@1", "functions: it compiles")):  # fmt: skip
         found = of(rows, what=what)
         lines = [
-            [f"{share:.0%}", *(cell(of(found, method=name, share=share), field) for name in names)]
+            [f"{share:.0%}", *(cell(of(found, method=name, share=share), field, 3) for name in names)]
             for share in values(found, "share")
         ]
-        if lines:
+        if lines and not any(np.any(row[field]) for row in found):
+            parts += [f"**{title}**: 0 by all methods, whatever the share of lines.", ""]
+        elif lines:
             parts += [f"**{title}**", "", *markdown(["lines removed", *names], lines), ""]
     if of(rows, what="MBPP"):
         lines = [[name, *(cell(of(rows, what="MBPP", method=name), field) for field in FIELDS)] for name in names]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from matched import Bench, cell, draw_curve, earlier_results, figure, markdown, mean_over_seeds, of, run, values
+from matched import JUDGED, Bench, cell, draw_curve, earlier_results, figure, judged_cell, markdown, of, run, values
 
 TITLE = "Quality over network passes"
 METHODS = {  # name: (method of benchmarks/method, scheme)
@@ -53,8 +53,7 @@ def earlier(bench: Bench) -> None:
 
 
 def table(rows) -> list[str]:
-    note = "Each cell: bits per byte under the judge (entropy of a sample's tokens, nats)."
-    lines = [*passes_table(rows, "method"), "", note]
+    lines = [*passes_table(rows, "method"), "", JUDGED]
     if values(rows, "earlier"):
         title = "What `benchmarks/method` has measured with a network twice as wide, V = 2,048 and 1,075 steps, not made again here:"
         lines += ["", title, "", *passes_table(rows, "earlier")]
@@ -65,11 +64,11 @@ def passes_table(rows, kind: str) -> list[str]:
     counts = sorted({row["key"]["nfe"] for row in rows if kind in row["key"] and "nfe" in row["key"]})
     titles = ["method", "held-out text, nats per token", *(f"NFE {nfe}" for nfe in counts), "seeds"]
     data = of(rows, method="data") if kind == "method" else []
-    lines = [["held-out text itself", "", *[shown(data)] * len(counts), ""]] if data else []
+    lines = [["held-out text itself", "", *[judged_cell(data)] * len(counts), ""]] if data else []
     for name in values(rows, kind):
         found = of(rows, **{kind: name})
         if name != "data":
-            cells = [likelihood(found), *(shown(of(found, nfe=nfe)) for nfe in counts)]
+            cells = [likelihood(found), *(judged_cell(of(found, nfe=nfe)) for nfe in counts)]
             lines.append([name, *cells, str(len(values(found, "seed")))])
     return markdown(titles, lines)
 
@@ -79,15 +78,6 @@ def likelihood(rows) -> str:
     known = {row["key"]["seed"]: row for row in rows if "nats" in row}
     exact = all(row.get("nats_exact", "autoregressive" in row["key"].values()) for row in known.values())
     return cell(list(known.values()), "nats") + ("" if exact else " (bound)")
-
-
-def shown(rows) -> str:
-    entropy = mean_over_seeds(rows, "entropy")
-    bits = mean_over_seeds(rows, "bits_per_byte")
-    if bits is None or entropy is None:
-        return ""
-    spread = f" ± {bits[1]:.2f}" if len(rows) > 1 else ""
-    return f"{bits[0]:.2f}{spread} ({entropy[0]:.2f})"
 
 
 def plot(rows):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from matched import Bench, earlier_results, figure, markdown, mean_over_seeds, of, run, values
+from matched import JUDGED, Bench, earlier_results, figure, judged_cell, markdown, mean_over_seeds, of, run, values
 
 TITLE = "Top-k and temperature"
 METHODS = {
@@ -57,35 +57,30 @@ def setting(top_k, temperature) -> str:
 
 
 def table(rows) -> list[str]:
-    note = "Each cell: bits per byte under the judge (entropy of a sample's tokens, nats)."
     names, data = [name for name in METHODS if of(rows, method=name)], of(rows, method="data")
     lines = []
     if names:
         drawn = [
-            [setting(*one), *(shown(of(rows, method=name, top_k=one[0], temperature=one[1])) for name in names)]
+            [setting(*one), *(judged_cell(of(rows, method=name, top_k=one[0], temperature=one[1])) for name in names)]
             for one in SETTINGS
         ]
         lines += [
-            *markdown(["drawn from", *names], [["held-out text itself", *[shown(data)] * len(names)], *drawn]),
+            *markdown(["drawn from", *names], [["held-out text itself", *[judged_cell(data)] * len(names)], *drawn]),
             "",
         ]
     names = values(rows, "earlier")
     if names:
         counts = sorted({row["key"]["top_k"] for row in rows if "earlier" in row["key"]})
         taken = [
-            [setting(count, 1.0), *(shown(of(rows, earlier=name, top_k=count)) for name in names)] for count in counts
+            [setting(count, 1.0), *(judged_cell(of(rows, earlier=name, top_k=count)) for name in names)]
+            for count in counts
         ]
         lines += [
             "What `benchmarks/method` has measured with a network twice as wide, V = 2,048 and 1,075 steps, not made again here:",
             "",
         ]
         lines += [*markdown(["drawn from", *names], taken), ""]
-    return [*lines, note]
-
-
-def shown(rows) -> str:
-    bits, entropy = (mean_over_seeds(rows, field) for field in ("bits_per_byte", "entropy"))
-    return "" if bits is None or entropy is None else f"{bits[0]:.2f} ({entropy[0]:.2f})"
+    return [*lines, JUDGED]
 
 
 def plot(rows):

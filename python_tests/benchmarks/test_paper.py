@@ -46,9 +46,22 @@ def test_script(name, folder, capsys, monkeypatch):
     table = capsys.readouterr().out.rpartition("s left\n")[2]
     assert "\n| --- |" in table and "nan" not in table
 
+    if name != "cost":  # more seeds are added, to every setting; of the networks that are there, as that is faster
+        make = matched.Bench.trained
+        monkeypatch.setattr(matched.Bench, "trained", lambda self, what, seed, *a, **b: make(self, what, 0, *a, **b))
+        again = call(name, folder, "--seeds", "1")
+        settings = [
+            sorted(json.dumps(row["key"] | {"seed": None}) for row in again["rows"] if row["key"].get("seed") == seed)
+            for seed in (0, 1)
+        ]
+        assert again["rows"][: len(keys)] == found["rows"] and settings[0] == settings[1] != []
+        found = again
+    capsys.readouterr()
+
     monkeypatch.setattr(matched.Bench, "trained", lambda *a, **b: pytest.fail("made again"))
     monkeypatch.setattr(import_module("cost"), "costs", lambda *a: pytest.fail("made again"))
-    assert call(name, folder)["rows"] == found["rows"]
+    seeds = [] if name == "cost" else ["--seeds", "0", "1"]
+    assert call(name, folder, *seeds)["rows"] == found["rows"]
 
 
 def test_the_report_has_what_the_results_say(tmp_path):
