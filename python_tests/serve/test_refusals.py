@@ -113,6 +113,17 @@ def test_long_bodies(server):
     refused(server.client.post("/v1/completions", content=body), 413, None, "allowed are 4000")
     parts = (body[i : i + 1000] for i in range(0, len(body), 1000))  # which says no length
     refused(server.client.post("/v1/completions", content=parts), 413, None, "got more than 4000 bytes")
+    with connected(server) as slow:  # one that still sends would not hear: the answer waits for its end
+        slow.sendall(HEAD % 4200 + b"a" * 4100)
+        slow.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            slow.recv(1000)
+        slow.sendall(b"a" * 100)
+        slow.settimeout(30)
+        assert slow.recv(1000).startswith(b"HTTP/1.1 413")
+    with connected(server) as far:  # far too much is refused by its length, unread
+        far.sendall(HEAD % 8001)
+        assert far.recv(1000).startswith(b"HTTP/1.1 413")
 
 
 def connected(server):
