@@ -88,6 +88,12 @@ def test_models_are_asked_in_one_place():
                 assert not any(word in asked for word in ("model", "network", "path")), f"{module_of(file)}: {asked}"
 
 
+def test_scripts_have_names_of_their_own():
+    """The folders of benchmarks/ stand on one search path: of two files with one name, an import would find either."""
+    names = [file.stem for file in (ROOT / "benchmarks").rglob("*.py") if file.stem != "__main__"]
+    assert len(names) > 20 and sorted(set(names)) == sorted(names)
+
+
 def test_every_public_name_is_there_and_typed():
     """Names are imported when they are asked for; type checkers and completion are told of all of them, and of the same."""
     (typed,) = (

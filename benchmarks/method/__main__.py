@@ -21,7 +21,7 @@ import argparse
 from pathlib import Path
 
 from compared import METHODS, ROOT
-from cost import cost
+from milliseconds import cost
 from observe import observe
 from pictures import plot
 from samples import fill, grid, judge, likelihood, race, sweep, text

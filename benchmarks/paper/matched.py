@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
-sys.path += [str(BENCHMARKS), str(BENCHMARKS / "method")]  # last: scripts here have names of theirs
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "method")]
 
 from compared import METHODS, stories, token_streams  # noqa: E402
 from compared import RESULTS as RESULTS  # noqa: E402
