@@ -188,10 +188,10 @@ def read_model(folder: Path, config: dict[str, Any], model: nn.Module | None = N
             _check_denoiser(folder, config["model"], path)
         made = remake(config["model"], path) if model is None else model
         if model is None:
-            as_network(made, path.vocab_size)
+            as_network(made, path)
     if not isinstance(made, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}, allowed where it takes up weights is a torch.nn.Module")
-    as_network(made, path.vocab_size)
+    as_network(made, path)
     said = f"{CONFIG} says" if model is None else "the model has"
     with reading(folder / MODEL) as file, safe_open(file, "pt") as stored:
         _check_shapes(stored, own_state(made), said)

@@ -27,6 +27,7 @@ from klflow_ext.checks import check_device, runs_on
 from klflow_ext.cli.about import _gpu
 from klflow_ext.cli.terminal import choose_device
 from klflow_ext.evaluate import loss_by_time
+from klflow_ext.hub import save_pretrained
 from klflow_ext.path import as_network
 
 V = 20
@@ -41,6 +42,7 @@ PLACES = {  # where a model meets a path
     "an own loop": lambda model, path: Batches.of(STREAM, path, CONFIG, model).batch(0).loss(path, model),
     "Objective": lambda model, path: Objective(model, path)(TEXT, torch.zeros(2), 0),
     "loss_by_time": lambda model, path: loss_by_time(model, path, TEXT),
+    "save_pretrained": lambda model, path: save_pretrained("/dev/null/run", model, path),
 }
 
 
@@ -58,7 +60,7 @@ def denoiser(vocab_size, n_layer=1):
     return Denoiser(DenoiserConfig(vocab_size, n_layer, 1, 8, 16), LogitPath(vocab_size))
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "save_pretrained"])  # which asks for no logits
 @pytest.mark.parametrize("outputs", [V - 3, V + 3])
 def test_logits_that_are_not_v_wide(place, outputs):
     for path in (LogitPath(V), MaskPath(V), Autoregressive(V)):
@@ -70,6 +72,30 @@ def test_logits_that_are_not_v_wide(place, outputs):
         PLACES[place](denoiser(outputs), LogitPath(V))
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_network_that_was_made_for_another_path(place):
+    others = ((LogitPath(V), LogitPath(V, alpha=0.5)), (LogitPath(V), LinearPath(V)), (MaskPath(V), UniformPath(V)))
+    for made, path in (
+        (LogitPath(V), LogitPath(V, beta=0.02)),
+        *others[: 3 * (place != "bound")],
+    ):  # others have no bound
+        reads = "tokens" if made.reads == "tokens" else "posterior"
+        model = Denoiser(DenoiserConfig(V, 1, 1, 8, 16, input=reads), made)
+        for given in (model, torch.compile(model)):
+            with pytest.raises(ValueError) as error:
+                PLACES[place](given, path)
+            assert str(error.value) == f"path: got {path!r}, allowed is that for which the model was made, {made!r}"
+
+
+def test_a_network_on_its_path_with_other_ends(tmp_path):
+    model, path = denoiser(V), LogitPath(V, t_max=0.4, t_split=0.3)
+    assert path.t_max != model.path.t_max and path.t_split != model.path.t_split
+    for name in PLACES.keys() - {"save_pretrained"}:
+        PLACES[name](model, path)
+    save_pretrained(tmp_path, model, path)
+    assert load_run(tmp_path)[1].to_dict() == path.to_dict()
+
+
 def test_a_denoiser_and_a_path_of_another_v():
     with pytest.raises(ValueError, match="^path: its vocab_size is 20, allowed is that of config, 22"):
         Denoiser(DenoiserConfig(V + 2, 1, 1, 8, 16), LogitPath(V))
@@ -79,6 +105,11 @@ def test_what_does_not_fit_a_run(tmp_path):
     Trainer(denoiser(V), LogitPath(V), STREAM, CONFIG, tmp_path).save()
     for model, error, message in (
         (denoiser(V + 1), ValueError, "^head: got 21 outputs, allowed is V = 20"),
+        (
+            Denoiser(DenoiserConfig(V, 1, 1, 8, 16), LogitPath(V, beta=0.02)),
+            ValueError,
+            "^path: got LogitPath.*beta=0.01.*, allowed is that for which the model was made, LogitPath.*beta=0.02",
+        ),
         (
             Plain(LogitPath(V), V),
             ValueError,
@@ -95,7 +126,9 @@ def test_what_does_not_fit_a_run(tmp_path):
     ("call", "message"),
     [
         (lambda m, p: Sampler(3, p), "^model: got a int, allowed is a Network or any model"),
-        (lambda m, p: as_network(None, V), "^model: got a NoneType, allowed is a Network or any model"),
+        (lambda m, p: as_network(None, p), "^model: got a NoneType, allowed is a Network or any model"),
+        (lambda m, p: as_network(m, V), "^path: got a int, allowed is a Path, such as"),
+        (lambda m, p: save_pretrained("/dev/null/run", m, V), "^path: got a int, allowed is a Path, such as"),
         (lambda m, p: Sampler(m, "logit"), "^path: got a str, allowed is a Path, such as"),
         (lambda m, p: Trainer(m, V, STREAM, CONFIG), "^path: got a int, allowed is a Path"),
         (lambda m, p: Batches.of(STREAM, None, CONFIG, m), "^path: got a NoneType, allowed is a Path"),

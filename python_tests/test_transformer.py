@@ -60,12 +60,12 @@ def test_its_own_logits_where_tokens_are_certain(kind, causal, attention):
     onehot, t = F.one_hot(tokens, V).float(), torch.ones(3)
     with torch.no_grad():
         torch.testing.assert_close(model(onehot, t), want, rtol=1e-4, atol=1e-4)
-        prediction = as_network(model, V).predict(State(onehot), t)
+        prediction = as_network(model, LogitPath(V)).predict(State(onehot), t)
         torch.testing.assert_close(prediction.logits, want, rtol=1e-4, atol=1e-4)
         given = torch.ones_like(tokens, dtype=torch.bool)
         state = path.noisy(tokens, torch.full((3, 1), 0.1), 0, given=given)
         torch.testing.assert_close(
-            as_network(model, V).predict(state, path.model_times(torch.full((3,), 0.1), given, True)).logits,
+            as_network(model, LogitPath(V)).predict(state, path.model_times(torch.full((3,), 0.1), given, True)).logits,
             want, rtol=1e-4, atol=1e-4,
         )  # fmt: skip
         assert not state.is_made

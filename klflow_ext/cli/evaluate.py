@@ -194,7 +194,7 @@ class Eval(Command):
         writes = samples is not None or holes is not None or pairs is not None
         if writes and tokenizer is None:
             raise ValueError(f"run: {folder} has no tokenizer.json, without which there is no text")
-        longest = as_network(model, path.vocab_size).max_length
+        longest = as_network(model, path).max_length
         if longest is not None and self.length > longest:
             raise ValueError(f"length: got {self.length}, allowed is at most the run's max_length, {longest}")
         trained = (longest or 1024) if saved else Run(folder).config()["train"]["length"]

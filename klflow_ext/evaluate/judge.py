@@ -239,7 +239,7 @@ class RunJudge(Scorer):
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
         self.folder = Path(folder)
         model, self.path, self.tokenizer = load_run(folder)
-        network = as_network(model, self.path.vocab_size)
+        network = as_network(model, self.path)
         if not isinstance(self.path, Autoregressive) or not isinstance(network, Network) or self.tokenizer is None:
             raise ValueError(
                 f"judge: got {folder} with {self.path!r}, allowed is an Autoregressive path with a Network and a tokenizer"

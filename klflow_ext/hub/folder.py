@@ -43,7 +43,7 @@ def save_pretrained(
     """
     from safetensors.torch import save_file
 
-    as_network(model, path.vocab_size)
+    as_network(model, path)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: got {dtype}, allowed is None or a floating one such as torch.bfloat16")
     weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in own_state(model).items()}

@@ -48,6 +48,7 @@ class Reader(Network):
         ValueError: an input that the path does not make, or an argument outside its range; the message names it.
     """
 
+    path: Path
     log_prior: Tensor
 
     def __init__(self, path: Path, input: Input | None = None, top: int | None = 512, log_prior: Tensor | None = None):

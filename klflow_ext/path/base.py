@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from klflow_ext.checks import check_field, check_int, check_scalar, fail
+from klflow_ext.checks import check_field, check_int, check_scalar
 from klflow_ext.ops.arguments import INTEGERS, check_tensor, check_tokens, looks_at_values
 from klflow_ext.path.evidence import Evidence
 from klflow_ext.path.layout import slice_order
@@ -158,7 +158,7 @@ class Path:
                 likelihood is a factor. Tokens that are not listed cannot be (other = -inf).
             reduction: "mean" (NaN where no position counts), "sum" or "none" ((B, L), zero where a position does not count).
         """
-        network = as_network(model, self.vocab_size)
+        network = as_network(model, self)
         if network.max_length is not None and target.dim() == 2 and target.shape[1] > network.max_length:
             raise ValueError(
                 f"target: got shape {tuple(target.shape)}, allowed is a length of at most max_length = {network.max_length}"
@@ -228,7 +228,7 @@ class Path:
                 f"path: got {self!r}, allowed where a likelihood is asked for is logit, mask or autoregressive"
             )
         strata = check_int("strata", strata, 1, 2**20, "an integer in [1, 2^20]")
-        network = as_network(model, self.vocab_size)
+        network = as_network(model, self)
         label, count = check_text(target, given)
         with torch.no_grad(), evaluating(network):
             nats = self._nats(network, target, label, given, seed, strata)
@@ -284,11 +284,6 @@ class Path:
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.fields)
         return f"{type(self).__name__}({settings})"
-
-
-def check_path(path: Any) -> None:
-    if not isinstance(path, Path):
-        fail(TypeError, "path", f"a {type(path).__name__}", "a Path, such as LogitPath(V)")
 
 
 def scaled(x: Tensor, mean: Tensor | float, vocab_size: int) -> Tensor:

@@ -215,7 +215,7 @@ class LogitPath(Path):
         """
         count = check_int("count", count, 2, 2**31, "an integer >= 2")
         strata = check_int("strata", strata, 1, 2**20, "an integer in [1, 2^20]")
-        network = as_network(model, self.vocab_size)
+        network = as_network(model, self)
         label, _ = check_text(target, None)
         with torch.no_grad(), evaluating(network):
             falls = self._race(network, target, label, None, seed, strata)[:, :-1].sum(0).clamp_min(0).cpu().numpy()

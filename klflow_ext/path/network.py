@@ -3,7 +3,7 @@ x_t go through `path.scaled` first, and then into weights of variance 1. A `Netw
 rows are built. Nothing about a model is guessed from the names of its attributes. `State`, `Prediction` and `Move` (state.py) are
 what is asked, said and done.
 
-    network = as_network(model, vocab_size)
+    network = as_network(model, path)
     prediction = network.predict(state, times)      # then prediction.cross_entropy(label), or prediction.draw(k, rng)
 """
 
@@ -16,17 +16,27 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from klflow_ext.checks import fail
 from klflow_ext.path.state import Prediction, State, capped
 from klflow_ext.sharding import is_sharded
 
 Result = TypeVar("Result")
 Model = Callable[[Tensor, Tensor], Tensor]
+
+
+@runtime_checkable
+class Settings(Protocol):
+    """What a network knows of its path, which stands above it (base.py)."""
+
+    vocab_size: int
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,8 @@ class Network(nn.Module):
             are of no token: they get no probability, in no loss and no draw, and no gradient. Their view costs one more tensor of
             the weight's size in the backward pass.
         recompute: whether the backward pass computes parts of `hidden` again instead of keeping them; None: it cannot.
+        path: that for which it was made, where what it reads depends on its settings; another one is refused, but for t_max and
+            t_split. None: any of V.
     """
 
     makes_noise: bool = False
@@ -123,6 +135,7 @@ class Network(nn.Module):
     vocab_size: int | None = None
     recompute: bool | None = None
     times_by_position: bool = True
+    path: Settings | None = None
 
     embed: Callable[..., Tensor]
     embed_noise: Callable[..., Tensor]
@@ -288,15 +301,18 @@ class Called:
         return Prediction(logits)
 
 
-def as_network(model: Model, vocab_size: int) -> Network | Called:
-    """The model as what losses and samplers ask: itself where it is a Network (compiled, by `fully_shard`, or neither), else its
-    call.
+def as_network(model: Model, path: Settings) -> Network | Called:
+    """The model as what losses and samplers ask on a path: itself where it is a Network (compiled, by `fully_shard`, or neither),
+    else its call.
 
     Raises:
-        ValueError: a Network whose head has not V outputs (see `Network.vocab_size` for a wider one), or one within
-            DistributedDataParallel or another wrapper, which hides what a Network offers and works in its own call alone.
-        TypeError: the model cannot be called.
+        ValueError: a Network whose head has not V outputs (see `Network.vocab_size` for a wider one), one that was made for a path
+            with other settings (`Network.path`), or one within DistributedDataParallel or another wrapper, which hides what a
+            Network offers and works in its own call alone.
+        TypeError: the model cannot be called, or the path is none.
     """
+    if not isinstance(path, Settings):
+        fail(TypeError, "path", f"a {type(path).__name__}", "a Path, such as LogitPath(V)")
     inner = model if isinstance(model, Network) else getattr(model, "_orig_mod", model)  # of torch.compile
     if not isinstance(inner, Network):
         if isinstance(inner, nn.Module) and isinstance(getattr(inner, "module", None), Network):
@@ -307,7 +323,8 @@ def as_network(model: Model, vocab_size: int) -> Network | Called:
             )
         if not callable(model):
             raise TypeError(f"model: got a {type(model).__name__}, allowed is a Network or any model(x_t, t) -> logits")
-        return Called(model, vocab_size)
+        return Called(model, path.vocab_size)
+    vocab_size = path.vocab_size
     head = getattr(inner, "head", None)
     if not isinstance(head, nn.Linear):
         raise ValueError(f"head: got {type(head).__name__}, allowed is a torch.nn.Linear from D to V")
@@ -318,10 +335,17 @@ def as_network(model: Model, vocab_size: int) -> Network | Called:
         raise ValueError(f"head: got {head.weight.shape[0]} outputs, allowed are at least vocab_size = {vocab_size}")
     if inner.softcap is not None and not 0 < inner.softcap < math.inf:
         raise ValueError(f"softcap: got {inner.softcap!r}, allowed is None or a positive number")
+    if inner.path is not None and _read_by(inner.path) != _read_by(path):
+        raise ValueError(f"path: got {path!r}, allowed is that for which the model was made, {inner.path!r}")
     fsdp = sys.modules.get("torch.distributed.fsdp")  # its import takes a second, and without it nothing is sharded
     if fsdp is not None and isinstance(inner, fsdp.FSDPModule) and "gathered" not in vars(inner):
         fsdp.register_fsdp_forward_method(inner, "gathered")
     return inner
+
+
+def _read_by(path: Settings) -> dict[str, Any]:
+    """What a network depends on of a path: all but where it stops."""
+    return {name: value for name, value in path.to_dict().items() if name not in ("t_max", "t_split")}
 
 
 def hidden_matrices(module: nn.Module, vocab_size: int, head: nn.Module | None = None) -> list[nn.Parameter]:

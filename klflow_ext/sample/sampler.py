@@ -14,7 +14,7 @@ from torch import Tensor
 from klflow_ext.checks import LEAST, MOST, check_device, check_int, check_scalar
 from klflow_ext.ops.arguments import DEBUG_CHECK
 from klflow_ext.path import Autoregressive, Evidence, Likelihood, Path, ResolvedOptions, SampleOptions, as_network
-from klflow_ext.path.base import check_path, check_text
+from klflow_ext.path.base import check_text
 from klflow_ext.path.network import Model, Network, evaluating
 from klflow_ext.sample.passes import Passes
 from klflow_ext.sample.replay import Replays
@@ -63,10 +63,9 @@ class Sampler:
         cuda_graph: bool = False,
         tokenizer: Any = None,
     ):
-        check_path(path)
+        self.network = as_network(model, path)
         self.model, self.path, self.device = model, path, torch.device(device)
         self.tokenizer = tokenizer
-        self.network = as_network(model, path.vocab_size)
         if isinstance(path, Autoregressive) and self.network.causal is False:
             raise ValueError("model: got one whose config.causal is False, allowed is a causal one on this path")
         self._replays: Replays | None = None

@@ -12,7 +12,6 @@ from torch import Tensor
 from klflow_ext import data
 from klflow_ext.data.sources import CHUNK
 from klflow_ext.path import IGNORE, Evidence, Path, as_network
-from klflow_ext.path.base import check_path
 from klflow_ext.path.layout import slice_order
 from klflow_ext.path.network import Model, Network
 from klflow_ext.train.channel import confuse
@@ -151,8 +150,7 @@ class Batches:
         for step in range(config.steps):
             batches.batch(step).loss(path, model).backward()
         """
-        check_path(path)
-        network = as_network(model, path.vocab_size)
+        network = as_network(model, path)
         if network.max_length is not None and config.length > network.max_length:
             raise ValueError(f"length: got {config.length}, allowed is at most max_length = {network.max_length}")
         if config.evidence_share and not network.reads_posterior:

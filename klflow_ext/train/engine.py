@@ -136,7 +136,7 @@ class Shards(Group):
             mesh = init_device_mesh(device, (self.processes // size, size), mesh_dim_names=("replicate", "shard"))
         narrow = torch.bfloat16 if config.dtype == "bfloat16" else None
         policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
-        for unit in as_network(self.model, objective.path.vocab_size).sharded_units():
+        for unit in as_network(self.model, objective.path).sharded_units():
             fully_shard(unit, mesh=mesh, mp_policy=policy)
         fully_shard(objective, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
         return objective
@@ -183,7 +183,7 @@ def make_engine(model: nn.Module, path: Path, config: TrainConfig, processes: in
     size = config.shard_size
     if size is not None and processes > 1 and processes % size:
         raise ValueError(f"shard_size: got {size}, allowed is a divisor of the {processes} processes")
-    network = as_network(model, path.vocab_size)
+    network = as_network(model, path)
     if isinstance(network, Network) and network.recompute is not None:
         network.recompute = config.recompute
     elif config.recompute:

@@ -19,7 +19,7 @@ def make_optimizers(model: Model, path: Path, config: TrainConfig) -> list[torch
     Raises:
         ValueError: nothing is there to be trained.
     """
-    network = as_network(model, path.vocab_size)
+    network = as_network(model, path)
     if network.module is None:
         raise ValueError(f"model: got a {type(model).__name__}, allowed where it is trained is a torch.nn.Module")
     hidden = [p for p in network.hidden_matrices() if p.requires_grad]

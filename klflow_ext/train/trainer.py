@@ -25,7 +25,6 @@ from klflow_ext.model import describe, remake
 from klflow_ext.muon import multiplies_bfloat16
 from klflow_ext.path import Path as NoisePath
 from klflow_ext.path import as_network
-from klflow_ext.path.base import check_path
 from klflow_ext.path.network import device_of, load_own_state, own_state
 from klflow_ext.run import Run
 from klflow_ext.sharding import gathered, local, sharded_like, whole
@@ -77,10 +76,9 @@ class Trainer:
         heldout: data.Stream | None = None,
         overwrite: bool = False,
     ):
-        check_path(path)
         if not isinstance(config, TrainConfig):
             raise TypeError(f"config: got a {type(config).__name__}, allowed is a TrainConfig")
-        self.network = as_network(model, path.vocab_size)
+        self.network = as_network(model, path)
         if self.network.module is None:
             raise ValueError(f"model: got a {type(model).__name__}, allowed where it is trained is a torch.nn.Module")
         model = self.network.module

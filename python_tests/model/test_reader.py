@@ -56,7 +56,7 @@ def test_every_path(path):
 def test_no_rows_are_made():
     path = LogitPath(V)
     state = path.noisy(torch.zeros(2, 5, dtype=torch.int64), torch.full((2, 1), 0.1), 0)
-    as_network(Tied(path), V).predict(state, torch.full((2,), 0.1))
+    as_network(Tied(path), LogitPath(V)).predict(state, torch.full((2,), 0.1))
     assert not state.is_made
 
 
@@ -80,4 +80,4 @@ def test_the_prior_stays_in_float32():
     model = Tied(LogitPath(V)).bfloat16()
     assert model.log_prior.dtype == torch.float32 and model.head.weight.dtype == torch.bfloat16
     x = model.path.sample(torch.zeros(2, 5, dtype=torch.int64), 0.1, 0)
-    assert as_network(model, V).predict(State(x), torch.full((2,), 0.1)).hidden.dtype == torch.bfloat16
+    assert as_network(model, LogitPath(V)).predict(State(x), torch.full((2,), 0.1)).hidden.dtype == torch.bfloat16

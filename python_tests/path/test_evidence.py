@@ -103,7 +103,7 @@ def test_a_noisy_row_as_evidence_says_what_the_row_says():
     prior = model.log_prior.log_softmax(0)
     ids, q, _ = ops.noise_posterior(tokens, t[:, None], 3, prior, top=VOCAB, beta=path.beta)
     evidence = Evidence(ids.long(), q.log() - prior[ids.long()])
-    asked = as_network(model, VOCAB)
+    asked = as_network(model, LogitPath(VOCAB))
     with torch.no_grad():
         noisy = asked.predict(path.noisy(tokens, t[:, None], 3), t).logits
         blank = path.noisy(tokens, torch.zeros(1, 1), 3)

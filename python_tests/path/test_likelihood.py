@@ -86,7 +86,7 @@ def test_race_times_part_the_bound():
     times = path.race_times(model, tokens, 4)
     assert len(times) == 4 and times[0] == 0 and times[-1] == path.t_max and sorted(times) == times
     strata = 32
-    network = as_network(model, 4)
+    network = as_network(model, LogitPath(4))
     falls = path._race(network, tokens, tokens, None, 1, strata)[:, :-1].mean(0).numpy()
     s = np.linspace(0, path.odds(path.t_max), strata + 1)
     below = np.interp([path.odds(t) for t in times], s, np.concatenate([[0], falls.cumsum()]))

@@ -66,10 +66,10 @@ def test_heads(padded, softcap, bias):
     with torch.no_grad():
         want = logits_by_hand(model, x, t)
         torch.testing.assert_close(model(x, t), want)
-        prediction = as_network(model, V).predict(State(x), t)
+        prediction = as_network(model, LogitPath(V)).predict(State(x), t)
         rng = torch.tensor([[5, 0]]).expand(3, 2)
         drawn = prediction.draw(V, rng)
-        assert torch.equal(drawn, as_network(lambda x, t: want, V).predict(State(x), t).draw(V, rng))
+        assert torch.equal(drawn, as_network(lambda x, t: want, LogitPath(V)).predict(State(x), t).draw(V, rng))
         torch.testing.assert_close(prediction.at(torch.tensor([[2], [0], [7]])).logits[1, 0], want[1, 0])
     assert Sampler(model, path).sample((4, 8), steps=4, top_k=V).tokens.max() < V
     if softcap:
@@ -83,7 +83,7 @@ def test_heads_where_something_was_observed(padded, softcap, bias):
     x, t, label = torch.full((1, 2, V), 1 / V), torch.zeros(1), torch.tensor([[3, 4]])
     evidence = Evidence(torch.tensor([[[3, 8, 9], [4, 0, -1]]]), torch.tensor([[[0.1, -0.4, 0.3], [-0.5, 0.2, 0.0]]]))
     with torch.no_grad():
-        prediction = as_network(model, V).predict(State(x), t)
+        prediction = as_network(model, LogitPath(V)).predict(State(x), t)
         log_p = evidence.add_to(logits_by_hand(model, x, t)).log_softmax(-1)
         torch.testing.assert_close(prediction.loss_among(evidence, label), -log_p.gather(2, label[..., None])[..., 0])
         torch.testing.assert_close(prediction.with_evidence(evidence).logits.log_softmax(-1), log_p)
@@ -96,7 +96,7 @@ def test_a_softcap_changes_what_is_drawn():
     for model in models:
         with torch.no_grad():
             model.head.weight.mul_(50)
-    flat = [as_network(m, V).predict(State(x), torch.zeros(1)).largest(1)[1].max().item() for m in models]
+    flat = [as_network(m, LogitPath(V)).predict(State(x), torch.zeros(1)).largest(1)[1].max().item() for m in models]
     assert flat[0] > 0.5 and flat[1] == pytest.approx(1 / V, rel=0.05)
     assert path.loss(models[1], torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2), 0).item() == pytest.approx(
         math.log(V), abs=0.02
@@ -165,8 +165,8 @@ def test_which_matrices_are_hidden():
     model = Own()
     assert [id(p) for p in model.hidden_matrices()] == [id(model.mix.weight)]
     plain = torch.nn.Sequential(torch.nn.Embedding(V + 5, D), torch.nn.Linear(D, 99), torch.nn.Linear(99, V))
-    assert [id(p) for p in as_network(plain, V).hidden_matrices()] == [id(plain[1].weight)]
-    assert as_network(lambda x, t: x, V).hidden_matrices() == []
+    assert [id(p) for p in as_network(plain, LogitPath(V)).hidden_matrices()] == [id(plain[1].weight)]
+    assert as_network(lambda x, t: x, LogitPath(V)).hidden_matrices() == []
 
 
 def test_tied_weights_are_kept_once():

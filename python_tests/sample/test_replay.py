@@ -187,7 +187,9 @@ def test_bad_uses_of_cuda_graph(calling_again, monkeypatch):
         sampler.sample((2, 5), method="slices")
     assert sampler._replays.recorder.count == 0
     monkeypatch.undo()
-    for m, p in ((lambda x, t: x, path), (model, LogitPath(60, alpha=0.5)), (model, MaskPath(60))):
+    others = [(LogitPath(60, alpha=0.5), "simplex"), (MaskPath(60), "tokens")]
+    models = [(Denoiser(DenoiserConfig(60, 1, 2, 16, 8, input=reads), p), p) for p, reads in others]
+    for m, p in ((lambda x, t: x, path), *models):
         with pytest.raises(
             ValueError, match="cuda_graph: got True with a .* allowed with it is a Denoiser on a LogitPath"
         ):

@@ -44,7 +44,7 @@ def logits_in_order(model, path, tokens, order, t=0.0):
     times = torch.full((len(tokens),), t)
     state = path.noisy(tokens, times[:, None], 5)
     with torch.no_grad():
-        return path.predict(as_network(model, path.vocab_size), state, tokens, times, None, order).logits
+        return path.predict(as_network(model, path), state, tokens, times, None, order).logits
 
 
 class Exact(Network):
@@ -114,7 +114,7 @@ def test_questions_of_a_slice_see_each_other():
     model = slices_model(path)
     tokens, order = torch.zeros(1, 6, dtype=torch.int64), torch.tensor([[1, 2, 1, 2, 3, 3]])
     t = torch.tensor([[0.0, 0.0, path.t_max, 0.0, 0.0, 0.0]])
-    network, quiet = as_network(model, VOCAB), path.noisy(tokens, torch.zeros(1, 1), 5)
+    network, quiet = as_network(model, LogitPath(VOCAB)), path.noisy(tokens, torch.zeros(1, 1), 5)
     streams = Streams.of_text(tokens, order)
     with torch.no_grad():
         silent = network.predict(quiet, torch.zeros(1), streams=streams).logits

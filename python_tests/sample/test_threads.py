@@ -17,7 +17,7 @@ METHODS = ["basic", "sampling", "hybrid", "segments", "confidence", "race"]
 
 def test_evaluating_ends_with_the_last_of_its_threads():
     model, path = small_denoiser()
-    network, entered, left = as_network(model.train(), path.vocab_size), Event(), Event()
+    network, entered, left = as_network(model.train(), path), Event(), Event()
     model.blocks.eval()
 
     def longer():

@@ -155,7 +155,7 @@ def test_a_wrapped_network_is_refused(tmp_path):
             Sampler(wrapped, path)
         shared = torch.nn.parallel.DistributedDataParallel(Objective(model, path))
         assert torch.equal(shared(tokens, t, rng), path.loss(model, tokens, t, rng))
-    assert as_network(torch.compile(model), V) is model
+    assert as_network(torch.compile(model), path) is model
 
 
 def test_the_objective_is_the_loss():
