@@ -56,13 +56,11 @@ def run(words: list[str]) -> int | str | None:
 
 def parsed(words: list[str]) -> Command:
     """The command that the words say, with its options."""
-    import tyro
-
-    from klflow_ext.cli.command import command_of
+    from klflow_ext.cli.command import asked, command_of
     from klflow_ext.cli.options import with_config
 
     words = with_config(words)
-    return tyro.cli(command_of(words[0]), prog=f"klflow {words[0]}", args=words[1:])
+    return asked(command_of(words[0]), f"klflow {words[0]}", words[1:])
 
 
 def said(error: str) -> str:

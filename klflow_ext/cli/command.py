@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
+from unittest import mock
 
+import docstring_parser
 import tyro
 
 import klflow
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Voice:
 class Command:
     """A command of klflow; its fields are its options."""
 
-    voice: tyro.conf.OmitArgPrefixes[Voice] = field(default_factory=Voice)
+    voice: Annotated[tyro.conf.OmitArgPrefixes[Voice], tyro.conf.arg(name="output")] = field(default_factory=Voice)
 
     def run(self) -> None:
         """Does it."""
@@ -51,3 +55,18 @@ def command_of(name: str) -> type[Command]:
 def commands() -> Iterator[tuple[str, type[Command]]]:
     """All of them, with their names."""
     return ((name, command_of(name)) for name in klflow.COMMANDS)
+
+
+def asked(kind: type[Kind], prog: str, words: Sequence[str]) -> Kind:
+    """What the words of a command line make of a class, by tyro; it prints the help or what is wrong, and exits, where they make none."""
+    with mock.patch.object(docstring_parser, "parse_from_object", _parsed):
+        return tyro.cli(kind, prog=prog, args=words)
+
+
+def _parsed(kind: type, parse=docstring_parser.parse_from_object) -> Any:
+    """With one line for each paragraph: tyro would keep a break before a line that is indented, or begins with a quote."""
+    found = parse(kind)
+    for each in found.params:
+        paragraphs = (each.description or "").split("\n\n")
+        each.description = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs) or None
+    return found

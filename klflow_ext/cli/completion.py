@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from klflow_ext.cli.command import Command, commands
+from klflow_ext.cli.command import Command, asked, commands
 
 
 @dataclass
@@ -21,4 +21,4 @@ class Completion(Command):
     def run(self):
         named = [Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in commands()]
         every: Any = Union[tuple(named)]  # noqa: UP007
-        tyro.cli(every, prog="klflow", args=["--tyro-print-completion", self.shell])
+        asked(every, "klflow", ["--tyro-print-completion", self.shell])

@@ -148,7 +148,7 @@ class Eval(Command):
     data: tuple[str, ...] = ()
     """Where the token folders of the run are, if they have moved. Of a model without a run: a file of texts, or token folders."""
     device: str | None = None
-    """None: a GPU where there is one."""
+    """cuda where torch sees a GPU and the kernels were built for it, else cpu."""
 
     def run(self):
         for least, names in (

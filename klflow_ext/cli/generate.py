@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -38,7 +38,9 @@ class Generation(Command):
 
     run_folder: tyro.conf.Positional[Path | None] = None
     """A run folder, or one of save_pretrained. Without it, the model of English stories that comes with the package."""
-    options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
+    options: Annotated[tyro.conf.OmitArgPrefixes[Options], tyro.conf.arg(name="sampling")] = field(
+        default_factory=Options
+    )
     show: tyro.conf.OmitArgPrefixes[Show] = field(default_factory=Show)
     seed: int = 0
     """Of all results together: each has a seed of its own, made of this one."""
@@ -50,6 +52,7 @@ class Generation(Command):
     """With --jsonl, log_likelihood of each result: exact, in nats per generated token, of the method at temperature 1 and among all
     tokens; null where the method has no exact one. It takes as many passes again."""
     device: str | None = None
+    """cuda where torch sees a GPU and the kernels were built for it, else cpu."""
 
     def check_run(self, option: str) -> None:
         """ValueError where what stands in the place of the run folder is meant as the text of an option, which has none."""
@@ -98,6 +101,7 @@ class Sample(Generation):
     """Generate texts from nothing."""
 
     count: int = 4
+    """Texts."""
     length: int | None = None
     """Tokens of each; 64, or the model's max_length where that is less."""
 

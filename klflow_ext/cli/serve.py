@@ -35,6 +35,7 @@ class Serve(Command):
     """Of the model, in answers; without it, that of the folder."""
     limits: tyro.conf.OmitArgPrefixes[Limits] = field(default_factory=Limits)
     device: str | None = None
+    """cuda where torch sees a GPU and the kernels were built for it, else cpu."""
 
     def run(self):
         try:

@@ -15,4 +15,5 @@ class Watch(Sample):
     """Watch a text form in the terminal, pass by pass: sample --live of one text."""
 
     count: int = 1
+    """Texts, one below the other."""
     show: tyro.conf.OmitArgPrefixes[Show] = field(default_factory=lambda: Show(live=True))

@@ -33,7 +33,7 @@ class SampleOptions:
     every pass draws some of the free positions for good, given all that stands; or a registered name. None: "slices" for a
     network that was trained with them, else "segments".
 
-    "slices": each set of the layout is a slice. "segments": for a model trained on sequences of which a part is given; everything is
+    Slices: each set of the layout is a slice. Segments: for a model trained on sequences of which a part is given; everything is
     read again in every pass. Tokens that are drawn together lie apart, so they hardly depend on each other. No more passes are
     made than a sequence has free positions."""
 

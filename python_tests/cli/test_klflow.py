@@ -57,6 +57,13 @@ def test_every_command_has_its_help_as_it_is_now():
     for name, text in told.items():
         assert issubclass(command_of(name), Command) and command_of(name).run is not Command.run
         assert f"usage: klflow {name} [-h]" in text and "-q, --quiet" in text and "-v, --verbose" in text
+        said = [re.split(r"\s{2,}", each.strip(), maxsplit=1)[-1] for each in re.split(r"\n  (?=[-\[])", text)[1:]]
+        assert said and not [each for each in said if each.startswith("(default")], (
+            f"klflow {name}: an option without a word"
+        )
+        assert not re.search(r"\n {10,}[^\n]{1,40}(?<![.,;:)\]])\n {10,}[a-z]{1,12}\b", text), (
+            f"klflow {name}: a broken line"
+        )
         words = re.findall(r"[\w-]{2,}", command.help_of(name) or "")
         assert [w for w in words if set(w) != {"-"}] == [
             w for w in re.findall(r"[\w-]{2,}", text) if set(w) != {"-"}

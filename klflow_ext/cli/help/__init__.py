@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import tyro
-
-from klflow_ext.cli.command import commands
+from klflow_ext.cli.command import asked, commands
 from klflow_ext.files import write_file
 
 COLUMNS = 80  # in a narrower terminal tyro writes it, after a second or more
@@ -24,7 +22,7 @@ def helps() -> dict[str, str]:
         for name, kind in commands():
             said = io.StringIO()
             with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-                tyro.cli(kind, prog=f"klflow {name}", args=["--help"])
+                asked(kind, f"klflow {name}", ["--help"])
             found[name] = "\n".join(line.rstrip() for line in said.getvalue().strip().splitlines()) + "\n"
     return found
 
