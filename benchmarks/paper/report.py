@@ -47,7 +47,16 @@ def section(name: str, results: Path, beside: Path) -> str:
 
 
 def filled(text: str, results: Path, beside: Path) -> str:
-    """The text with every script's section between its marks. ValueError: a mark is missing."""
+    """The text with every script's section between its marks, and of another scale where the marks say "geometry at cpu-long".
+    ValueError: a mark is missing."""
+    for mark, name, scale in re.findall(r"<!-- ((\w+) at ([\w-]+)) -->", text):
+        found = section(name, results.parent / scale, beside)
+        text = re.sub(
+            rf"(<!-- {mark} -->\n).*?(<!-- end of {mark} -->)",
+            lambda m, found=found: m[1] + found + m[2],
+            text,
+            flags=re.S,
+        )
     for name in SCRIPTS:
         marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.S)
         if not marks.search(text):

@@ -1,6 +1,7 @@
 """benchmarks/paper at its smallest scale: every script measures, draws and tabulates, and a second call measures nothing again."""
 
 import json
+import re
 import sys
 from functools import partial
 from importlib import import_module
@@ -78,6 +79,10 @@ def test_the_report_has_what_the_results_say(tmp_path):
     for share in (0.0, 1.0):
         row = {"bits_per_byte": [1 + share, 1.0, 3.0], "entropy": [2.0, 1.0, 3.0]}
         table.row({"method": "KL", "share": share, "seed": 0}, lambda row=row: row)
+    again = "<!-- t_split at more -->\n<!-- end of t_split at more -->\n"  # of another scale, beside this one
+    (tmp_path.parent / "more").mkdir()
+    (tmp_path.parent / "more" / "t_split.json").write_text(table.file.read_text().replace("3000", "4000"))
+    assert "V = 4,000" in report.filled(marks + again, tmp_path, tmp_path).partition("<!-- t_split at more -->")[2]
     text = report.filled(marks, tmp_path, tmp_path)
     assert text.count("Not measured yet.") == len(report.SCRIPTS) - 1 and text.count("a\n<!--") == len(report.SCRIPTS)
     assert "| 1.00 | 2.00 [1.00, 3.00] | 2.00 [1.00, 3.00] |" in text and "V = 3,000" in text and "old" not in text
@@ -87,11 +92,14 @@ def test_the_report_has_what_the_results_say(tmp_path):
         report.filled("", tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize("name", report.SCRIPTS)
-def test_tables_of_the_readme_are_those_of_the_results(name):
-    text = (Path(report.__file__).parent / "README.md").read_text()
-    file = matched.BENCHMARKS / "results" / "paper" / "cpu" / f"{name}.json"
-    shown = text.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- end of {name} -->")[0]
+README = (Path(report.__file__).parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("mark", [*report.SCRIPTS, *re.findall(r"<!-- (\w+ at [\w-]+) -->", README)])
+def test_tables_of_the_readme_are_those_of_the_results(mark):
+    name, _, scale = mark.partition(" at ")
+    file = matched.BENCHMARKS / "results" / "paper" / (scale or "cpu") / f"{name}.json"
+    shown = README.partition(f"<!-- {mark} -->\n")[2].partition(f"<!-- end of {mark} -->")[0]
     expected = (
         import_module(name).table(json.loads(file.read_text())["rows"]) if file.exists() else ["Not measured yet."]
     )
