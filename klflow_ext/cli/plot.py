@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import tyro
 
 from klflow_ext.cli.command import Command
-from klflow_ext.cli.terminal import note
+from klflow_ext.cli.terminal import note, printable
 from klflow_ext.files import write_file
 from klflow_ext.run import Run
 
@@ -22,13 +23,16 @@ PANELS = {  # title: axis, and the names of the log with their labels
     "Speed": ("tokens per second", {"tokens_per_second": "tokens_per_second"}),
 }
 SHORTEST = 5  # points of a curve that is drawn smoothed too
+TEXTS, LINES = 6, 2  # texts below the curves, and lines of each
 
 
 @dataclass
 class Plot(Command):
-    """Draw the log of a run as one PNG: loss, held-out loss, norm of the gradient, learning rate, tokens per second."""
+    """Draw the log of a run as one PNG: loss, held-out loss, norm of the gradient, learning rate, tokens per second, and below them
+    what the model wrote as it learned (klflow train --show-every)."""
 
     run_folder: tyro.conf.Positional[Path]
+    """Of the run."""
     out: Path | None = None
     """The PNG to write; None: <name of the run>.png here."""
 
@@ -92,11 +96,13 @@ def draw(records: list[dict[str, Any]], title: str) -> tuple[Any, list[str]]:
         raise ValueError(f"run: got a log without numbers to draw, allowed is one that holds one of {', '.join(names)}")
     panels = {name: panel for name, panel in PANELS.items() if set(panel[1]) & set(held)}
     columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = make(figsize=(6 * columns, 3.4 * rows), layout="constrained")
+    rows, texts = -(-len(panels) // columns), chosen_texts(records)
+    heights = [3.4] * rows + [0.4 + 0.2 * (LINES + 1) * len(texts)] * bool(texts)
+    figure = make(figsize=(6 * columns, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     figure.suptitle(title)
-    for place, (heading, (axis, labels)) in enumerate(panels.items(), 1):
-        panel = figure.add_subplot(rows, columns, place)
+    for place, (heading, (axis, labels)) in enumerate(panels.items()):
+        panel = figure.add_subplot(grid[divmod(place, columns)])
         for name, label in labels.items():
             if name in held:
                 _curve(
@@ -107,7 +113,27 @@ def draw(records: list[dict[str, Any]], title: str) -> tuple[Any, list[str]]:
         panel.grid(alpha=0.3)
         if heading == "Loss":
             panel.legend()
+    if texts:
+        _write(figure.add_subplot(grid[rows, :]), texts, 75 * columns)
     return figure, [name for name in names if name not in held]
+
+
+def chosen_texts(records: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    """(step, text) of TEXTS records that hold a text of the model, from the first to the last at about equal distances."""
+    found = [(r["step"], r["sample"]) for r in records if isinstance(r.get("sample"), str)]
+    count = min(TEXTS, len(found))
+    return [found[i * (len(found) - 1) // max(1, count - 1)] for i in range(count)]
+
+
+def _write(panel: Any, texts: list[tuple[int, str]], width: int) -> None:
+    """Each text on LINES lines of so many characters, its step above it."""
+    panel.axis("off")
+    panel.set_title("What the model wrote", loc="left")
+    for i, (step, text) in enumerate(texts):
+        lines = textwrap.wrap(printable(text), width, max_lines=LINES, placeholder=" ...")
+        panel.text(0, 1 - i / len(texts), f"step {step}", va="top", fontsize=8, weight="bold")
+        below = 1 - (i + 0.8 / (LINES + 1)) / len(texts)
+        panel.text(0, below, "\n".join(lines), va="top", fontsize=8, parse_math=False)
 
 
 def _curve(panel: Any, steps: list[int], values: list[float], label: str, rough: bool) -> None:

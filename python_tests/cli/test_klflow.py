@@ -57,7 +57,9 @@ def test_every_command_has_its_help_as_it_is_now():
     for name, text in told.items():
         assert issubclass(command_of(name), Command) and command_of(name).run is not Command.run
         assert f"usage: klflow {name} [-h]" in text and "-q, --quiet" in text and "-v, --verbose" in text
-        said = [re.split(r"\s{2,}", each.strip(), maxsplit=1)[-1] for each in re.split(r"\n  (?=[-\[])", text)[1:]]
+        said = [
+            re.split(r"\s{2,}", each.strip(), maxsplit=1)[-1] for each in re.split(r"\n  (?=[-\[]|[A-Z]+ )", text)[1:]
+        ]
         assert said and not [each for each in said if each.startswith("(default")], (
             f"klflow {name}: an option without a word"
         )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from klflow_ext.cli.plot import curves, draw, smoothed
+from klflow_ext.cli.plot import chosen_texts, curves, draw, smoothed
 
 FULL = [
     {
@@ -40,6 +40,23 @@ def test_a_panel_for_each_quantity_with_axes_and_units():
     assert len(figure.axes) == 1 and missing == ["heldout_loss", "gradient_norm", "lr", "tokens_per_second"]
     with pytest.raises(ValueError, match="run: got a log without numbers"):
         draw([{"step": 1, "seconds": 2.0}], "a run")
+
+
+def test_texts_stand_below_the_curves():
+    pytest.importorskip("matplotlib")
+    told = [
+        {**r, **({"sample": f"text {r['step']}\x1b $a$ " + "word " * 99} if r["step"] % 2 == 0 else {})} for r in FULL
+    ]
+    assert [step for step, _ in chosen_texts(told)] == [2, 8, 16, 24, 32, 40]
+    assert chosen_texts(FULL) == [] and chosen_texts([{"step": 3, "sample": "a"}]) == [(3, "a")]
+    figure, _ = draw(told, "a run")
+    assert len(figure.axes) == 5
+    said = [t.get_text() for t in figure.axes[-1].texts]
+    assert said[::2] == [f"step {s}" for s in (2, 8, 16, 24, 32, 40)]
+    assert all(text.count("\n") == 1 and text.endswith(" ...") and "\x1b" not in text for text in said[1::2])
+    figure.canvas.draw()  # $ is no formula
+    boxes = [t.get_window_extent() for t in figure.axes[-1].texts]
+    assert all(low.y1 <= high.y0 + 1 for high, low in zip(boxes, boxes[1:], strict=False)) and boxes[-1].y0 >= 0
 
 
 def test_curves_hold_finite_numbers_alone():
