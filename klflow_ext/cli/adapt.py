@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -23,7 +24,7 @@ class Adapt(Training):
     BERT, ModernBERT, RoBERTa, GPT-2, Llama, Mistral, Qwen and what else takes inputs_embeds and ends with one linear layer.
     """
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """The folder of a masked or causal language model, or its name in the Hub's cache (`hf download NAME` fetches it)."""
     out: Path = Path("runs/adapted")
     causal: bool = False

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -99,7 +99,7 @@ class Eval(Command):
     of its samples, real text first, with --judge what another model says of them too; with --infilling, what it puts into the
     holes of code is worth; with --conditional, what it writes to prompts."""
 
-    run_folder: tyro.conf.Positional[Path | None] = None
+    run_folder: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN]")] = None
     """A run folder. Or one of save_pretrained, or none for the model that comes with the package: both with --data."""
     likelihood: bool = False
     """-log p of `count` held-out texts, exactly where the method allows it, else as a bound."""

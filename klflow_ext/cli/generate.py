@@ -36,7 +36,7 @@ class Options(SampleOptions):
 class Generation(Command):
     """How to generate."""
 
-    run_folder: tyro.conf.Positional[Path | None] = None
+    run_folder: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN]")] = None
     """A run folder, or one of save_pretrained. Without it, the model of English stories that comes with the package."""
     options: Annotated[tyro.conf.OmitArgPrefixes[Options], tyro.conf.arg(name="sampling")] = field(
         default_factory=Options

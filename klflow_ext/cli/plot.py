@@ -6,7 +6,7 @@ import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -31,8 +31,8 @@ class Plot(Command):
     """Draw the log of a run as one PNG: loss, held-out loss, norm of the gradient, learning rate, tokens per second, and below them
     what the model wrote as it learned (klflow train --show-every)."""
 
-    run_folder: tyro.conf.Positional[Path]
-    """Of the run."""
+    run_folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """A run folder."""
     out: Path | None = None
     """The PNG to write; None: <name of the run>.png here."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -25,7 +26,7 @@ class Serve(Command):
     ask.
     """
 
-    run_folder: tyro.conf.Positional[Path | None] = None
+    run_folder: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN]")] = None
     """A run folder, or one of save_pretrained. Without it, the model of English stories that comes with the package."""
     host: str = "127.0.0.1"
     """Where to listen; 0.0.0.0 is every network that this machine is in."""

@@ -44,7 +44,7 @@ infill RUN --text {?99} : at most the model's max_length, 32
 watch none : run: none is no run folder
 plot none : none/log.jsonl cannot be read
 plot RUN --out a.pdf : out: got a.pdf
-plot : run-folder (required)
+plot : Missing from klflow plot: RUN
 eval RUN --length 0 : length: got 0
 eval RUN --samples 1 : samples: got 1
 eval RUN --length 8 --judge text : judge: text has no stories260K.bin
